@@ -1,0 +1,36 @@
+"""fxcache: a PyTorch compiler pass that makes diffusion models sample faster.
+
+``denoiser = fxcache.transform(model, fxcache.FirstBlockCache(threshold=0.08))``
+"""
+
+from fxcache.api import explain, restore, transform
+from fxcache.errors import (
+    CaptureError,
+    FxCacheError,
+    OptionError,
+    PolicyError,
+    ProfileError,
+    StackNotFoundError,
+)
+from fxcache.explain import Explanation
+from fxcache.policy import FirstBlockCache, Reuse, Taylor
+from fxcache.report import Record, Report
+
+__version__ = "0.1.0"
+__all__ = [
+    "CaptureError",
+    "Explanation",
+    "FirstBlockCache",
+    "FxCacheError",
+    "OptionError",
+    "PolicyError",
+    "ProfileError",
+    "Record",
+    "Report",
+    "Reuse",
+    "StackNotFoundError",
+    "Taylor",
+    "explain",
+    "restore",
+    "transform",
+]

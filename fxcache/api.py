@@ -1,0 +1,96 @@
+"""The public functions: they validate and dispatch, nothing else."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from fxcache.denoiser import DenoiserMethods, Settings, make_denoiser
+from fxcache.explain import Explanation, explain_model
+from fxcache.errors import FxCacheError, OptionError, PolicyError
+from fxcache.policy import FirstBlockCache, Policy
+
+
+def transform(
+    model: nn.Module,
+    policy: Policy | None = None,
+    *,
+    backend: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    fullgraph: bool = True,
+    options: dict[str, Any] | None = None,
+    disable: bool = False,
+    fallback: bool = False,
+) -> nn.Module:
+    """Make a denoiser that skips its block stack where `policy` allows it.
+
+    Args:
+        model: any denoiser that torch.compile can capture. It is not changed, and its parameters
+            are shared.
+        policy: when to skip; None means ``FirstBlockCache()``.
+        backend: what compiles the pieces: "inductor", "eager" (none), or any name or callable that
+            torch.compile takes.
+        mode, dynamic, fullgraph, options, disable: as in torch.compile.
+        fallback: run a model that cannot be rewritten uncached, with one warning, instead of
+            raising.
+
+    Returns:
+        A module of the model's own class with the same call signature, outputs, parameter names
+        and config, and with ``trajectory``, ``branch``, ``slot``, ``report`` and ``reset``.
+
+    Raises:
+        OptionError: for an unknown backend or mode, or mode with options.
+        PolicyError: for something that is no policy. At the first call: for one that does not fit
+            the model's stack.
+        StackNotFoundError, CaptureError: at the first call, if the model cannot be rewritten.
+    """
+    check_model(model)
+    if policy is None:
+        policy = FirstBlockCache()
+    if not isinstance(policy, Policy):
+        raise PolicyError(f"policy must be a policy like FirstBlockCache(...), got {policy!r}")
+    settings = Settings(policy, backend, mode, dynamic, fullgraph, options, disable, fallback)
+    return make_denoiser(model, settings)
+
+
+def check_model(model: Any) -> None:
+    """Raise OptionError unless `model` is a module that has not been transformed or compiled."""
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, DenoiserMethods):
+        raise OptionError("the model is a denoiser already; fxcache.restore(it) gives the model")
+    if hasattr(model, "_orig_mod"):
+        raise OptionError("the model is compiled already; pass the module that was compiled")
+
+
+def restore(denoiser: nn.Module) -> nn.Module:
+    """The model that `denoiser` was made of; the denoiser's memory is freed.
+
+    Raises FxCacheError if `denoiser` was not made by `transform`.
+    """
+    if not isinstance(denoiser, DenoiserMethods):
+        raise FxCacheError(f"{type(denoiser).__name__} was not made by fxcache.transform")
+    denoiser.reset()
+    return denoiser._fxcache.model
+
+
+def explain(
+    model: nn.Module, *args: Any, policy: Policy | None = None, **kwargs: Any
+) -> Explanation:
+    """What the pass finds in `model` and would do, for a call with these arguments.
+
+    Runs the model once, uncached and without gradients. ``print(explain(...))`` is a summary: the
+    stack, the span, the streams and their shapes, the share of FLOPs that a hit skips, and why a
+    graph was refused. `policy` (default ``FirstBlockCache()``) says which blocks are the span.
+
+    Raises PolicyError if `policy` leaves no span.
+    """
+    inner = restore_model(model)
+    check_model(inner)
+    return explain_model(inner, policy or FirstBlockCache(), args, kwargs)
+
+
+def restore_model(model: nn.Module) -> nn.Module:
+    """The model behind `model` if that is a denoiser, else `model`."""
+    return model._fxcache.model if isinstance(model, DenoiserMethods) else model

@@ -1,0 +1,270 @@
+"""The compiler backend: a captured graph in, a step executor out.
+
+`rewrite` is the whole pass: find the stack, cut, write the pieces, compile them. It serves
+`fxcache.transform` (which brings its own session) and ``torch.compile(backend="fxcache")``.
+"""
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import TracingContext, tracing
+
+from fxcache.capture import GraphInputs, fake_tensor, fake_value, graph_inputs
+from fxcache.dataflow import data_flow, op_name
+from fxcache.errors import OptionError, StackNotFoundError
+from fxcache.passes.branch import (
+    REFERENCE,
+    WEIGHTS,
+    Piece,
+    Pieces,
+    build_pieces,
+    ring_key,
+    slot_key,
+    state_fakes,
+)
+from fxcache.passes.cut import Cut, cut
+from fxcache.policy import FirstBlockCache, Policy
+from fxcache.runtime.executor import Compiled, StepExecutor
+from fxcache.runtime.session import Session
+from fxcache.runtime.state import Buffers
+from fxcache.stack import find_stack
+
+log = logging.getLogger("fxcache")
+
+#: Takes a graph module and example inputs, gives a function of the same inputs.
+Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Sequence[Any]]]
+
+
+def resolve_compiler(
+    backend: str | Callable[..., Any], mode: str | None, options: Any, dynamic: bool | None
+) -> Compiler:
+    """The compiler that `backend`, `mode` and `options` mean to torch.compile.
+
+    Raises OptionError for an unknown backend, mode or option, and for mode with options.
+    """
+    if mode is not None and options:
+        raise OptionError(
+            f"either mode or options can be given, not both: mode={mode!r}, options={options!r}"
+        )
+    try:
+        if backend == "inductor":
+            return torch._TorchCompileInductorWrapper(mode, options, dynamic)
+        if isinstance(backend, str):
+            if backend == "fxcache":
+                raise OptionError("backend='fxcache' cannot compile its own pieces; try 'inductor'")
+            known = torch._dynamo.list_backends(exclude_tags=())
+            if backend not in known:
+                raise OptionError(f"unknown backend {backend!r}; torch.compile knows {known}")
+        elif not callable(backend):
+            raise OptionError(f"backend must be a name or a callable, got {backend!r}")
+        return torch._TorchCompileWrapper(backend, mode, options, dynamic)
+    except (RuntimeError, AttributeError) as error:
+        if isinstance(error, OptionError):
+            raise
+        raise OptionError(f"mode={mode!r}, options={options!r}: {error}") from error
+
+
+class Backend:
+    """What is handed to torch.compile: one a denoiser, with its session.
+
+    Args:
+        session: where state and records are kept.
+        compiler: compiles the pieces.
+        argument_names: the names of the model's positional arguments.
+        num_weights: how many elements the model's parameters have. A graph with at most half of
+            them (a piece before a graph break) is compiled as it is. None: not known.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        compiler: Compiler,
+        *,
+        argument_names: tuple[str, ...] = (),
+        num_weights: int | None = None,
+    ) -> None:
+        self.session, self.compiler = session, compiler
+        self.argument_names, self.num_weights = argument_names, num_weights
+        self.refused: list[str] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.session.graphs += 1
+        self.session.recompiles += self.session.evaluations > 0
+        inputs = graph_inputs(gm.graph, self.argument_names)
+        if self._is_fragment(inputs):
+            self.refused.append(f"a graph with {_num_elements(inputs)} weights, before or after")
+            return self.compiler(gm, example_inputs)
+        if self.num_weights is None and (torch.is_grad_enabled() or _has_dropout(gm.graph)):
+            log.warning("gradients are enabled, or dropout is on: this graph is not cached")
+            return self.compiler(gm, example_inputs)
+        return rewrite(gm, inputs, self.session, self.compiler)
+
+    def _is_fragment(self, inputs: GraphInputs) -> bool:
+        return self.num_weights is not None and 2 * _num_elements(inputs) <= self.num_weights
+
+
+def _num_elements(inputs: GraphInputs) -> int:
+    return sum(fake_tensor(node).numel() for node in inputs.weights)
+
+
+def _has_dropout(graph: fx.Graph) -> bool:
+    """Whether a dropout of `graph` is on, which says that the model is in training mode."""
+    for node in graph.nodes:
+        if "dropout" in op_name(node) and node.op == "call_function":
+            training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else False)
+            rate = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+            if training and rate:
+                return True
+    return False
+
+
+def analyse(gm: fx.GraphModule, inputs: GraphInputs, policy: Policy) -> Cut:
+    """Find the stack of `gm` and cut it as `policy` asks."""
+    flow = data_flow(gm.graph)
+    stack = find_stack(gm.graph, flow)
+    return cut(
+        gm.graph,
+        stack,
+        flow,
+        inputs,
+        head_blocks=policy.head_blocks,
+        tail_blocks=policy.tail_blocks,
+    )
+
+
+def rewrite(
+    gm: fx.GraphModule, inputs: GraphInputs, session: Session, compiler: Compiler
+) -> StepExecutor:
+    """The pass: `gm`, which is not changed, becomes a step executor.
+
+    Raises StackNotFoundError, CaptureError or PolicyError.
+    """
+    policy = session.policy
+    ring = policy.forecast.ring
+    found = analyse(gm, inputs, policy)
+    log.info("stack %s; %d of %d blocks in the span", found.stack,
+             len(found.span_blocks), len(found.stack.blocks))  # fmt: skip
+    pieces = build_pieces(gm, found, data_flow(gm.graph), ring=ring)
+    reference, residuals = state_fakes(found)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return StepExecutor(
+        session,
+        pieces,
+        _compile_pieces(pieces, reference, residuals, ring, compiler),
+        inputs=placeholders,
+        streams=len(residuals),
+        ring=ring,
+        signature=_signature(placeholders, inputs, (reference, *residuals)),
+        allocate=_allocator(placeholders, inputs, reference, residuals, ring),
+    )
+
+
+def _compile_pieces(
+    pieces: Pieces,
+    reference: torch.Tensor,
+    residuals: list[torch.Tensor],
+    ring: int,
+    compiler: Compiler,
+) -> Compiled:
+    mode = reference.fake_mode
+    with mode:
+        fakes: dict[Hashable, Any] = {
+            REFERENCE: reference,
+            WEIGHTS: torch.empty(ring, device=reference.device),
+        }
+    for stream, residual in enumerate(residuals):
+        fakes[slot_key(stream)] = residual
+        fakes |= {ring_key(stream, j): residual for j in range(ring)}
+
+    def fake_of(key: Hashable) -> Any:
+        if key in fakes:
+            return fakes[key]
+        return fake_value(key[1] if isinstance(key, tuple) else key)
+
+    def compiled(piece: Piece) -> Callable[..., Sequence[Any]]:
+        # A context of its own: the one that is open belongs to the whole graph.
+        with tracing(TracingContext(mode)):
+            return compiler(piece.module, [fake_of(key) for key in piece.arguments])
+
+    return Compiled(*map(compiled, (pieces.head, pieces.hit, pieces.miss)))
+
+
+def _signature(
+    placeholders: list[fx.Node], inputs: GraphInputs, state: tuple[torch.Tensor, ...]
+) -> Callable[[Sequence[Any]], Hashable]:
+    """The layout of a call's inputs: constant where shapes are static, else read from the call."""
+    places = [placeholders.index(node) for node in inputs.data]
+    fakes = [fake_value(node) for node in inputs.data]
+    kept = tuple((str(tuple(t.shape)), t.dtype, t.device) for t in state)
+    static = tuple((str(tuple(t.shape)), t.dtype, t.device) for t in fakes if _is_tensor(t))
+    if not any(isinstance(size, torch.SymInt) for t in fakes if _is_tensor(t) for size in t.shape):
+        return lambda values, layout=(static, kept): layout
+
+    def layout(values: Sequence[Any]) -> Hashable:
+        given = [values[place] for place in places]
+        return tuple((str(tuple(v.shape)), v.dtype, v.device) for v in given if _is_tensor(v))
+
+    return layout
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _allocator(
+    placeholders: list[fx.Node],
+    inputs: GraphInputs,
+    reference: torch.Tensor,
+    residuals: list[torch.Tensor],
+    ring: int,
+) -> Callable[[Sequence[Any]], Buffers]:
+    """Makes buffers like the fakes, symbolic sizes taken from the inputs of a call."""
+    places = {placeholders.index(node): fake_value(node) for node in inputs.sizes}
+
+    def allocate(values: Sequence[Any]) -> Buffers:
+        sizes = {
+            fake.node.expr: values[place]
+            for place, fake in places.items()
+            if isinstance(fake, torch.SymInt)
+        }
+
+        def make(fake: torch.Tensor) -> torch.Tensor:
+            shape = [_concrete(size, sizes) for size in fake.shape]
+            return torch.zeros(shape, dtype=fake.dtype, device=fake.device)
+
+        # Plain tensors even under inference_mode, so that later calls outside may write them.
+        with torch.inference_mode(False), torch.no_grad():
+            rings = tuple(tuple(make(r) for _ in range(ring)) for r in residuals)
+            return Buffers(make(reference), rings)
+
+    return allocate
+
+
+def _concrete(size: int | torch.SymInt, known: dict[Any, int]) -> int:
+    return int(size.node.expr.subs(known)) if isinstance(size, torch.SymInt) else size
+
+
+def fxcache_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """``torch.compile(model, backend="fxcache", options={"policy": FirstBlockCache(...)})``.
+
+    `options` may hold ``policy`` (default ``FirstBlockCache()``), ``backend`` (which compiles the
+    pieces, default "inductor") and that backend's own options. Each compiled graph keeps its own
+    state; trajectories are recognised by their timesteps. A graph without a block stack raises.
+    """
+    rest = dict(options or {})
+    policy = rest.pop("policy", None) or FirstBlockCache()
+    compiler = resolve_compiler(rest.pop("backend", "inductor"), mode, rest or None, None)
+    return Backend(Session(policy), compiler)(gm, example_inputs)
+
+
+__all__ = ["Backend", "Compiler", "StackNotFoundError", "analyse", "fxcache_backend",
+           "resolve_compiler", "rewrite"]  # fmt: skip

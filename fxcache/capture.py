@@ -1,0 +1,146 @@
+"""Read what Dynamo and torch.export write on the nodes of a captured graph.
+
+The rest of the library asks these functions and never looks into `node.meta` itself, so both
+dialects (Dynamo's ``example_value`` and ``L['self']._modules['blocks']`` paths, export's ``val``
+and dotted paths) look the same to the passes.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+#: Names under which denoisers take their time input, most common first.
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
+
+_LOCAL = re.compile(r"^L\['\w+'\]")
+_SUBSCRIPT = re.compile(r"\[['\"]?(\w+)['\"]?\]")
+_PRIVATE = re.compile(r"\.(__dict__|_modules)(?=\.|$)")
+
+
+def fake_value(node: fx.Node) -> Any:
+    """The fake value that the capture recorded for `node` (None where it recorded none)."""
+    meta = node.meta
+    return meta.get("example_value", meta.get("val"))
+
+
+def fake_tensor(node: Any) -> torch.Tensor | None:
+    """The fake tensor of `node`, or None if `node` is no node or holds something else."""
+    value = fake_value(node) if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def is_stream_like(node: Any) -> bool:
+    """Whether `node` could be a stream: a floating tensor with at least two dimensions."""
+    value = fake_tensor(node)
+    return value is not None and value.is_floating_point() and value.ndim >= 2
+
+
+def same_layout(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes hold tensors of the same shape, dtype and device."""
+    left, right = fake_tensor(a), fake_tensor(b)
+    if left is None or right is None or left.ndim != right.ndim:
+        return False
+    if left.dtype != right.dtype or left.device != right.device:
+        return False
+    return all(same_size(m, n) for m, n in zip(left.shape, right.shape, strict=True))
+
+
+def same_size(m: Any, n: Any) -> bool:
+    """Equality of two sizes that adds no guard: symbolic ones are equal if their formulas are."""
+    if isinstance(m, torch.SymInt) or isinstance(n, torch.SymInt):
+        return getattr(m, "node", m) is getattr(n, "node", n) or str(m) == str(n)
+    return bool(m == n)
+
+
+def dotted_path(path: str) -> str:
+    """``L['self']._modules['blocks'].0.attn`` as ``blocks.0.attn``."""
+    path = _SUBSCRIPT.sub(r".\1", _LOCAL.sub("", path))
+    while (shorter := _PRIVATE.sub("", path)) != path:
+        path = shorter
+    return path.strip(".")
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One entry of a node's module stack: the module's path, its class, and which call of it."""
+
+    path: str
+    call: str
+    cls: Any
+
+    @property
+    def list_path(self) -> str | None:
+        """The path of the list that the module stands in, None if it stands in none."""
+        parent, _, last = self.path.rpartition(".")
+        return parent if last.isdigit() else None
+
+
+def module_calls(node: fx.Node) -> list[ModuleCall]:
+    """The modules inside whose forward `node` was recorded, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [ModuleCall(dotted_path(path), key, cls) for key, (path, cls) in stack.items()]
+
+
+def _source_name(node: fx.Node) -> str:
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    return name() if callable(name) else name  # a method up to torch 2.11, then a property
+
+
+@dataclass(frozen=True)
+class GraphInputs:
+    """The placeholders of a captured graph, sorted by what they are.
+
+    `data` maps the caller's tensors to the names of their arguments; weights are parameters and
+    buffers; `sizes` are symbolic integers.
+    """
+
+    data: dict[fx.Node, str]
+    weights: tuple[fx.Node, ...]
+    sizes: tuple[fx.Node, ...]
+
+    @property
+    def timestep(self) -> fx.Node | None:
+        """The time input, by name, else the only floating input that holds one number a sample."""
+        numeric = {
+            name: node
+            for node, name in self.data.items()
+            if (value := fake_tensor(node)) is not None and not value.is_complex()
+        }
+        for name in TIMESTEP_NAMES:
+            if name in numeric:
+                return numeric[name]
+        scalars = [
+            node
+            for node in numeric.values()
+            if fake_tensor(node).ndim <= 1 and fake_tensor(node).is_floating_point()
+        ]
+        return scalars[0] if len(scalars) == 1 else None
+
+
+def graph_inputs(graph: fx.Graph, argument_names: tuple[str, ...] = ()) -> GraphInputs:
+    """Sort the placeholders of `graph`. `argument_names` names the caller's positional arguments."""
+    data, weights, sizes = {}, [], []
+    for node in graph.find_nodes(op="placeholder"):
+        value, source = fake_value(node), _source_name(node)
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float):
+            sizes.append(node)
+        elif isinstance(value, torch.nn.Parameter) or re.search(
+            r"\._(parameters|buffers)\[|_modules", source
+        ):
+            weights.append(node)
+        else:
+            data[node] = _argument_name(source or node.name, argument_names)
+    return GraphInputs(data, tuple(weights), tuple(sizes))
+
+
+def _argument_name(source: str, argument_names: tuple[str, ...]) -> str:
+    keys = re.findall(r"\['?(\w+)'?\]", source)
+    if not keys:
+        return source
+    if keys[-2:-1] == ["args"] and keys[-1].isdigit() and int(keys[-1]) < len(argument_names):
+        return argument_names[int(keys[-1])]
+    return keys[-1]

@@ -1,0 +1,277 @@
+"""Data flow in a captured graph: who depends on whom, who writes in place, who carries a stream.
+
+Torch-level graphs are not functional, so an edge is more than "is an argument of": a reader of a
+storage depends on the write before it, and a write depends on the readers before it. With those
+edges added, any topological order of the nodes computes the same values.
+"""
+
+import inspect
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxcache.capture import fake_tensor, fake_value
+
+_INPLACE_OPERATORS = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
+    operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor,
+    operator.ilshift, operator.irshift, operator.setitem,
+}  # fmt: skip
+
+
+@cache
+def _inplace_position(function: Callable[..., Any]) -> int | None:
+    """Where `function` takes its `inplace` argument (torch.nn.functional), None if nowhere."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether `node` writes into a tensor argument."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    if node.op != "call_function":
+        return False
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if target in _INPLACE_OPERATORS or "out" in node.kwargs:
+        return True
+    if node.kwargs.get("inplace") is True:
+        return True
+    name = getattr(target, "__name__", "")
+    if name.endswith("_") and not name.endswith("__") and not name.startswith("_"):
+        return True
+    position = _inplace_position(target) if node.args and True in node.args else None
+    return position is not None and len(node.args) > position and node.args[position] is True
+
+
+def is_context(node: fx.Node) -> bool:
+    """Whether `node` opens or closes a context (autocast, grad mode) instead of computing."""
+    name = op_name(node)
+    return node.op == "call_function" and name.startswith(("_enter_", "_exit_", "_set_grad_enabled"))
+
+
+def storages(node: fx.Node) -> set[int]:
+    """Identities of the storages behind the tensors that `node` holds."""
+    value = fake_value(node)
+    tensors = [value] if isinstance(value, torch.Tensor) else value
+    if not isinstance(tensors, tuple | list):
+        return set()
+    return {
+        tensor.untyped_storage()._cdata
+        for tensor in tensors
+        if isinstance(tensor, torch.Tensor) and _has_storage(tensor)
+    }
+
+
+def _has_storage(tensor: torch.Tensor) -> bool:
+    """Sparse tensors have none, and the storage of one inside torch.vmap cannot be asked for."""
+    return tensor.layout == torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(
+        tensor
+    )
+
+
+def written_storages(node: fx.Node) -> set[int]:
+    """Storages that `node` writes into (of its first argument, and of `out`)."""
+    if not writes_in_place(node):
+        return set()
+    operands = [a for a in (*node.args[:1], node.kwargs.get("out")) if isinstance(a, fx.Node)]
+    return set().union(*map(storages, operands)) if operands else set()
+
+
+@dataclass(frozen=True)
+class DataFlow:
+    """The edges of a graph, in-place writes included.
+
+    `sources[n]` are the nodes that must run before `n`, `sinks[n]` those that must run after it,
+    `position[n]` is its place in the recorded order, `writers[s]` the nodes that write storage s.
+    """
+
+    position: dict[fx.Node, int]
+    sources: dict[fx.Node, tuple[fx.Node, ...]]
+    sinks: dict[fx.Node, tuple[fx.Node, ...]]
+    writers: dict[int, tuple[fx.Node, ...]]
+
+    def ancestors(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """All that `nodes` depend on, without `nodes` themselves (unless one needs another)."""
+        return _closure(nodes, self.sources)
+
+    def descendants(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """All that depends on `nodes`, without `nodes` themselves (unless one needs another)."""
+        return _closure(nodes, self.sinks)
+
+    def overwritten_after(self, node: fx.Node) -> bool:
+        """Whether somebody writes into the storage of `node` after `node` was computed."""
+        return any(
+            self.position[writer] > self.position[node]
+            for storage in storages(node)
+            for writer in self.writers.get(storage, ())
+        )
+
+
+def data_flow(graph: fx.Graph) -> DataFlow:
+    """Compute the edges of `graph` in one walk."""
+    position, sources, writers = {}, {}, {}
+    last_write: dict[int, fx.Node] = {}
+    readers: dict[int, list[fx.Node]] = {}
+    for index, node in enumerate(graph.nodes):
+        position[node] = index
+        before = dict.fromkeys(node.all_input_nodes)
+        written = written_storages(node)
+        touched = set().union(*map(storages, node.all_input_nodes)) if before else set()
+        for storage in touched:
+            if storage in last_write:
+                before[last_write[storage]] = None
+            if storage in written:
+                before.update(dict.fromkeys(readers.get(storage, ())))
+                last_write[storage], readers[storage] = node, []
+                writers[storage] = (*writers.get(storage, ()), node)
+            else:
+                readers.setdefault(storage, []).append(node)
+        sources[node] = tuple(before)
+    sinks: dict[fx.Node, list[fx.Node]] = {node: [] for node in position}
+    for node, before in sources.items():
+        for source in before:
+            sinks[source].append(node)
+    return DataFlow(position, sources, {n: tuple(s) for n, s in sinks.items()}, writers)
+
+
+def _closure(
+    nodes: Iterable[fx.Node], edges: dict[fx.Node, tuple[fx.Node, ...]]
+) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    todo = [after for node in nodes for after in edges[node]]
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo.extend(edges[node])
+    return seen
+
+
+# --- the residual path ---------------------------------------------------------------------------
+
+_SAME_PLACE = {"to", "type_as", "float", "half", "bfloat16", "double", "type", "clone", "clip",
+               "contiguous", "detach", "clamp", "dropout", "nan_to_num", "alias", "cuda",
+               "cpu"}  # fmt: skip
+_REARRANGE = {"reshape", "view", "permute", "transpose", "flatten", "unflatten", "unsqueeze",
+              "squeeze", "expand", "movedim", "swapaxes", "swapdims", "t", "view_as", "roll",
+              "chunk", "split", "unbind", "tensor_split", "narrow", "select", "expand_as",
+              "repeat", "stack", "slice", "index_select", "pad", "repeat_interleave"}  # fmt: skip
+_ADD = {"add", "iadd", "add_"}
+_SUBTRACT = {"sub", "isub", "sub_"}
+
+Window = tuple[int, int, int]  # dimension, start, stop: the part of a tensor that is followed
+
+
+def op_name(node: fx.Node) -> str:
+    """The bare name of what `node` calls: ``add`` for operator.add, torch.add and Tensor.add."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[-1]
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def residual_path(node: fx.Node, until: set[fx.Node]) -> set[fx.Node]:
+    """Walk back from `node` through additions and views; returns where in `until` it arrives.
+
+    A value of `until` on this path is what `node` carries on unchanged but for what was added: the
+    skip connection of a residual block. Slices of concatenations are followed exactly (in joint
+    blocks, text and image tokens are slices of one tensor). The walk stops at `until`.
+    """
+    arrived: set[fx.Node] = set()
+    seen: set[tuple[fx.Node, Window | None]] = set()
+    todo: list[tuple[Any, Window | None]] = [(node, None)]
+    while todo:
+        current, window = todo.pop()
+        if not isinstance(current, fx.Node) or (current, window) in seen:
+            continue
+        seen.add((current, window))
+        if current in until and current is not node:
+            arrived.add(current)
+            continue
+        todo.extend(_carried(current, window))
+    return arrived
+
+
+def _carried(node: fx.Node, window: Window | None) -> list[tuple[Any, Window | None]]:
+    """The operands that `node` passes on, each with the part of it that `window` corresponds to."""
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return []
+    name, first = op_name(node), node.args[0]
+    if name in _ADD:
+        return [(a, _fit(a, window)) for a in node.args[:2]]
+    if name in _SUBTRACT or name in _SAME_PLACE:
+        return [(first, window)]
+    if name in ("truediv", "div", "mul") and node.args[1] == 1:
+        return [(first, window)]
+    if name in ("cat", "concat", "concatenate"):
+        return _concatenated(node, window)
+    if name == "getitem":
+        return [(first, _sliced(node, window))]
+    if name in _REARRANGE:
+        operands = first if isinstance(first, list | tuple) else [first]
+        return [(a, None) for a in operands]
+    return []
+
+
+def _fit(operand: Any, window: Window | None) -> Window | None:
+    """A window is lost where broadcasting makes the dimension mean something else."""
+    value = fake_tensor(operand)
+    if window is None or value is None or value.ndim <= window[0]:
+        return None
+    size = value.shape[window[0]]
+    return window if isinstance(size, int) and size >= window[2] else None
+
+
+def _concatenated(node: fx.Node, window: Window | None) -> list[tuple[Any, Window | None]]:
+    operands = node.args[0]
+    if not isinstance(operands, list | tuple):
+        return [(operands, None)]
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    values = [fake_tensor(operand) for operand in operands]
+    if window is None or any(v is None for v in values) or not isinstance(dim, int):
+        return [(operand, None) for operand in operands]
+    if dim % values[0].ndim != window[0]:
+        return [(operand, window) for operand in operands]
+    followed, offset = [], 0
+    for operand, value in zip(operands, values, strict=True):
+        size = value.shape[window[0]]
+        if not isinstance(size, int):
+            return [(operand, None) for operand in operands]
+        start, stop = max(window[1] - offset, 0), min(window[2] - offset, size)
+        if start < stop:
+            whole = (start, stop) == (0, size)
+            followed.append((operand, None if whole else (window[0], start, stop)))
+        offset += size
+    return followed
+
+
+def _sliced(node: fx.Node, window: Window | None) -> Window | None:
+    """The window of x that x[...] stands for, where one dimension is cut by plain numbers."""
+    value, index = fake_tensor(node.args[0]), node.args[1]
+    if value is None or window is not None:
+        return None
+    cuts = [
+        (dim, part)
+        for dim, part in enumerate(index if isinstance(index, tuple) else (index,))
+        if part != slice(None)
+    ]
+    if len(cuts) != 1 or not isinstance(cuts[0][1], slice):
+        return None
+    dim, part = cuts[0]
+    size = value.shape[dim] if dim < value.ndim else None
+    bounds = (part.start, part.stop, size)
+    if not all(b is None or isinstance(b, int) for b in bounds) or size is None:
+        return None
+    start, stop, stride = part.indices(size)
+    return (dim, start, stop) if stride == 1 else None

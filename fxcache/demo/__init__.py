@@ -1,0 +1,1 @@
+"""The demo: samples from a small trained denoiser, uncached and cached, side by side."""

@@ -1,0 +1,250 @@
+"""The object that `transform` returns: the model, with its forward going through the cache.
+
+A denoiser is a second instance of a subclass of the model's class that shares the model's
+``__dict__``: parameters, buffers, submodules, hooks, config and training flag are the same
+objects, so everything that is done to the one (``.to``, ``load_state_dict``, adapters) is done to
+the other, and the model itself is not touched.
+"""
+
+import functools
+import inspect
+import logging
+import types
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+
+from fxcache.backend import Backend, resolve_compiler
+from fxcache.capture import TIMESTEP_NAMES
+from fxcache.errors import CaptureError, FxCacheError, StackNotFoundError
+from fxcache.policy import Policy
+from fxcache.report import Report
+from fxcache.runtime.session import Session
+
+log = logging.getLogger("fxcache")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a denoiser was asked for; enough to make it again around a copied model."""
+
+    policy: Policy
+    backend: str | Callable[..., Any] = "inductor"
+    mode: str | None = None
+    dynamic: bool | None = None
+    fullgraph: bool = True
+    options: dict[str, Any] | None = field(default=None)
+    disable: bool = False
+    fallback: bool = False
+
+
+def _evaluate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model.forward(*args, **kwargs)
+
+
+def _own_evaluate() -> Callable[..., Any]:
+    """A copy of `_evaluate` with a code object of its own.
+
+    Dynamo keeps its compiled entries a code object and allows only so many: denoisers must not use
+    up each other's.
+    """
+    code = _evaluate.__code__.replace()
+    return types.FunctionType(code, _evaluate.__globals__, f"{_evaluate.__name__}_denoiser")
+
+
+class Runner:
+    """Calls a model through the cache, or around it where nothing may be cached."""
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+        self.session = Session(settings.policy)
+        self.compiler = resolve_compiler(
+            settings.backend, settings.mode, settings.options, settings.dynamic
+        )
+        self.gave_up = False
+        names = tuple(inspect.signature(model.forward).parameters)
+        self.timestep_places = [(i, n) for i, n in enumerate(names) if n in TIMESTEP_NAMES]
+        self.backend = Backend(
+            self.session,
+            self.compiler,
+            argument_names=names,
+            num_weights=sum(t.numel() for t in (*model.parameters(), *model.buffers())),
+        )
+        self.cached = self._compile(self.backend)
+        is_eager = settings.backend == "eager"
+        self.uncached = _evaluate if is_eager else self._compile(self.compiler)
+
+    def _compile(self, backend: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(
+            _own_evaluate(),
+            backend=backend,
+            fullgraph=self.settings.fullgraph,
+            dynamic=self.settings.dynamic,
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.settings.disable:
+            return self.model.forward(*args, **kwargs)
+        if self.gave_up or not self._may_cache():
+            return self.uncached(self.model, args, kwargs)
+        try:
+            with self._host_timestep(args, kwargs):
+                return self._evaluate_cached(args, kwargs)
+        except (StackNotFoundError, CaptureError) as error:
+            if not self.settings.fallback:
+                raise
+            warnings.warn(f"fxcache runs this model uncached: {error}", stacklevel=3)
+            self.gave_up = True
+            return self.uncached(self.model, args, kwargs)
+
+    def _may_cache(self) -> bool:
+        if self.settings.policy.in_training:
+            return True
+        if self.model.training:
+            self.session.say_once("training", "model.training is set: nothing is cached")
+            return False
+        if torch.is_grad_enabled():
+            self.session.say_once(
+                "gradients",
+                "gradients are enabled: nothing is cached. Sample under torch.no_grad() or "
+                "torch.inference_mode()",
+            )
+            return False
+        return True
+
+    def _host_timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for index, name in self.timestep_places:
+            value = args[index] if index < len(args) else kwargs.get(name)
+            if isinstance(value, int | float):
+                return self.session.at_timestep(float(value))
+        return _NOTHING
+
+    def _evaluate_cached(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        session = self.session
+        before = session.evaluations
+        try:
+            outputs = self.cached(self.model, args, kwargs)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, FxCacheError):
+                raise error.inner_exception from None
+            raise
+        except Unsupported as error:
+            raise CaptureError(
+                f"{type(self.model).__name__} could not be captured in one graph, and "
+                f"fullgraph=True; fullgraph=False may do. Dynamo says: {error}"
+            ) from error
+        if session.evaluations == before:
+            raise StackNotFoundError(
+                f"no graph of {type(self.model).__name__} holds its block stack: it breaks into "
+                f"{session.graphs} graphs ({'; '.join(self.backend.refused) or 'none captured'}). "
+                f"Graph breaks inside the blocks are the usual cause: TORCH_LOGS=graph_breaks"
+            )
+        return outputs
+
+
+class _Nothing:
+    """A context manager that costs nothing to make."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+_NOTHING = _Nothing()
+
+
+class DenoiserMethods:
+    """What a denoiser has besides the model's own attributes."""
+
+    __slots__ = ()
+    _fxcache: Runner
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The model's forward through the cache. A property, so that it also precedes a forward
+        that somebody (accelerate's hooks) wrote on the instance: that one is called inside."""
+        return self._fxcache_forward
+
+    @forward.setter
+    def forward(self, function: Callable[..., Any]) -> None:
+        self._fxcache.model.__dict__["forward"] = function
+
+    @forward.deleter
+    def forward(self) -> None:
+        del self._fxcache.model.__dict__["forward"]
+
+    @contextmanager
+    def trajectory(self, num_steps: int | None = None) -> Iterator[None]:
+        """Announce one solve of the sampler, of `num_steps` steps if known.
+
+        It starts clean, and nothing of it is left afterwards. Without it, a new trajectory is
+        recognised by its timestep going back, or by other shapes, dtypes or devices.
+        """
+        with self._fxcache.session.trajectory(num_steps):
+            yield
+
+    @contextmanager
+    def branch(self, name: Hashable) -> Iterator[None]:
+        """Name the branch ("cond", "uncond", ...) of the calls inside: each has its own state."""
+        with self._fxcache.session.inside(branch=name):
+            yield
+
+    @contextmanager
+    def slot(self, name: Hashable) -> Iterator[None]:
+        """Name the request that the calls inside belong to: each has its own trajectory."""
+        with self._fxcache.session.inside(slot=name):
+            yield
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """The same as `branch`, under the name by which diffusers' pipelines call it."""
+        with self._fxcache.session.inside(branch=name):
+            yield
+
+    def reset(self) -> None:
+        """Forget everything, records included, and free the memory."""
+        self._fxcache.session.reset()
+
+    def report(self) -> Report:
+        """What happened since the start or the last reset."""
+        return self._fxcache.session.report()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles: the model is copied and transformed anew, with a state of its own."""
+        return make_denoiser, (self._fxcache.model, self._fxcache.settings)
+
+
+@functools.cache
+def _denoiser_class(model_class: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of `model_class` that goes by its name: pipelines check and write class names."""
+    names = {
+        "__slots__": ("_fxcache", "_fxcache_forward"),
+        "__module__": model_class.__module__,
+        "__qualname__": model_class.__qualname__,
+        "__doc__": model_class.__doc__,
+    }
+    return type(model_class.__name__, (DenoiserMethods, model_class), names)
+
+
+def make_denoiser(model: nn.Module, settings: Settings) -> nn.Module:
+    """A denoiser around `model`. See the module's docstring."""
+    runner = Runner(model, settings)
+
+    @functools.wraps(model.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return runner(*args, **kwargs)
+
+    cls = _denoiser_class(type(model))
+    denoiser = cls.__new__(cls)
+    object.__setattr__(denoiser, "__dict__", model.__dict__)
+    object.__setattr__(denoiser, "_fxcache", runner)
+    object.__setattr__(denoiser, "_fxcache_forward", forward)
+    return denoiser

@@ -1,0 +1,178 @@
+"""Say what the pass finds in a model and what it would do, without compiling anything."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxcache.backend import Backend, analyse
+from fxcache.capture import fake_tensor, graph_inputs
+from fxcache.denoiser import Runner, Settings
+from fxcache.errors import FxCacheError, PolicyError
+from fxcache.passes.branch import state_fakes
+from fxcache.passes.cut import Cut
+from fxcache.policy import Policy
+from fxcache.stack import node_flops
+
+
+@dataclass(frozen=True)
+class StreamInfo:
+    """A tensor that leaves the span and is cached: as a residual, or as it is."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    is_residual: bool
+    nbytes: int
+
+    def __str__(self) -> str:
+        how = "residual" if self.is_residual else "as it is"
+        return f"{self.name} {list(self.shape)} {self.dtype}, cached {how}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the pass found in a model.
+
+    Attributes:
+        model: class name.
+        stack: the block stack, as ``path (blocks)`` joined by ``+``; None if there is none.
+        blocks, head_blocks, span_blocks, tail_blocks: paths of the blocks, in execution order.
+        streams: what leaves the span and is cached.
+        probe: what is measured.
+        timestep: the name of the time input, None if the graph has none.
+        flops: FLOPs of one evaluation; skipped_flops: those that a hit skips.
+        refused: for each graph that was not rewritten, why.
+    """
+
+    model: str
+    stack: str | None = None
+    head_blocks: tuple[str, ...] = ()
+    span_blocks: tuple[str, ...] = ()
+    tail_blocks: tuple[str, ...] = ()
+    streams: tuple[StreamInfo, ...] = ()
+    probe: str | None = None
+    timestep: str | None = None
+    flops: int = 0
+    skipped_flops: int = 0
+    refused: tuple[str, ...] = field(default=())
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        return (*self.head_blocks, *self.span_blocks, *self.tail_blocks)
+
+    @property
+    def skipped_share(self) -> float:
+        """The share of an evaluation's FLOPs that a hit skips, 0 to 1."""
+        return self.skipped_flops / self.flops if self.flops else 0.0
+
+    def __str__(self) -> str:
+        if self.stack is None:
+            return "\n".join([f"{self.model}: no block stack", *map("  refused: {}".format, self.refused)])
+        cached = sum(stream.nbytes for stream in self.streams)
+        lines = [
+            f"{self.model}: {len(self.blocks)} blocks in {self.stack}",
+            f"  head   {_run(self.head_blocks)}",
+            f"  span   {_run(self.span_blocks)}",
+            f"  tail   {_run(self.tail_blocks)}",
+            f"  probe  {self.probe}",
+            *(f"  stream {stream}" for stream in self.streams),
+            f"  time   {self.timestep or 'not found: steps are counted by evaluations'}",
+            f"  a hit skips {self.skipped_share:.1%} of {self.flops / 1e9:.3g} GFLOP and needs "
+            f"{cached / 2**20:.3g} MiB a branch",
+            *(f"  refused: {reason}" for reason in self.refused),
+        ]
+        return "\n".join(lines)
+
+
+def _run(paths: Sequence[str]) -> str:
+    if not paths:
+        return "-"
+    ends = paths[0] if len(paths) == 1 else f"{paths[0]} .. {paths[-1]}"
+    return f"{ends} ({len(paths)})"
+
+
+class _Analyst(Backend):
+    """A backend that looks and changes nothing."""
+
+    cut: Cut | None = None
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        self.session.graphs += 1
+        self.session.evaluations += 1
+        inputs = graph_inputs(gm.graph, self.argument_names)
+        try:
+            if self._is_fragment(inputs):
+                raise FxCacheError("a small part of the model, cut off by a graph break")
+            self.cut = analyse(gm, inputs, self.session.policy)
+        except PolicyError:
+            raise
+        except FxCacheError as error:
+            self.refused.append(f"graph {self.session.graphs}: {error}")
+        return gm.forward
+
+
+def explain_model(
+    model: nn.Module, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Explanation:
+    """Run the model once through Dynamo, look at its graphs and describe what was found."""
+    runner = Runner(model, Settings(policy, backend="eager", fullgraph=False))
+    analyst = _Analyst(
+        runner.session,
+        runner.compiler,
+        argument_names=runner.backend.argument_names,
+        num_weights=runner.backend.num_weights,
+    )
+    runner.cached = runner._compile(analyst)
+    with torch.no_grad():
+        try:
+            runner.cached(model, args, kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, FxCacheError):
+                raise error.inner_exception from None
+            raise
+    refused = tuple(analyst.refused)
+    if analyst.cut is None:
+        return Explanation(type(model).__name__, refused=refused)
+    return _describe(type(model).__name__, analyst.cut, refused)
+
+
+def _describe(model: str, found: Cut, refused: tuple[str, ...]) -> Explanation:
+    paths = [block.path for block in found.stack.blocks]
+    first = paths.index(found.span_blocks[0].path)
+    last = first + len(found.span_blocks)
+    _, residuals = state_fakes(found)
+    streams = [
+        StreamInfo(
+            stream.after.name,
+            tuple(size if isinstance(size, int) else str(size) for size in residual.shape),
+            str(residual.dtype).removeprefix("torch."),
+            stream.before is not None,
+            _nbytes(residual),
+        )
+        for stream, residual in zip(found.streams, residuals, strict=True)
+    ]
+    probe, inputs = found.probe, graph_inputs(found.probe.after.graph)
+    measured = probe.after.name if probe.before is None else f"{probe.after} - {probe.before}"
+    return Explanation(
+        model,
+        stack=str(found.stack),
+        head_blocks=tuple(paths[:first]),
+        span_blocks=tuple(paths[first:last]),
+        tail_blocks=tuple(paths[last:]),
+        streams=tuple(streams),
+        probe=f"{measured} {list(fake_tensor(probe.after).shape)}",
+        timestep=inputs.data.get(found.timestep) if found.timestep else None,
+        flops=found.stack.graph_flops,
+        skipped_flops=sum(node_flops(node) for node in found.span),
+        refused=refused,
+    )
+
+
+def _nbytes(fake: torch.Tensor) -> int:
+    try:
+        return fake.numel() * fake.element_size()
+    except Exception:  # noqa: BLE001 - symbolic sizes without a value
+        return 0

@@ -1,0 +1,1 @@
+"""Bridges to other libraries: the only place that imports them."""

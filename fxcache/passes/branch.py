@@ -1,0 +1,269 @@
+"""Write the three pieces of a cut graph: head, hit and miss.
+
+::
+
+    head(inputs, reference)          -> crossing values, [metric, timestep]
+    hit(crossing, inputs, residuals) -> outputs                         predictor + tail
+    miss(crossing, inputs, residual slots, reference) -> outputs, sizes    span + refresh + tail
+
+Which of hit and miss follows head is decided between them; how, is the runtime's choice. The
+pieces write nothing but the miss its residual slots and its reference.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxcache.capture import fake_tensor
+from fxcache.dataflow import DataFlow, is_context, op_name
+from fxcache.kernels import forecast, residual_diff
+from fxcache.passes.cut import Cut, Probe
+
+REFERENCE, WEIGHTS = "fxcache_reference", "fxcache_weights"
+
+
+def slot_key(stream: int) -> str:
+    """The key of the slot that a miss of `stream` writes."""
+    return f"fxcache_slot_{stream}"
+
+
+def ring_key(stream: int, index: int) -> str:
+    """The key of one past residual of `stream`."""
+    return f"fxcache_ring_{stream}_{index}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A graph module and what it takes and gives.
+
+    `arguments` are keys, one a placeholder: nodes of the captured graph (an input, or a value that
+    head computed), ``("snapshot", node)``, or names of state tensors. `results` are the keys of what
+    head returns first, and of the sizes that a miss returns last.
+    """
+
+    module: fx.GraphModule
+    arguments: tuple[Hashable, ...]
+    results: tuple[Hashable, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The rewritten graph."""
+
+    head: Piece
+    hit: Piece
+    miss: Piece
+
+
+def build_pieces(gm: fx.GraphModule, cut: Cut, flow: DataFlow, *, ring: int) -> Pieces:
+    """Write the pieces of `gm` as `cut` divides it, with `ring` past residuals a stream.
+
+    With ``ring=1`` the residual is added as it is; with more, a weight vector is one more input.
+    `gm` is not changed.
+    """
+    writer = _Writer(gm, cut, flow)
+    return Pieces(writer.head(), writer.hit(ring), writer.miss())
+
+
+class _Writer:
+    """What writing the three pieces shares: the cut, what crosses, and the open contexts."""
+
+    def __init__(self, gm: fx.GraphModule, cut: Cut, flow: DataFlow) -> None:
+        self.gm, self.cut, self.flow = gm, cut, flow
+        self.contexts = _contexts(gm.graph)
+        befores = [stream.before for stream in cut.streams]
+        kept = [node for node in (*befores, cut.probe.after, cut.probe.before) if node is not None]
+        #: Tensors that are compared or added to after somebody overwrites them: copied in time.
+        self.snapshots = {node for node in kept if flow.overwritten_after(node)}
+        used = set(kept)
+        for node in (*cut.span, *cut.tail, gm.graph.output_node()):
+            used.update(node.all_input_nodes)
+        self.crossing = tuple(node for node in cut.head if node in used)
+
+    def head(self) -> Piece:
+        graph = _PieceGraph(self.gm, self.contexts, self.snapshots)
+        graph.emit(self.cut.head)
+        probe, timestep = self.cut.probe, self.cut.timestep
+        kept = {node: graph.read(node, snapshot=True) for node in _present(probe)}
+        reference = graph.argument(REFERENCE)
+        change = residual_diff(
+            graph.proxy(kept[probe.after]),
+            None if probe.before is None else graph.proxy(kept[probe.before]),
+            graph.proxy(reference),
+        )
+        time = None if timestep is None else graph.proxy(graph.read(timestep))
+        measured = _decision_inputs(change, time)
+        crossing = [graph.read(node) for node in self.crossing]
+        copied = sorted(self.snapshots, key=self.flow.position.__getitem__)
+        copies = [graph.read(node, snapshot=True) for node in copied]
+        results = (*self.crossing, *(("snapshot", node) for node in copied))
+        return graph.finish([*crossing, *copies, measured.node], results)
+
+    def hit(self, ring: int) -> Piece:
+        graph = _PieceGraph(self.gm, self.contexts, set())
+        weights = graph.argument(WEIGHTS) if ring > 1 else None
+        for index, stream in enumerate(self.cut.streams):
+            before = None if stream.before is None else self._kept(graph, stream.before)
+            residuals = [graph.argument(ring_key(index, j)) for j in range(ring)]
+            predicted = forecast(
+                None if before is None else graph.proxy(before),
+                [graph.proxy(residual) for residual in residuals],
+                None if weights is None else graph.proxy(weights),
+            )
+            graph.define(stream.after, predicted.node)
+        graph.emit(self.cut.tail)
+        return graph.finish(graph.outputs())
+
+    def miss(self) -> Piece:
+        graph = _PieceGraph(self.gm, self.contexts, set())
+        graph.emit(self.cut.span)
+        for index, stream in enumerate(self.cut.streams):
+            value = graph.proxy(graph.read(stream.after))
+            if stream.before is not None:
+                value = value - graph.proxy(self._kept(graph, stream.before))
+            graph.proxy(graph.argument(slot_key(index))).copy_(value)
+        probe = self.cut.probe
+        residual = graph.proxy(self._kept(graph, probe.after))
+        if probe.before is not None:
+            residual = residual - graph.proxy(self._kept(graph, probe.before))
+        graph.proxy(graph.argument(REFERENCE)).copy_(residual)
+        graph.emit(self.cut.tail)
+        sizes = [graph.read(node) for node in self.cut.sizes]
+        return graph.finish([*graph.outputs(), *sizes], self.cut.sizes)
+
+    def _kept(self, graph: "_PieceGraph", node: fx.Node) -> fx.Node:
+        """Read `node` as it was before anybody overwrote it."""
+        return graph.argument(("snapshot", node)) if node in self.snapshots else graph.read(node)
+
+
+def _present(probe: Probe) -> list[fx.Node]:
+    return [node for node in (probe.after, probe.before) if node is not None]
+
+
+def _decision_inputs(change: Any, timestep: Any) -> Any:
+    """float32 [2]: residual diff (NaN and Inf stay) and timestep; one read-back serves both."""
+    total, scale = change.sum(0).unbind(0)
+    # 0 / 0 of two equal all-zero residuals (zero-initialised gates) is no difference; NaN / NaN is.
+    diff = torch.where(total == 0, total, total / scale)
+    if timestep is None:
+        return torch.stack([diff])
+    time = timestep.reshape(-1).amax().to(device=diff.device, dtype=torch.float32)
+    return torch.stack([diff, time])
+
+
+def _contexts(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """For each node the contexts (autocast) that are open around it, outermost first."""
+    open_now: tuple[fx.Node, ...] = ()
+    contexts = {}
+    for node in graph.nodes:
+        if is_context(node) and op_name(node).startswith("_enter_"):
+            open_now = (*open_now, node)
+        elif is_context(node) and op_name(node).startswith("_exit_"):
+            open_now = tuple(n for n in open_now if n is not node.args[0])
+        contexts[node] = open_now
+    return contexts
+
+
+class _PieceGraph:
+    """A graph under construction: copies nodes of `gm`, adds what they read as arguments."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        contexts: dict[fx.Node, tuple[fx.Node, ...]],
+        snapshots: set[fx.Node],
+    ) -> None:
+        self.gm, self.contexts, self.snapshots = gm, contexts, snapshots
+        self.graph = fx.Graph()
+        self.tracer = fx.proxy.GraphAppendingTracer(self.graph)
+        self.defined: dict[fx.Node, fx.Node] = {}
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.arguments: dict[Hashable, fx.Node] = {}
+        self.open: list[tuple[fx.Node, fx.Node]] = []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return fx.Proxy(node, self.tracer)
+
+    def argument(self, key: Hashable) -> fx.Node:
+        """The placeholder for `key`, made at its first use."""
+        if key not in self.arguments:
+            name = key if isinstance(key, str) else "_".join(map(str, key))
+            self.arguments[key] = self._placeholder(name)
+        return self.arguments[key]
+
+    def _placeholder(self, name: str) -> fx.Node:
+        first_other = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
+        if first_other is None:
+            return self.graph.placeholder(name)
+        with self.graph.inserting_before(first_other):
+            return self.graph.placeholder(name)
+
+    def define(self, node: fx.Node, value: fx.Node) -> None:
+        self.defined[node] = value
+
+    def read(self, node: fx.Node, *, snapshot: bool = False) -> fx.Node:
+        """The node of this graph that holds `node`: computed here, or an argument."""
+        if node not in self.defined:
+            if node.op == "get_attr":
+                self.defined[node] = self.graph.node_copy(node)
+            else:
+                if node not in self.arguments:
+                    self.arguments[node] = self._placeholder(node.name)
+                    self.arguments[node].meta = dict(node.meta)
+                self.defined[node] = self.arguments[node]
+            self._snapshot(node)
+        return self.copies.get(node, self.defined[node]) if snapshot else self.defined[node]
+
+    def emit(self, nodes: Iterable[fx.Node]) -> None:
+        """Copy `nodes`, in their order, each inside the contexts that it was recorded in."""
+        for node in nodes:
+            self._switch(self.contexts[node])
+            for operand in node.all_input_nodes:
+                self.read(operand)
+            self.defined[node] = self.graph.node_copy(node, self.read)
+            self._snapshot(node)
+        self._switch(())
+
+    def _snapshot(self, node: fx.Node) -> None:
+        if node in self.snapshots:
+            self.copies[node] = self.graph.call_method("clone", (self.defined[node],))
+
+    def _switch(self, contexts: Sequence[fx.Node]) -> None:
+        while self.open and [n for n, _ in self.open] != list(contexts[: len(self.open)]):
+            entered, copy = self.open.pop()
+            exits = next(user for user in entered.users if op_name(user).startswith("_exit_"))
+            self.graph.call_function(exits.target, (copy,))
+        for entered in contexts[len(self.open) :]:
+            self.open.append((entered, self.graph.node_copy(entered, self.read)))
+
+    def outputs(self) -> list[fx.Node]:
+        """What the captured graph returns, flat: Dynamo returns one flat tuple."""
+        (results,) = self.gm.graph.output_node().args
+        flat = results if isinstance(results, list | tuple) else (results,)
+        return [self.read(r) if isinstance(r, fx.Node) else r for r in flat]
+
+    def finish(self, outputs: list[Any], results: tuple[Hashable, ...] = ()) -> Piece:
+        self.graph.output(tuple(outputs))
+        module = fx.GraphModule(self.gm, self.graph)
+        module.graph.lint()
+        return Piece(module, tuple(self.arguments), results)
+
+
+def state_fakes(cut: Cut) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Fake tensors like the reference, and like each stream's residual (contiguous)."""
+
+    def like(after: fx.Node, before: fx.Node | None) -> torch.Tensor:
+        value = fake_tensor(after)
+        dtype = value.dtype if before is None else _difference_dtype(value, fake_tensor(before))
+        return value.new_empty(value.shape, dtype=dtype)
+
+    with fake_tensor(cut.probe.after).fake_mode, torch.no_grad():
+        reference = like(cut.probe.after, cut.probe.before)
+        return reference, [like(stream.after, stream.before) for stream in cut.streams]
+
+
+def _difference_dtype(after: torch.Tensor, before: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(after.dtype, before.dtype)

@@ -1,0 +1,317 @@
+"""Cut a captured graph at its block stack: head, span and tail, and the streams that cross.
+
+::
+
+    inputs -> [head: embeddings, head blocks] -> [span: blocks] -> [tail: tail blocks, projection]
+
+The *head* is what both ways out need and what does not depend on the span. What only the span
+needs is part of the span, wherever it was recorded (a text stream's last projection in a head
+block, a control branch): a hit skips it too. The *tail* is what depends on the span, and what only
+the tail needs.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxcache.capture import (
+    GraphInputs,
+    fake_tensor,
+    fake_value,
+    is_stream_like,
+    same_layout,
+    same_size,
+)
+from fxcache.dataflow import (
+    DataFlow,
+    is_context,
+    op_name,
+    residual_path,
+    storages,
+    writes_in_place,
+    written_storages,
+)
+from fxcache.errors import CaptureError, PolicyError, StackNotFoundError
+from fxcache.stack import Block, Stack, block_inputs
+
+_SLICES = {"getitem", "narrow", "chunk", "split", "unbind", "tensor_split", "select", "slice"}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A tensor that leaves the span (`after`) and the tensor that it continues (`before`).
+
+    `before` is None for one that continues none: it is cached as it is, not as a residual.
+    """
+
+    after: fx.Node
+    before: fx.Node | None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is measured: the residual `after - before`, or `after` alone if `before` is None."""
+
+    after: fx.Node
+    before: fx.Node | None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Roles of a graph's nodes (each in recorded order) and what crosses between them.
+
+    `sizes` are the numbers (not tensors) that leave the span.
+    """
+
+    stack: Stack
+    span_blocks: tuple[Block, ...]
+    head: tuple[fx.Node, ...]
+    span: tuple[fx.Node, ...]
+    tail: tuple[fx.Node, ...]
+    streams: tuple[Stream, ...]
+    sizes: tuple[fx.Node, ...]
+    probe: Probe
+    timestep: fx.Node | None
+
+
+def cut(
+    graph: fx.Graph,
+    stack: Stack,
+    flow: DataFlow,
+    inputs: GraphInputs,
+    *,
+    head_blocks: int,
+    tail_blocks: int,
+) -> Cut:
+    """Divide `graph` at `stack`, with `head_blocks` and `tail_blocks` blocks left outside the span.
+
+    Raises PolicyError if that leaves no span, CaptureError if the span writes in place into a
+    tensor of the head that the tail reads.
+    """
+    blocks = stack.blocks
+    span_blocks = blocks[head_blocks : len(blocks) - tail_blocks]
+    if not span_blocks:
+        raise PolicyError(
+            f"head_blocks={head_blocks} and tail_blocks={tail_blocks} leave no span: the stack "
+            f"{stack} has {len(blocks)} blocks, so head_blocks + tail_blocks must be at most "
+            f"{len(blocks) - 1}"
+        )
+    core = _core(span_blocks)
+    after_core = flow.descendants(core)
+    span = core | (after_core & flow.ancestors(core))
+    first = set(span_blocks[0].nodes)
+    moving = flow.descendants(n for b in blocks[:head_blocks] for n in b.nodes) if head_blocks else None
+
+    def partner(node: fx.Node) -> fx.Node | None:
+        return _partner(node, span, after_core, first, moving, flow)
+
+    span |= _absorbed(span, partner)
+    leaving = [n for n in span if any(user not in span for user in n.users)]
+    leaving.sort(key=flow.position.__getitem__)
+    tensors = [node for node in leaving if fake_tensor(node) is not None]
+    streams = tuple(Stream(node, partner(node)) for node in tensors)
+    tail = (after_core | flow.descendants(span)) - span
+    _check_writes(flow, span, tail)
+    if not streams:
+        raise StackNotFoundError(f"the stack {stack} was found, but nothing reads its result")
+    probe = _probe(graph, stack, streams, flow, inputs, head_blocks, span, tail)
+    head, sunk, late = _place_rest(graph, flow, span, tail, streams, probe)
+    return Cut(
+        stack=stack,
+        span_blocks=span_blocks,
+        head=_ordered(head, flow),
+        span=_ordered(span | sunk, flow),
+        tail=_ordered(tail | late, flow),
+        streams=streams,
+        sizes=tuple(node for node in leaving if fake_tensor(node) is None),
+        probe=probe,
+        timestep=inputs.timestep,
+    )
+
+
+def _core(blocks: tuple[Block, ...]) -> set[fx.Node]:
+    """The nodes of `blocks`, but for elements of tuples made outside: only tensors can cross."""
+    core = {node for block in blocks for node in block.nodes}
+    return {node for node in core if _tuple_source(node) in core | {None}}
+
+
+def _tuple_source(node: fx.Node) -> fx.Node | None:
+    """The node whose tuple value `node` takes an element of, None if it does not."""
+    if op_name(node) != "getitem" or not isinstance(node.args[0], fx.Node):
+        return None
+    return node.args[0] if isinstance(fake_value(node.args[0]), tuple | list) else None
+
+
+def _ordered(nodes: Iterable[fx.Node], flow: DataFlow) -> tuple[fx.Node, ...]:
+    computing = (
+        node
+        for node in nodes
+        if node.op not in ("placeholder", "output", "get_attr") and not is_context(node)
+    )
+    return tuple(sorted(computing, key=flow.position.__getitem__))
+
+
+def _partner(
+    node: fx.Node,
+    span: set[fx.Node],
+    after_core: set[fx.Node],
+    first: set[fx.Node],
+    moving: set[fx.Node] | None,
+    flow: DataFlow,
+) -> fx.Node | None:
+    """The tensor before the span that `node` continues.
+
+    Same layout, and joined to it by the residual path; where no residual path leads out of the
+    span (blocks that end with a norm), the newest stream that the span's first block reads.
+    `moving` are the nodes that depend on the head blocks (None: there are none).
+    """
+    entering = {
+        operand
+        for inner in span
+        for operand in inner.all_input_nodes
+        if operand not in span
+        and operand not in after_core
+        and same_layout(operand, node)
+        and (moving is None or operand in moving)
+        and not isinstance(fake_tensor(operand), torch.nn.Parameter)
+    }
+    joined = residual_path(node, entering)
+    if not joined:
+        joined = {operand for operand in entering if any(user in first for user in operand.users)}
+    return max(joined, key=flow.position.__getitem__, default=None)
+
+
+def _absorbed(span: set[fx.Node], partner) -> set[fx.Node]:
+    """Nodes right after the span that belong in it.
+
+    Elements of a tuple that leaves the span, since only tensors can be cached; and slices of a
+    tensor without a partner, if the slices have one (the image tokens of a joint sequence): so the
+    text stream dies in the span and is not cached.
+    """
+    absorbed: set[fx.Node] = set()
+    for node in list(span):
+        outside = [user for user in node.users if user not in span]
+        if not outside:
+            continue
+        if isinstance(fake_value(node), tuple | list):
+            absorbed.update(outside)
+        elif is_stream_like(node) and partner(node) is None:
+            slices = _slices_of(node, span)
+            if slices is not None and any(partner(piece) is not None for piece in slices):
+                absorbed.update(slices)
+    return absorbed
+
+
+def _slices_of(node: fx.Node, span: set[fx.Node]) -> set[fx.Node] | None:
+    """All that the rest of the graph makes of `node`, if it only slices it; None if it does not."""
+    slices: set[fx.Node] = set()
+    for user in node.users:
+        if user in span:
+            continue
+        if user.op == "output" or op_name(user) not in _SLICES:
+            return None
+        slices.add(user)
+        if not isinstance(fake_value(user), torch.Tensor):
+            elements = set(user.users)
+            if any(op_name(element) != "getitem" for element in elements):
+                return None
+            slices |= elements
+    return slices
+
+
+def _check_writes(flow: DataFlow, span: set[fx.Node], tail: set[fx.Node]) -> None:
+    """Refuse a span that writes into a tensor from before it which the tail reads afterwards."""
+    for writer in span:
+        written = written_storages(writer)
+        for reader in flow.sinks[writer] if written else ():
+            for operand in reader.all_input_nodes:
+                from_head = operand not in span and operand not in tail
+                if reader in tail and from_head and storages(operand) & written:
+                    raise CaptureError(
+                        f"the block stack writes in place ({writer.format_node()}) into {operand}, "
+                        f"which is read after the stack ({reader.format_node()}): a hit would skip "
+                        f"the write. Let the block return a new tensor."
+                    )
+
+
+def _place_rest(
+    graph: fx.Graph,
+    flow: DataFlow,
+    span: set[fx.Node],
+    tail: set[fx.Node],
+    streams: tuple[Stream, ...],
+    probe: Probe,
+) -> tuple[set[fx.Node], set[fx.Node], set[fx.Node]]:
+    """Sort the nodes that do not depend on the span: head, only for the span, only for the tail."""
+    rest = set(graph.nodes) - span - tail
+    needed = {s.before for s in streams} | {probe.after, probe.before}
+    needed |= {n for n in rest if n.op != "placeholder" and (writes_in_place(n) or n.is_impure())}
+    needed -= {None}
+    needed = {node for node in needed if node in rest and not is_context(node)}
+    for_head = needed | flow.ancestors(needed)
+    for_span = flow.ancestors(span)
+    for_tail = flow.ancestors(tail)
+    head = rest & (for_head | (for_span & for_tail))
+    head |= {node for node in rest if _tuple_source(node) in head}
+    sunk = (rest & for_span) - head
+    late = (rest & for_tail) - head
+    return head, sunk, late
+
+
+def _probe(
+    graph: fx.Graph,
+    stack: Stack,
+    streams: tuple[Stream, ...],
+    flow: DataFlow,
+    inputs: GraphInputs,
+    head_blocks: int,
+    span: set[fx.Node],
+    tail: set[fx.Node],
+) -> Probe:
+    """The head residual of the image stream (of the newest one where the residual is not cached)."""
+    first = stack.blocks[0]
+    entering = [n for n in block_inputs(first) if not isinstance(fake_tensor(n), torch.nn.Parameter)]
+    pairs: list[Probe] = []
+    ends = [stream.before for stream in streams if stream.before is not None]
+    if not ends:
+        inside = flow.descendants(n for b in stack.blocks[:head_blocks] for n in b.nodes)
+        ends = [
+            node
+            for node in sorted(inside - span - tail, key=flow.position.__getitem__)
+            if is_stream_like(node) and any(user in span for user in node.users)
+        ]
+    for end in ends:
+        starts = [start for start in entering if same_layout(start, end) and start is not end]
+        joined = residual_path(end, set(starts)) or set(starts[:1])
+        start = max(joined, key=flow.position.__getitem__, default=None)
+        pairs.append(Probe(end, start))
+    paired = [pair for pair in pairs if pair.before is not None] or pairs
+    sample = _sample_input(graph, inputs)
+    image = [
+        pair
+        for pair in paired
+        if sample is not None
+        and (origin := pair.before or pair.after) in flow.descendants([sample]) | {sample}
+        and origin is not None
+    ]
+    return max(image or paired, key=lambda pair: (_numel(pair.after), flow.position[pair.after]))
+
+
+def _numel(node: fx.Node) -> int:
+    return math.prod(int(getattr(s, "node", s).hint if isinstance(s, torch.SymInt) else s)
+                     for s in fake_tensor(node).shape)
+
+
+def _sample_input(graph: fx.Graph, inputs: GraphInputs) -> fx.Node | None:
+    """The noisy sample among the inputs: the one shaped like the output, else the first tensor."""
+    candidates = [node for node in inputs.data if is_stream_like(node)]
+    outputs = [fake_tensor(n) for n in graph.output_node().all_input_nodes if is_stream_like(n)]
+    for output in outputs[:1]:
+        for node in candidates:
+            shape = fake_tensor(node).shape
+            if len(shape) == output.ndim and all(map(same_size, shape, output.shape)):
+                return node
+    return candidates[0] if candidates else None

@@ -1,0 +1,117 @@
+"""What happened: one record an evaluation, as a table, as JSON and as a picture."""
+
+from collections.abc import Hashable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One evaluation.
+
+    `step` counts steps of the trajectory from 0; `timestep` is the model's time input (None if it
+    has none); `metric` is the policy's (residual diff; None if nothing was measured); `reason` says
+    why a miss was one.
+    """
+
+    step: int
+    branch: Hashable
+    timestep: float | None
+    metric: float | None
+    is_hit: bool
+    reason: str | None
+    trajectory: int = 0
+    slot: Hashable = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The evaluations since the denoiser was made or reset (the last 10,000 of them).
+
+    `cached_bytes` is the memory that the state holds now, `graphs` the number of graphs compiled,
+    `recompiles` those compiled after the first evaluation was through.
+    """
+
+    records: tuple[Record, ...]
+    cached_bytes: int
+    graphs: int
+    recompiles: int
+
+    @property
+    def hits(self) -> int:
+        return sum(record.is_hit for record in self.records)
+
+    @property
+    def misses(self) -> int:
+        return len(self.records) - self.hits
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits a evaluation, 0 where there was none."""
+        return self.hits / len(self.records) if self.records else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: NaN and infinite metrics become None, keys that are no text become text."""
+        records = []
+        for record in self.records:
+            entry = asdict(record)
+            for key in ("metric", "timestep"):
+                value = entry[key]
+                entry[key] = value if value is not None and abs(value) < float("inf") else None
+            for key in ("branch", "slot"):
+                entry[key] = entry[key] if entry[key] is None else str(entry[key])
+            records.append(entry)
+        return {
+            "records": records,
+            "hits": self.hits,
+            "misses": self.misses,
+            "hit_rate": self.hit_rate,
+            "cached_bytes": self.cached_bytes,
+            "graphs": self.graphs,
+            "recompiles": self.recompiles,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{'step':>4}  {'branch':<10} {'timestep':>10} {'metric':>10}  decision"]
+        for r in self.records:
+            timestep = "-" if r.timestep is None else f"{r.timestep:.4g}"
+            metric = "-" if r.metric is None else f"{r.metric:.4f}"
+            decision = "hit" if r.is_hit else f"miss ({r.reason})"
+            branch = "-" if r.branch is None else str(r.branch)
+            lines.append(f"{r.step:>4}  {branch:<10} {timestep:>10} {metric:>10}  {decision}")
+        lines.append(
+            f"{self.hits} hits, {self.misses} misses ({self.hit_rate:.0%}), "
+            f"{self.cached_bytes / 2**20:.2f} MiB cached, {self.graphs} graph(s), "
+            f"{self.recompiles} recompile(s)"
+        )
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw the metric over the steps, hits and misses marked, and write it to `path`.
+
+        Needs matplotlib (``pip install "fxcache[demo]"``), raises ImportError without it.
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 3.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        branches = dict.fromkeys((r.slot, r.branch, r.trajectory) for r in self.records)
+        for number, key in enumerate(branches):
+            own = [r for r in self.records if (r.slot, r.branch, r.trajectory) == key]
+            measured = [r for r in own if r.metric is not None]
+            label = None if key[1] is None else str(key[1])
+            axes.plot([r.step for r in measured], [r.metric for r in measured],
+                      color=f"C{number % 10}", alpha=0.5, label=label)  # fmt: skip
+        for is_hit, marker, color in ((True, "o", "tab:green"), (False, "s", "tab:red")):
+            chosen = [r for r in self.records if r.is_hit == is_hit and r.metric is not None]
+            axes.scatter([r.step for r in chosen], [r.metric for r in chosen], marker=marker,
+                         color=color, zorder=3, s=22, label="hit" if is_hit else "miss")  # fmt: skip
+        axes.set(xlabel="step", ylabel="residual diff",
+                 title=f"{self.hits} hits, {self.misses} misses")  # fmt: skip
+        axes.legend(fontsize="small", ncols=2)
+        axes.grid(alpha=0.3)
+        figure.savefig(path, dpi=120)
+        return Path(path)

@@ -1,0 +1,1 @@
+"""Runs rewritten graphs: the step executor, and the state that lives between evaluations."""

@@ -1,0 +1,139 @@
+"""One session a denoiser: its policy, its state, what it recorded."""
+
+import logging
+from collections import deque
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from fxcache.errors import OptionError
+from fxcache.policy import Decision, Policy
+from fxcache.report import Record, Report
+from fxcache.runtime.state import BranchState, Direction, Slot
+
+log = logging.getLogger("fxcache")
+
+#: How many evaluations a report goes back.
+MAX_RECORDS = 10_000
+
+
+class Session:
+    """State and bookkeeping of one denoiser. What it measures and runs is the executor's matter."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.direction = Direction()
+        self.slots: dict[Hashable, Slot] = {}
+        self.records: deque[Record] = deque(maxlen=MAX_RECORDS)
+        self.evaluations = 0
+        self.graphs = 0
+        self.recompiles = 0
+        #: The timestep of a caller who passes it as a Python number, which no graph shows.
+        self.host_timestep: ContextVar[float | None] = ContextVar("fxcache_timestep", default=None)
+        self._warned: set[str] = set()
+        # A ContextVar, so that threads and coroutines that serve other requests do not mix.
+        self._where: ContextVar[tuple[Hashable, Hashable]] = ContextVar(
+            "fxcache_where", default=(None, None)
+        )
+
+    # --- where an evaluation belongs ---
+
+    @property
+    def slot(self) -> Slot:
+        """The slot of the caller."""
+        key = self._where.get()[0]
+        slot = self.slots.get(key)
+        if slot is None:
+            slot = self.slots[key] = Slot()
+        return slot
+
+    @contextmanager
+    def inside(self, **where: Hashable) -> Iterator[None]:
+        """Name the slot or the branch of the evaluations inside."""
+        slot, branch = self._where.get()
+        token = self._where.set((where.get("slot", slot), where.get("branch", branch)))
+        try:
+            yield
+        finally:
+            self._where.reset(token)
+
+    @contextmanager
+    def at_timestep(self, timestep: float) -> Iterator[None]:
+        """Say the timestep of the evaluation inside."""
+        token = self.host_timestep.set(timestep)
+        try:
+            yield
+        finally:
+            self.host_timestep.reset(token)
+
+    @contextmanager
+    def trajectory(self, num_steps: int | None) -> Iterator[None]:
+        """Announce a trajectory: it starts clean, and nothing of it is left afterwards."""
+        if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
+            raise OptionError(f"num_steps must be a positive integer or None, got {num_steps!r}")
+        slot = self.slot
+        slot.begin(announced=True, num_steps=num_steps)
+        try:
+            yield
+        finally:
+            slot.begin()
+
+    def state(self) -> tuple[Slot, BranchState]:
+        """The caller's slot and the state of the caller's branch in it."""
+        slot = self.slot
+        return slot, slot.branch(self._where.get()[1])
+
+    def reset(self) -> None:
+        """Forget everything and free the memory."""
+        self.slots.clear()
+        self.records.clear()
+        self.direction = Direction()
+
+    # --- one evaluation ---
+
+    def decide(
+        self, slot: Slot, state: BranchState, metric: float, timestep: float | None
+    ) -> Decision:
+        """Place the evaluation in its trajectory (or a new one) and ask the policy."""
+        if timestep is None:
+            timestep = self.host_timestep.get()
+        if timestep is not None and not slot.is_announced:
+            if self.direction.turns_back(state, timestep):
+                slot.begin()
+            elif timestep == state.timestep and self._where.get()[1] is None:
+                self.say_once(
+                    "repeat",
+                    "two evaluations at the same timestep in one branch: if they are the branches "
+                    "of classifier-free guidance, name them with denoiser.branch(...)",
+                )
+        state.advance(timestep)
+        return self.policy.decide(metric, state.history(slot.num_steps))
+
+    def record(
+        self, slot: Slot, state: BranchState, metric: float | None, decision: Decision
+    ) -> None:
+        """Note what was decided."""
+        key, branch = self._where.get()
+        self.records.append(
+            Record(
+                state.step,
+                branch,
+                state.timestep,
+                metric,
+                decision.is_hit,
+                decision.reason,
+                slot.trajectory,
+                key,
+            )
+        )
+
+    def say_once(self, key: str, message: str) -> None:
+        """Log a warning the first time that `key` comes up."""
+        if key not in self._warned:
+            self._warned.add(key)
+            log.warning(message)
+
+    def report(self) -> Report:
+        """Everything noted since the start or the last reset."""
+        cached = sum(slot.nbytes for slot in self.slots.values())
+        return Report(tuple(self.records), cached, self.graphs, self.recompiles)

@@ -1,0 +1,53 @@
+"""The kernels written with plain tensor operations.
+
+They are what the other implementations are tested against, and on the CPU they are the fastest:
+Inductor fuses them with their neighbours. Tensors and fx proxies both pass through.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def residual_diff(
+    h_out: torch.Tensor, h_in: torch.Tensor | None, reference: torch.Tensor
+) -> torch.Tensor:
+    """How far the residual `h_out - h_in` is from `reference`, as sums a sample.
+
+    Args:
+        h_out, h_in: [B, ...], any floating dtype; with ``h_in=None``, `h_out` itself is measured.
+        reference: [B, ...], in the dtype of the residual.
+
+    Returns:
+        float32 [B, 2]: sum |r - reference| and sum |reference|. NaN and Inf propagate.
+
+    The residual is rounded to its own dtype before it is compared, as the stored reference was, so
+    an unchanged input measures exactly 0. Source: First Block Cache (ParaAttention, WaveSpeed).
+    """
+    residual = h_out if h_in is None else h_out - h_in
+    change = (residual.float() - reference.float()).abs().flatten(1).sum(1)
+    scale = reference.float().abs().flatten(1).sum(1)
+    return torch.stack([change, scale], dim=1)
+
+
+def forecast(
+    before: torch.Tensor | None, ring: Sequence[torch.Tensor], weights: torch.Tensor | None
+) -> torch.Tensor:
+    """Predict the stream after the span: ``before + sum_j weights[j] * ring[j]``.
+
+    Args:
+        before: the stream before the span, or None for a stream that is cached as it is.
+        ring: past residuals (or past values), each of the shape of the result.
+        weights: float32 [len(ring)], or None to add the only residual unweighted.
+
+    Returns:
+        A new tensor in the dtype of `before` (of the ring where there is none); never a view.
+    """
+    if weights is None:
+        (residual,) = ring
+        return residual.clone() if before is None else before + residual
+    total = None if before is None else before.float()
+    for index, residual in enumerate(ring):
+        term = weights[index] * residual.float()
+        total = term if total is None else total + term
+    return total.to((ring[0] if before is None else before).dtype)

@@ -1,0 +1,17 @@
+"""Where the packages lie; everything else stands in pyproject.toml."""
+
+from setuptools import setup
+
+setup(
+    packages=[
+        "fxcache",
+        "fxcache.demo",
+        "fxcache.integrations",
+        "fxcache.kernels",
+        "fxcache.passes",
+        "fxcache.policy",
+        "fxcache.runtime",
+    ],
+    package_dir={"fxcache.kernels": "kernels"},
+    package_data={"fxcache": ["py.typed"], "fxcache.demo": ["model/*"]},
+)
