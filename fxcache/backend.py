@@ -14,7 +14,7 @@ from torch._guards import TracingContext, tracing
 
 from fxcache.capture import GraphInputs, fake_tensor, fake_value, graph_inputs
 from fxcache.dataflow import data_flow, op_name
-from fxcache.errors import OptionError, StackNotFoundError
+from fxcache.errors import CaptureError, OptionError, StackNotFoundError
 from fxcache.passes.branch import (
     REFERENCE,
     WEIGHTS,
@@ -26,11 +26,11 @@ from fxcache.passes.branch import (
     state_fakes,
 )
 from fxcache.passes.cut import Cut, cut
-from fxcache.policy import FirstBlockCache, Policy
+from fxcache.policy import FirstBlockCache
 from fxcache.runtime.executor import Compiled, StepExecutor
 from fxcache.runtime.session import Session
 from fxcache.runtime.state import Buffers
-from fxcache.stack import find_stack
+from fxcache.stack import Stack, find_stack
 
 log = logging.getLogger("fxcache")
 
@@ -74,8 +74,8 @@ class Backend:
         session: where state and records are kept.
         compiler: compiles the pieces.
         argument_names: the names of the model's positional arguments.
-        num_weights: how many elements the model's parameters have. A graph with at most half of
-            them (a piece before a graph break) is compiled as it is. None: not known.
+        list_weights: how many elements the parameters of the model's heaviest list have. A stack
+            with at most half of them lies beside the real one. None: not known.
     """
 
     def __init__(
@@ -84,30 +84,68 @@ class Backend:
         compiler: Compiler,
         *,
         argument_names: tuple[str, ...] = (),
-        num_weights: int | None = None,
+        list_weights: int | None = None,
     ) -> None:
         self.session, self.compiler = session, compiler
-        self.argument_names, self.num_weights = argument_names, num_weights
-        self.refused: list[str] = []
+        self.argument_names, self.list_weights = argument_names, list_weights
+        #: The model is one graph. If it is not, graphs without the stack are compiled as they are.
+        self.fullgraph = True
+        #: Graphs without the stack: how many nodes they have, and why they were refused.
+        self.refused: list[tuple[int, str]] = []
+
+    def summary(self) -> str:
+        """What the largest refused graph was refused for."""
+        if not self.refused:
+            return "None was captured."
+        nodes, reason = max(self.refused)
+        return f"The largest of them has {nodes} nodes: {reason}"
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.session.graphs += 1
         self.session.recompiles += self.session.evaluations > 0
-        inputs = graph_inputs(gm.graph, self.argument_names)
-        if self._is_fragment(inputs):
-            self.refused.append(f"a graph with {_num_elements(inputs)} weights, before or after")
-            return self.compiler(gm, example_inputs)
-        if self.num_weights is None and (torch.is_grad_enabled() or _has_dropout(gm.graph)):
+        if self.list_weights is None and (torch.is_grad_enabled() or _has_dropout(gm.graph)):
             log.warning("gradients are enabled, or dropout is on: this graph is not cached")
             return self.compiler(gm, example_inputs)
-        return rewrite(gm, inputs, self.session, self.compiler)
+        inputs = graph_inputs(gm.graph, self.argument_names)
+        try:
+            found = self.analyse(gm, inputs)
+        except StackNotFoundError as error:
+            if self.fullgraph:
+                raise
+            self.refused.append((len(gm.graph.nodes), str(error)))
+            return self.compiler(gm, example_inputs)
+        return rewrite(gm, found, inputs, self.session, self.compiler)
 
-    def _is_fragment(self, inputs: GraphInputs) -> bool:
-        return self.num_weights is not None and 2 * _num_elements(inputs) <= self.num_weights
+    def analyse(self, gm: fx.GraphModule, inputs: GraphInputs) -> Cut:
+        """Find the model's stack in `gm` and cut it as the policy asks."""
+        policy = self.session.policy
+        flow = data_flow(gm.graph)
+        stack = find_stack(gm.graph, flow)
+        weights = _num_weights(stack)
+        if self.list_weights is not None and 2 * weights <= self.list_weights:
+            raise StackNotFoundError(
+                f"{stack} has {weights} weights, the model's heaviest list {self.list_weights}: "
+                f"it lies beside the block stack, or is a part of it"
+            )
+        return cut(
+            gm.graph,
+            stack,
+            flow,
+            inputs,
+            head_blocks=policy.head_blocks,
+            tail_blocks=policy.tail_blocks,
+        )
 
 
-def _num_elements(inputs: GraphInputs) -> int:
-    return sum(fake_tensor(node).numel() for node in inputs.weights)
+def _num_weights(stack: Stack) -> int:
+    weights = {
+        operand
+        for block in stack.blocks
+        for node in block.nodes
+        for operand in node.all_input_nodes
+        if isinstance(fake_value(operand), torch.nn.Parameter)
+    }
+    return sum(fake_tensor(weight).numel() for weight in weights)
 
 
 def _has_dropout(graph: fx.Graph) -> bool:
@@ -121,30 +159,11 @@ def _has_dropout(graph: fx.Graph) -> bool:
     return False
 
 
-def analyse(gm: fx.GraphModule, inputs: GraphInputs, policy: Policy) -> Cut:
-    """Find the stack of `gm` and cut it as `policy` asks."""
-    flow = data_flow(gm.graph)
-    stack = find_stack(gm.graph, flow)
-    return cut(
-        gm.graph,
-        stack,
-        flow,
-        inputs,
-        head_blocks=policy.head_blocks,
-        tail_blocks=policy.tail_blocks,
-    )
-
-
 def rewrite(
-    gm: fx.GraphModule, inputs: GraphInputs, session: Session, compiler: Compiler
+    gm: fx.GraphModule, found: Cut, inputs: GraphInputs, session: Session, compiler: Compiler
 ) -> StepExecutor:
-    """The pass: `gm`, which is not changed, becomes a step executor.
-
-    Raises StackNotFoundError, CaptureError or PolicyError.
-    """
-    policy = session.policy
-    ring = policy.forecast.ring
-    found = analyse(gm, inputs, policy)
+    """`gm`, which is not changed, becomes a step executor that runs it as `found` cuts it."""
+    ring = session.policy.forecast.ring
     log.info("stack %s; %d of %d blocks in the span", found.stack,
              len(found.span_blocks), len(found.stack.blocks))  # fmt: skip
     pieces = build_pieces(gm, found, data_flow(gm.graph), ring=ring)
@@ -244,7 +263,12 @@ def _allocator(
 
 
 def _concrete(size: int | torch.SymInt, known: dict[Any, int]) -> int:
-    return int(size.node.expr.subs(known)) if isinstance(size, torch.SymInt) else size
+    if isinstance(size, int):
+        return size
+    number = size.node.expr.subs(known)
+    if number.free_symbols:
+        raise CaptureError(f"a stream of the block stack has a size that depends on data: {size}")
+    return int(number)
 
 
 def fxcache_backend(
@@ -264,7 +288,3 @@ def fxcache_backend(
     policy = rest.pop("policy", None) or FirstBlockCache()
     compiler = resolve_compiler(rest.pop("backend", "inductor"), mode, rest or None, None)
     return Backend(Session(policy), compiler)(gm, example_inputs)
-
-
-__all__ = ["Backend", "Compiler", "StackNotFoundError", "analyse", "fxcache_backend",
-           "resolve_compiler", "rewrite"]  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 #: Names under which denoisers take their time input, most common first.
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
@@ -29,7 +30,9 @@ def fake_value(node: fx.Node) -> Any:
 def fake_tensor(node: Any) -> torch.Tensor | None:
     """The fake tensor of `node`, or None if `node` is no node or holds something else."""
     value = fake_value(node) if isinstance(node, fx.Node) else None
-    return value if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor) or is_functorch_wrapped_tensor(value):
+        return None  # a tensor inside torch.vmap cannot be asked for anything any more
+    return value
 
 
 def is_stream_like(node: Any) -> bool:
@@ -38,21 +41,32 @@ def is_stream_like(node: Any) -> bool:
     return value is not None and value.is_floating_point() and value.ndim >= 2
 
 
-def same_layout(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two nodes hold tensors of the same shape, dtype and device."""
+def same_layout(a: fx.Node, b: fx.Node, *, unbacked: bool = False) -> bool:
+    """Whether two nodes hold tensors of the same shape, dtype and device.
+
+    With `unbacked`, a size that depends on data may be any size.
+    """
     left, right = fake_tensor(a), fake_tensor(b)
     if left is None or right is None or left.ndim != right.ndim:
         return False
     if left.dtype != right.dtype or left.device != right.device:
         return False
-    return all(same_size(m, n) for m, n in zip(left.shape, right.shape, strict=True))
+    return all(
+        same_size(m, n) or (unbacked and (is_unbacked(m) or is_unbacked(n)))
+        for m, n in zip(left.shape, right.shape, strict=True)
+    )
 
 
-def same_size(m: Any, n: Any) -> bool:
+def same_size(m: int | torch.SymInt, n: int | torch.SymInt) -> bool:
     """Equality of two sizes that adds no guard: symbolic ones are equal if their formulas are."""
-    if isinstance(m, torch.SymInt) or isinstance(n, torch.SymInt):
-        return getattr(m, "node", m) is getattr(n, "node", n) or str(m) == str(n)
-    return bool(m == n)
+    if isinstance(m, int) and isinstance(n, int):
+        return m == n
+    return str(m) == str(n)
+
+
+def is_unbacked(size: int | torch.SymInt) -> bool:
+    """Whether `size` depends on data, so that no number is known for it."""
+    return not isinstance(size, int) and size.node.hint is None
 
 
 def dotted_path(path: str) -> str:

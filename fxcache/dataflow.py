@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from fxcache.capture import fake_tensor, fake_value
 
@@ -70,15 +71,10 @@ def storages(node: fx.Node) -> set[int]:
     return {
         tensor.untyped_storage()._cdata
         for tensor in tensors
-        if isinstance(tensor, torch.Tensor) and _has_storage(tensor)
+        if isinstance(tensor, torch.Tensor)
+        and not is_functorch_wrapped_tensor(tensor)
+        and tensor.layout == torch.strided
     }
-
-
-def _has_storage(tensor: torch.Tensor) -> bool:
-    """Sparse tensors have none, and the storage of one inside torch.vmap cannot be asked for."""
-    return tensor.layout == torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(
-        tensor
-    )
 
 
 def written_storages(node: fx.Node) -> set[int]:
@@ -124,6 +120,7 @@ def data_flow(graph: fx.Graph) -> DataFlow:
     position, sources, writers = {}, {}, {}
     last_write: dict[int, fx.Node] = {}
     readers: dict[int, list[fx.Node]] = {}
+    vmaps = _vmap_regions(graph)
     for index, node in enumerate(graph.nodes):
         position[node] = index
         before = dict.fromkeys(node.all_input_nodes)
@@ -138,12 +135,37 @@ def data_flow(graph: fx.Graph) -> DataFlow:
                 writers[storage] = (*writers.get(storage, ()), node)
             else:
                 readers.setdefault(storage, []).append(node)
+        before.update(dict.fromkeys(_vmap_edges(node, vmaps)))
         sources[node] = tuple(before)
     sinks: dict[fx.Node, list[fx.Node]] = {node: [] for node in position}
     for node, before in sources.items():
         for source in before:
             sinks[source].append(node)
     return DataFlow(position, sources, {n: tuple(s) for n, s in sinks.items()}, writers)
+
+
+def _vmap_regions(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """The nodes of each torch.vmap region, from its opening to its closing node, by node."""
+    regions: dict[fx.Node, list[fx.Node]] = {}
+    region: list[fx.Node] = []
+    depth = 0
+    for node in graph.nodes:
+        depth += op_name(node) == "_vmap_increment_nesting"
+        if depth:
+            region.append(node)
+            regions[node] = region
+        if op_name(node) == "_vmap_decrement_nesting":
+            depth -= 1
+            region = region if depth else []
+    return regions
+
+
+def _vmap_edges(node: fx.Node, regions: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
+    """Edges that keep a vmap region in one piece: who reads of it, waits for all of it."""
+    own = regions.get(node)
+    if own is not None:
+        return own[:-1] if node is own[-1] else own[: node is not own[0]]
+    return [regions[operand][-1] for operand in node.all_input_nodes if operand in regions]
 
 
 def _closure(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported, UserError
 
 from fxcache.backend import Backend, resolve_compiler
 from fxcache.capture import TIMESTEP_NAMES
@@ -67,25 +67,33 @@ class Runner:
         self.compiler = resolve_compiler(
             settings.backend, settings.mode, settings.options, settings.dynamic
         )
-        self.gave_up = False
         names = tuple(inspect.signature(model.forward).parameters)
         self.timestep_places = [(i, n) for i, n in enumerate(names) if n in TIMESTEP_NAMES]
-        self.backend = Backend(
-            self.session,
-            self.compiler,
-            argument_names=names,
-            num_weights=sum(t.numel() for t in (*model.parameters(), *model.buffers())),
+        self.gave_up = False
+        self.use(
+            Backend(
+                self.session,
+                self.compiler,
+                argument_names=names,
+                list_weights=_heaviest_list(model),
+            )
         )
-        self.cached = self._compile(self.backend)
         is_eager = settings.backend == "eager"
-        self.uncached = _evaluate if is_eager else self._compile(self.compiler)
+        self.uncached = (
+            _evaluate if is_eager else self.compile(self.compiler, fullgraph=settings.fullgraph)
+        )
 
-    def _compile(self, backend: Callable[..., Any]) -> Callable[..., Any]:
+    def use(self, backend: Backend) -> None:
+        """Capture anew, for `backend`."""
+        self.backend, self.is_whole = backend, True
+        self.cached = self.compile(backend)
+
+    def compile(
+        self, backend: Callable[..., Any], *, fullgraph: bool = True
+    ) -> Callable[..., Any]:
+        """A function of (model, args, kwargs) that Dynamo captures and hands to `backend`."""
         return torch.compile(
-            _own_evaluate(),
-            backend=backend,
-            fullgraph=self.settings.fullgraph,
-            dynamic=self.settings.dynamic,
+            _own_evaluate(), backend=backend, fullgraph=fullgraph, dynamic=self.settings.dynamic
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -94,8 +102,7 @@ class Runner:
         if self.gave_up or not self._may_cache():
             return self.uncached(self.model, args, kwargs)
         try:
-            with self._host_timestep(args, kwargs):
-                return self._evaluate_cached(args, kwargs)
+            return self.evaluate(args, kwargs)
         except (StackNotFoundError, CaptureError) as error:
             if not self.settings.fallback:
                 raise
@@ -118,14 +125,46 @@ class Runner:
             return False
         return True
 
-    def _host_timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One evaluation through the cache.
+
+        The model is captured as one graph if it can be. If it cannot and ``fullgraph=False``, it is
+        captured in pieces, one of which must hold the stack.
+        """
+        token = self.session.given_timestep.set(self._timestep(args, kwargs))
+        try:
+            if self.is_whole:
+                try:
+                    return self._run(args, kwargs)
+                except CaptureError as error:
+                    if self.settings.fullgraph:
+                        raise
+                    log.info("captured in pieces: %s", error)
+                    self._break_up()
+            # Every graph break that these two can avoid leaves more of the model in one graph.
+            with torch._dynamo.config.patch(
+                capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
+            ):
+                return self._run(args, kwargs)
+        finally:
+            self.session.given_timestep.reset(token)
+
+    def _break_up(self) -> None:
+        self.is_whole = self.backend.fullgraph = False
+        self.backend.refused.clear()
+        self.session.graphs = 0
+        self.cached = self.compile(self.backend, fullgraph=False)
+
+    def _timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The caller's time input, for graphs that do not show it (cut off by a graph break)."""
         for index, name in self.timestep_places:
             value = args[index] if index < len(args) else kwargs.get(name)
-            if isinstance(value, int | float):
-                return self.session.at_timestep(float(value))
-        return _NOTHING
+            if value is not None:
+                return value
+        return None
 
-    def _evaluate_cached(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the compiled model; errors of the pass and of the capture become our own."""
         session = self.session
         before = session.evaluations
         try:
@@ -134,31 +173,30 @@ class Runner:
             if isinstance(error.inner_exception, FxCacheError):
                 raise error.inner_exception from None
             raise
-        except Unsupported as error:
+        except (Unsupported, UserError) as error:
+            advice = "fullgraph=False may do. " if self.settings.fullgraph else ""
             raise CaptureError(
-                f"{type(self.model).__name__} could not be captured in one graph, and "
-                f"fullgraph=True; fullgraph=False may do. Dynamo says: {error}"
+                f"{type(self.model).__name__} could not be captured in one graph by torch.compile. "
+                f"{advice}Dynamo says: {error}"
             ) from error
         if session.evaluations == before:
             raise StackNotFoundError(
                 f"no graph of {type(self.model).__name__} holds its block stack: it breaks into "
-                f"{session.graphs} graphs ({'; '.join(self.backend.refused) or 'none captured'}). "
-                f"Graph breaks inside the blocks are the usual cause: TORCH_LOGS=graph_breaks"
+                f"{session.graphs} graphs. {self.backend.summary()} Graph breaks inside the blocks "
+                f"are the usual cause: TORCH_LOGS=graph_breaks shows them"
             )
         return outputs
 
 
-class _Nothing:
-    """A context manager that costs nothing to make."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
-
-_NOTHING = _Nothing()
+def _heaviest_list(model: nn.Module) -> int:
+    """How many elements the parameters of the heaviest list of blocks have (0: no such list)."""
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and any(next(child.children(), None) is not None for child in module)
+    ]
+    return max((sum(p.numel() for p in blocks.parameters()) for blocks in lists), default=0)
 
 
 class DenoiserMethods:

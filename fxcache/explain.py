@@ -1,5 +1,6 @@
 """Say what the pass finds in a model and what it would do, without compiling anything."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxcache.backend import Backend, analyse
+from fxcache.backend import Backend
 from fxcache.capture import fake_tensor, graph_inputs
 from fxcache.denoiser import Runner, Settings
 from fxcache.errors import FxCacheError, PolicyError
@@ -15,7 +16,6 @@ from fxcache.passes.branch import state_fakes
 from fxcache.passes.cut import Cut
 from fxcache.policy import Policy
 from fxcache.stack import node_flops
-
 
 @dataclass(frozen=True)
 class StreamInfo:
@@ -44,7 +44,7 @@ class Explanation:
         probe: what is measured.
         timestep: the name of the time input, None if the graph has none.
         flops: FLOPs of one evaluation; skipped_flops: those that a hit skips.
-        refused: for each graph that was not rewritten, why.
+        refused: for each graph that was not rewritten, why; the largest first.
     """
 
     model: str
@@ -70,7 +70,7 @@ class Explanation:
 
     def __str__(self) -> str:
         if self.stack is None:
-            return "\n".join([f"{self.model}: no block stack", *map("  refused: {}".format, self.refused)])
+            return "\n".join([f"{self.model}: no block stack", *self._refusals()])
         cached = sum(stream.nbytes for stream in self.streams)
         lines = [
             f"{self.model}: {len(self.blocks)} blocks in {self.stack}",
@@ -82,9 +82,14 @@ class Explanation:
             f"  time   {self.timestep or 'not found: steps are counted by evaluations'}",
             f"  a hit skips {self.skipped_share:.1%} of {self.flops / 1e9:.3g} GFLOP and needs "
             f"{cached / 2**20:.3g} MiB a branch",
-            *(f"  refused: {reason}" for reason in self.refused),
+            *self._refusals(),
         ]
         return "\n".join(lines)
+
+    def _refusals(self) -> list[str]:
+        lines = [f"  refused: {reason}" for reason in self.refused[:2]]
+        rest = len(self.refused) - len(lines)
+        return [*lines, f"  refused: {rest} smaller graphs"] if rest else lines
 
 
 def _run(paths: Sequence[str]) -> str:
@@ -98,19 +103,19 @@ class _Analyst(Backend):
     """A backend that looks and changes nothing."""
 
     cut: Cut | None = None
+    timestep: str | None = None
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         self.session.graphs += 1
         self.session.evaluations += 1
         inputs = graph_inputs(gm.graph, self.argument_names)
         try:
-            if self._is_fragment(inputs):
-                raise FxCacheError("a small part of the model, cut off by a graph break")
-            self.cut = analyse(gm, inputs, self.session.policy)
+            self.cut = self.analyse(gm, inputs)
+            self.timestep = inputs.data.get(inputs.timestep) if inputs.timestep else None
         except PolicyError:
             raise
         except FxCacheError as error:
-            self.refused.append(f"graph {self.session.graphs}: {error}")
+            self.refused.append((len(gm.graph.nodes), str(error)))
         return gm.forward
 
 
@@ -119,27 +124,20 @@ def explain_model(
 ) -> Explanation:
     """Run the model once through Dynamo, look at its graphs and describe what was found."""
     runner = Runner(model, Settings(policy, backend="eager", fullgraph=False))
-    analyst = _Analyst(
-        runner.session,
-        runner.compiler,
-        argument_names=runner.backend.argument_names,
-        num_weights=runner.backend.num_weights,
-    )
-    runner.cached = runner._compile(analyst)
+    names, weights = runner.backend.argument_names, runner.backend.list_weights
+    analyst = _Analyst(runner.session, runner.compiler, argument_names=names, list_weights=weights)
+    runner.use(analyst)
     with torch.no_grad():
-        try:
-            runner.cached(model, args, kwargs)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, FxCacheError):
-                raise error.inner_exception from None
-            raise
-    refused = tuple(analyst.refused)
+        runner.evaluate(args, kwargs)
+    refused = tuple(f"{reason} ({nodes} nodes)" for nodes, reason in sorted(analyst.refused)[::-1])
     if analyst.cut is None:
         return Explanation(type(model).__name__, refused=refused)
-    return _describe(type(model).__name__, analyst.cut, refused)
+    return _describe(type(model).__name__, analyst.cut, analyst.timestep, refused)
 
 
-def _describe(model: str, found: Cut, refused: tuple[str, ...]) -> Explanation:
+def _describe(
+    model: str, found: Cut, timestep: str | None, refused: tuple[str, ...]
+) -> Explanation:
     paths = [block.path for block in found.stack.blocks]
     first = paths.index(found.span_blocks[0].path)
     last = first + len(found.span_blocks)
@@ -154,7 +152,7 @@ def _describe(model: str, found: Cut, refused: tuple[str, ...]) -> Explanation:
         )
         for stream, residual in zip(found.streams, residuals, strict=True)
     ]
-    probe, inputs = found.probe, graph_inputs(found.probe.after.graph)
+    probe = found.probe
     measured = probe.after.name if probe.before is None else f"{probe.after} - {probe.before}"
     return Explanation(
         model,
@@ -164,7 +162,7 @@ def _describe(model: str, found: Cut, refused: tuple[str, ...]) -> Explanation:
         tail_blocks=tuple(paths[last:]),
         streams=tuple(streams),
         probe=f"{measured} {list(fake_tensor(probe.after).shape)}",
-        timestep=inputs.data.get(found.timestep) if found.timestep else None,
+        timestep=timestep,
         flops=found.stack.graph_flops,
         skipped_flops=sum(node_flops(node) for node in found.span),
         refused=refused,
@@ -172,7 +170,6 @@ def _describe(model: str, found: Cut, refused: tuple[str, ...]) -> Explanation:
 
 
 def _nbytes(fake: torch.Tensor) -> int:
-    try:
-        return fake.numel() * fake.element_size()
-    except Exception:  # noqa: BLE001 - symbolic sizes without a value
-        return 0
+    """The memory of a tensor like `fake`, symbolic sizes at their hints."""
+    sizes = (size if isinstance(size, int) else size.node.hint or 1 for size in fake.shape)
+    return math.prod(sizes) * fake.element_size()

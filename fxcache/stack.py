@@ -16,7 +16,7 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxcache.capture import fake_tensor, fake_value, is_stream_like, module_calls, same_layout
-from fxcache.dataflow import DataFlow, op_name, residual_path
+from fxcache.dataflow import DataFlow, op_name, residual_path, storages
 from fxcache.errors import StackNotFoundError
 
 #: A stack does at least this share of the graph's work; less is a list beside the real work.
@@ -104,7 +104,9 @@ def find_stack(graph: fx.Graph, flow: DataFlow) -> Stack:
     refused: dict[str, str] = {}
     for path, blocks in lists.items():
         chain = _longest_chain(blocks, flow)
-        if not any(block.is_composite for block in chain):
+        if len(chain) < len(blocks) and len(chain) < 2:
+            refused[path] = f"{len(blocks)} blocks side by side, none of which feeds the next"
+        elif not any(block.is_composite for block in chain):
             refused[path] = f"{len(chain)} plain layer(s), not blocks"
         elif wrapped := _wrapped_list(chain, lists):
             refused[path] = f"only wraps {wrapped}"
@@ -115,7 +117,7 @@ def find_stack(graph: fx.Graph, flow: DataFlow) -> Stack:
     for blocks in sorted(candidates, key=_work, reverse=True):
         path = blocks[0].list_path
         if len(blocks) < 2:
-            refused[path] = f"{len(lists[path])} block(s), none of which feeds the next"
+            refused[path] = "a single block"
         elif _work(blocks) < MIN_SHARE * total:
             refused[path] = f"{_work(blocks) / total:.0%} of the graph's work"
         else:
@@ -205,15 +207,15 @@ def _wrapped_list(chain: tuple[Block, ...], lists: dict[str, list[Block]]) -> st
 def _extend(
     chain: tuple[Block, ...], chains: list[tuple[Block, ...]], flow: DataFlow
 ) -> tuple[Block, ...]:
-    """Add the blocks of other chains that hand the same streams on to, or take them from, this."""
+    """Add the blocks of sibling lists that hand the same streams on to, or take them from, this."""
+    parent = chain[0].list_path.rpartition(".")[0]
     others = [
         block
         for other in chains
-        if other is not chain
+        if other is not chain and other[0].list_path.rpartition(".")[0] == parent
         for block in other
         if block.is_composite
     ]
-    others.sort(key=lambda block: flow.position[block.nodes[0]])
     blocks = list(chain)
     while grown := _grow(blocks, others, flow):
         blocks = grown
@@ -226,45 +228,56 @@ def _nested_in(chain: tuple[Block, ...]) -> Callable[[Block], bool]:
 
 
 def _grow(blocks: list[Block], others: list[Block], flow: DataFlow) -> list[Block] | None:
-    """`blocks` with one more block (before, after, or between two that it joins), or None."""
-    start = {block: flow.position[block.nodes[0]] for block in (*blocks, *others)}
-    for other in others:
-        if other in blocks:
-            continue
-        earlier = [block for block in blocks if start[block] < start[other]]
-        later = [block for block in blocks if start[block] > start[other]]
-        follows = not earlier or _continues(earlier, other, later, flow)
-        precedes = not later or _continues([*earlier, other], later[0], later[1:], flow)
+    """`blocks` with the nearest block that joins them (before, after or between), or None."""
+
+    def start(block: Block) -> int:
+        return flow.position[block.nodes[0]]
+
+    def distance(block: Block) -> int:
+        return min(abs(start(block) - start(own)) for own in blocks)
+
+    for other in sorted((o for o in others if o not in blocks), key=distance):
+        earlier = [block for block in blocks if start(block) < start(other)]
+        later = [block for block in blocks if start(block) > start(other)]
+        follows = not earlier or _continues(earlier, other, flow)
+        precedes = not later or _continues([*earlier, other], later[0], flow)
         if follows and precedes:
             return [*earlier, other, *later]
     return None
 
 
-def _continues(
-    before: list[Block], block: Block, after: list[Block], flow: DataFlow
-) -> bool:
+def _continues(before: list[Block], block: Block, flow: DataFlow) -> bool:
     """Whether every stream that enters `block` comes out of the last block of `before`."""
     last = set(before[-1].nodes)
-    from_last = flow.descendants(last)
-    if not from_last & set(block.nodes):
-        return False
+    from_last = flow.descendants(last) | last
     from_first = flow.descendants(before[0].nodes) | set(before[0].nodes)
-    streams = streams_into(block, after[0] if after else None, flow)
-    for stream in streams:
-        if stream not in from_last and stream not in last:
-            return False
-        if not all(leaf in from_first for leaf in _origins(stream, from_first)):
-            return False
-    return bool(streams)
+    streams = streams_into(block, flow)
+    return bool(streams) and all(
+        stream in from_last and _comes_from(stream, from_first, flow) for stream in streams
+    )
 
 
-def _origins(stream: fx.Node, chain: set[fx.Node]) -> set[fx.Node]:
-    """The tensors that `stream` was concatenated from, as far as it was concatenated."""
-    if op_name(stream) in ("cat", "concat") and stream in chain:
-        operands = stream.args[0]
-        parts = [o for o in operands if is_stream_like(o)] if isinstance(operands, list | tuple) else []
-        return set().union(*(_origins(o, chain) for o in parts)) if parts else {stream}
-    return {stream}
+def _comes_from(value: object, chain: set[fx.Node], flow: DataFlow) -> bool:
+    """Whether the tokens of `value` are those of the chain, none of them put beside from elsewhere.
+
+    A sum belongs to the chain if one term does (control residuals are added to streams), and so
+    does a concatenation of channels; a sequence, only if every part does.
+    """
+    if not isinstance(value, fx.Node) or value not in chain:
+        return False
+    if op_name(value) in ("cat", "concat", "stack", "pad_sequence"):
+        parts = value.args[0] if isinstance(value.args[0], list | tuple) else [value.args[0]]
+        tensors = [part for part in parts if is_stream_like(part)]
+        dim = value.kwargs.get("dim", value.args[1] if len(value.args) > 1 else 0)
+        joins = any if dim in (-1, fake_tensor(value).ndim - 1) else all
+        return joins(_comes_from(part, chain, flow) for part in tensors)
+    written = [
+        writer.args[-1]
+        for storage in storages(value)
+        for writer in flow.writers.get(storage, ())
+        if op_name(writer) in ("setitem", "copy_") and is_stream_like(writer.args[-1])
+    ]
+    return all(_comes_from(part, chain, flow) for part in written)
 
 
 def block_inputs(block: Block) -> list[fx.Node]:
@@ -276,18 +289,14 @@ def block_inputs(block: Block) -> list[fx.Node]:
     return [node for node in inputs if is_stream_like(node)]
 
 
-def streams_into(block: Block, following: Block | None, flow: DataFlow) -> list[fx.Node]:
+def streams_into(block: Block, flow: DataFlow) -> list[fx.Node]:
     """The inputs of `block` that it changes and hands on, rather than only reads.
 
-    An input is a stream if a value of the same layout that left `block` carries it along the
-    residual path; where no input is, every input that `following` does not read too.
+    An input is a stream if a value of the same layout that leaves `block` carries it along the
+    residual path; where none is (blocks that change the shape), the newest input.
     """
     inside = set(block.nodes)
-    inputs = [
-        node
-        for node in block_inputs(block)
-        if node.op != "get_attr" and not isinstance(fake_tensor(node), torch.nn.Parameter)
-    ]
+    inputs = [node for node in block_inputs(block) if node.op not in ("get_attr", "placeholder")]
     outputs = [
         node
         for node in block.nodes
@@ -298,7 +307,4 @@ def streams_into(block: Block, following: Block | None, flow: DataFlow) -> list[
         for stream in inputs
         if any(same_layout(stream, out) and residual_path(out, {stream}) for out in outputs)
     ]
-    if carried:
-        return carried
-    shared = set(block_inputs(following)) if following else set()
-    return [node for node in inputs if node not in shared and node.op != "placeholder"]
+    return carried or sorted(inputs, key=flow.position.__getitem__)[-1:]

@@ -257,13 +257,12 @@ def state_fakes(cut: Cut) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
     def like(after: fx.Node, before: fx.Node | None) -> torch.Tensor:
         value = fake_tensor(after)
-        dtype = value.dtype if before is None else _difference_dtype(value, fake_tensor(before))
-        return value.new_empty(value.shape, dtype=dtype)
+        if before is None:
+            return value.new_empty(value.shape)
+        base = fake_tensor(before)
+        return value.new_empty(base.shape, dtype=torch.promote_types(value.dtype, base.dtype))
 
     with fake_tensor(cut.probe.after).fake_mode, torch.no_grad():
         reference = like(cut.probe.after, cut.probe.before)
         return reference, [like(stream.after, stream.before) for stream in cut.streams]
 
-
-def _difference_dtype(after: torch.Tensor, before: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(after.dtype, before.dtype)

@@ -22,6 +22,7 @@ from fxcache.capture import (
     fake_tensor,
     fake_value,
     is_stream_like,
+    is_unbacked,
     same_layout,
     same_size,
 )
@@ -174,14 +175,23 @@ def _partner(
         for operand in inner.all_input_nodes
         if operand not in span
         and operand not in after_core
-        and same_layout(operand, node)
+        and same_layout(operand, node, unbacked=True)
         and (moving is None or operand in moving)
         and not isinstance(fake_tensor(operand), torch.nn.Parameter)
     }
     joined = residual_path(node, entering)
     if not joined:
-        joined = {operand for operand in entering if any(user in first for user in operand.users)}
-    return max(joined, key=flow.position.__getitem__, default=None)
+        joined = {
+            operand
+            for operand in entering
+            if same_layout(operand, node) and any(user in first for user in operand.users)
+        }
+
+    def preference(operand: fx.Node) -> tuple[bool, bool, int]:
+        is_static = not any(is_unbacked(size) for size in fake_tensor(operand).shape)
+        return same_layout(operand, node), is_static, flow.position[operand]
+
+    return max(joined, key=preference, default=None)
 
 
 def _absorbed(span: set[fx.Node], partner) -> set[fx.Node]:
@@ -247,18 +257,28 @@ def _place_rest(
 ) -> tuple[set[fx.Node], set[fx.Node], set[fx.Node]]:
     """Sort the nodes that do not depend on the span: head, only for the span, only for the tail."""
     rest = set(graph.nodes) - span - tail
-    needed = {s.before for s in streams} | {probe.after, probe.before}
-    needed |= {n for n in rest if n.op != "placeholder" and (writes_in_place(n) or n.is_impure())}
-    needed -= {None}
-    needed = {node for node in needed if node in rest and not is_context(node)}
-    for_head = needed | flow.ancestors(needed)
-    for_span = flow.ancestors(span)
-    for_tail = flow.ancestors(tail)
-    head = rest & (for_head | (for_span & for_tail))
+    needed = {stream.before for stream in streams} | {probe.after, probe.before}
+    needed |= {node for node in rest if _has_effect(node, flow)}
+
+    def feeding(nodes: set[fx.Node]) -> set[fx.Node]:
+        direct = {source for node in nodes for source in flow.sources[node] if source in rest}
+        return direct | flow.ancestors(direct)
+
+    wanted = {node for node in needed if node in rest}
+    for_span, for_tail = feeding(span), feeding(tail)
+    head = wanted | flow.ancestors(wanted) | (for_span & for_tail)
     head |= {node for node in rest if _tuple_source(node) in head}
-    sunk = (rest & for_span) - head
-    late = (rest & for_tail) - head
-    return head, sunk, late
+    return head, for_span - head, for_tail - head
+
+
+def _has_effect(node: fx.Node, flow: DataFlow) -> bool:
+    """Whether running `node` is seen from outside the graph, also if nobody reads its result."""
+    if node.op in ("placeholder", "output", "get_attr") or is_context(node):
+        return False
+    if not writes_in_place(node):
+        return node.is_impure()
+    given = {n for n in flow.position if n.op in ("placeholder", "get_attr")}
+    return any(storages(n) & written_storages(node) for n in given)
 
 
 def _probe(
@@ -274,7 +294,6 @@ def _probe(
     """The head residual of the image stream (of the newest one where the residual is not cached)."""
     first = stack.blocks[0]
     entering = [n for n in block_inputs(first) if not isinstance(fake_tensor(n), torch.nn.Parameter)]
-    pairs: list[Probe] = []
     ends = [stream.before for stream in streams if stream.before is not None]
     if not ends:
         inside = flow.descendants(n for b in stack.blocks[:head_blocks] for n in b.nodes)
@@ -283,33 +302,54 @@ def _probe(
             for node in sorted(inside - span - tail, key=flow.position.__getitem__)
             if is_stream_like(node) and any(user in span for user in node.users)
         ]
-    for end in ends:
-        starts = [start for start in entering if same_layout(start, end) and start is not end]
-        joined = residual_path(end, set(starts)) or set(starts[:1])
-        start = max(joined, key=flow.position.__getitem__, default=None)
-        pairs.append(Probe(end, start))
-    paired = [pair for pair in pairs if pair.before is not None] or pairs
     sample = _sample_input(graph, inputs)
-    image = [
-        pair
-        for pair in paired
-        if sample is not None
-        and (origin := pair.before or pair.after) in flow.descendants([sample]) | {sample}
-        and origin is not None
-    ]
-    return max(image or paired, key=lambda pair: (_numel(pair.after), flow.position[pair.after]))
+    noisy = flow.descendants([sample]) | {sample} if sample is not None else set()
+    for starts in ([node for node in entering if node in noisy], entering):
+        found = [_head_residual(stack, e, starts, span | tail, flow, head_blocks) for e in ends]
+        if pairs := [pair for pair in found if pair is not None]:
+            break
+    else:
+        pairs = [Probe(end, None) for end in ends]
+    return max(pairs, key=lambda pair: (_numel(pair.after), flow.position[pair.after]))
+
+
+def _head_residual(
+    stack: Stack,
+    end: fx.Node,
+    entering: list[fx.Node],
+    later: set[fx.Node],
+    flow: DataFlow,
+    head_blocks: int,
+) -> Probe | None:
+    """The residual that leads from one of `entering` to `end`, or None.
+
+    To `end` itself, or, where `end` was rearranged, to the last value on its path that has the
+    layout of the stream before the first block.
+    """
+    own = [node for block in stack.blocks[:head_blocks] for node in block.nodes if node not in later]
+    for candidate in (end, *sorted(own, key=flow.position.__getitem__, reverse=True)):
+        starts = {start for start in entering if start is not end and same_layout(start, candidate)}
+        if not starts or not (candidate is end or residual_path(end, {candidate})):
+            continue
+        if joined := residual_path(candidate, starts):
+            return Probe(candidate, max(joined, key=flow.position.__getitem__))
+    like = [start for start in entering if start is not end and same_layout(start, end)]
+    return Probe(end, like[0]) if like else None
 
 
 def _numel(node: fx.Node) -> int:
-    return math.prod(int(getattr(s, "node", s).hint if isinstance(s, torch.SymInt) else s)
-                     for s in fake_tensor(node).shape)
+    """The size of the tensor, symbolic dimensions at their hints (1 where there is none)."""
+    sizes = (
+        size if isinstance(size, int) else size.node.hint or 1 for size in fake_tensor(node).shape
+    )
+    return math.prod(sizes)
 
 
 def _sample_input(graph: fx.Graph, inputs: GraphInputs) -> fx.Node | None:
     """The noisy sample among the inputs: the one shaped like the output, else the first tensor."""
     candidates = [node for node in inputs.data if is_stream_like(node)]
     outputs = [fake_tensor(n) for n in graph.output_node().all_input_nodes if is_stream_like(n)]
-    for output in outputs[:1]:
+    for output in outputs:
         for node in candidates:
             shape = fake_tensor(node).shape
             if len(shape) == output.ndim and all(map(same_size, shape, output.shape)):

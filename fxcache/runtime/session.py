@@ -5,6 +5,9 @@ from collections import deque
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
+
+import torch
 
 from fxcache.errors import OptionError
 from fxcache.policy import Decision, Policy
@@ -28,8 +31,8 @@ class Session:
         self.evaluations = 0
         self.graphs = 0
         self.recompiles = 0
-        #: The timestep of a caller who passes it as a Python number, which no graph shows.
-        self.host_timestep: ContextVar[float | None] = ContextVar("fxcache_timestep", default=None)
+        #: The caller's time input, for graphs that do not show it: a tensor, a number or None.
+        self.given_timestep: ContextVar[Any] = ContextVar("fxcache_timestep", default=None)
         self._warned: set[str] = set()
         # A ContextVar, so that threads and coroutines that serve other requests do not mix.
         self._where: ContextVar[tuple[Hashable, Hashable]] = ContextVar(
@@ -56,15 +59,6 @@ class Session:
             yield
         finally:
             self._where.reset(token)
-
-    @contextmanager
-    def at_timestep(self, timestep: float) -> Iterator[None]:
-        """Say the timestep of the evaluation inside."""
-        token = self.host_timestep.set(timestep)
-        try:
-            yield
-        finally:
-            self.host_timestep.reset(token)
 
     @contextmanager
     def trajectory(self, num_steps: int | None) -> Iterator[None]:
@@ -96,7 +90,7 @@ class Session:
     ) -> Decision:
         """Place the evaluation in its trajectory (or a new one) and ask the policy."""
         if timestep is None:
-            timestep = self.host_timestep.get()
+            timestep = _as_number(self.given_timestep.get())
         if timestep is not None and not slot.is_announced:
             if self.direction.turns_back(state, timestep):
                 slot.begin()
@@ -137,3 +131,10 @@ class Session:
         """Everything noted since the start or the last reset."""
         cached = sum(slot.nbytes for slot in self.slots.values())
         return Report(tuple(self.records), cached, self.graphs, self.recompiles)
+
+
+def _as_number(timestep: Any) -> float | None:
+    """The time input as one number (the largest of a batch); a second read-back if a tensor."""
+    if isinstance(timestep, torch.Tensor):
+        return float(timestep.max()) if timestep.numel() else None
+    return float(timestep) if isinstance(timestep, int | float) else None
