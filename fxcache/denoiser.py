@@ -64,8 +64,12 @@ class Runner:
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model, self.settings = model, settings
         self.session = Session(settings.policy)
+        options = dict(settings.options or {})
+        guard_filter = options.pop("guard_filter_fn", None)
+        #: What of the options is Dynamo's and not the compiler's.
+        self.dynamo_options = {"guard_filter_fn": guard_filter} if guard_filter else None
         self.compiler = resolve_compiler(
-            settings.backend, settings.mode, settings.options, settings.dynamic
+            settings.backend, settings.mode, options, settings.dynamic
         )
         names = tuple(inspect.signature(model.forward).parameters)
         self.timestep_places = [(i, n) for i, n in enumerate(names) if n in TIMESTEP_NAMES]
@@ -93,7 +97,11 @@ class Runner:
     ) -> Callable[..., Any]:
         """A function of (model, args, kwargs) that Dynamo captures and hands to `backend`."""
         return torch.compile(
-            _own_evaluate(), backend=backend, fullgraph=fullgraph, dynamic=self.settings.dynamic
+            _own_evaluate(),
+            backend=backend,
+            fullgraph=fullgraph,
+            dynamic=self.settings.dynamic,
+            options=dict(self.dynamo_options) if self.dynamo_options else None,
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,126 @@
+"""The pass on every model of the zoo, against the plain model and a reference made of hooks."""
+
+import pytest
+import torch
+from helpers import ALWAYS, NEVER, Marked, assert_close, assert_identical, count_products, hits
+from zoo import ZOO, Entry, at_step, make
+
+import fxcache
+
+pytest.importorskip("diffusers")
+
+NAMES = pytest.mark.parametrize("name", list(ZOO))
+
+
+def denoiser_of(name, model, policy):
+    return fxcache.transform(model, policy, backend="eager", fullgraph=ZOO[name].fullgraph)
+
+
+@NAMES
+def test_a_policy_that_never_hits_is_bit_identical(name):
+    model, inputs = make(name)
+    denoiser = denoiser_of(name, model, NEVER)
+    for step in range(4):
+        given = at_step(name, inputs, step)
+        assert_identical(denoiser(**given), model(**given))
+    report = denoiser.report()
+    assert hits(denoiser) == [False] * 4
+    assert [record.step for record in report.records] == [0, 1, 2, 3]
+    assert report.recompiles == 0
+
+
+class HookReference:
+    """Module hooks do by hand what a hit does: add the first call's residual to the span's input.
+
+    The reference runs every block and then replaces what the last one of the span returns.
+    """
+
+    def __init__(self, entry: Entry, model: torch.nn.Module) -> None:
+        self.entry, self.residual, self.replaying = entry, None, False
+        model.get_submodule(entry.span[0]).register_forward_pre_hook(self.enter, with_kwargs=True)
+        model.get_submodule(entry.span[-1]).register_forward_hook(self.leave)
+
+    def enter(self, module, args, kwargs):
+        given = kwargs.get("hidden_states", args[0] if args else None)
+        image = self.entry.image
+        if isinstance(image, str):
+            given = given[image] if isinstance(given, dict) else getattr(given, image)
+        self.before = given
+
+    def leave(self, module, args, output):
+        image = self.entry.image
+        if isinstance(image, str):
+            value = getattr(output, image)
+        else:
+            value = output if image is None else output[image]
+        # A joint sequence ends with the image tokens.
+        tokens = value if self.entry.as_is else value[:, -self.before.shape[1] :]
+        if not self.replaying:
+            self.residual = tokens if self.entry.as_is else tokens - self.before
+            return None
+        replaced = self.residual if self.entry.as_is else self.before + self.residual
+        if tokens.shape != value.shape:
+            replaced = torch.cat([value[:, : -self.before.shape[1]], replaced], dim=1)
+        if isinstance(image, str):
+            return type(output)(**{**vars(output), image: replaced})
+        if image is None:
+            return replaced
+        return tuple(replaced if i == image else v for i, v in enumerate(output))
+
+
+@NAMES
+def test_a_hit_adds_the_residual(name):
+    entry = ZOO[name]
+    model, inputs = make(name)
+    denoiser = denoiser_of(name, model, ALWAYS)
+    first, second = at_step(name, inputs, 0), at_step(name, inputs, 1)
+
+    full = denoiser(**first)
+    assert_close(denoiser(**first), full)  # the residual identity
+
+    hit = denoiser(**second)
+    assert hits(denoiser) == [False, True, True]
+
+    twin, _ = make(name)
+    reference = HookReference(entry, twin)
+    twin(**first)
+    reference.replaying = True
+    assert_close(hit, twin(**second))
+    with pytest.raises(AssertionError):  # which is not what the whole model gives
+        assert_close(hit, model(**second))
+
+
+@NAMES
+def test_a_hit_skips_the_span(name):
+    entry = ZOO[name]
+    model, inputs = make(name)
+    denoiser = denoiser_of(name, model, ALWAYS)
+    span = [model.get_submodule(path) for path in entry.span]
+    with Marked(span):
+        in_span = count_products(lambda: model(**inputs), inside="span")
+    whole = count_products(lambda: model(**inputs))
+    denoiser(**inputs)
+    hit = count_products(lambda: denoiser(**inputs))
+    assert in_span > 0
+    assert 0 < hit <= whole - in_span
+
+
+@NAMES
+def test_only_what_leaves_the_span_is_cached(name):
+    entry = ZOO[name]
+    model, inputs = make(name)
+    found = fxcache.explain(model, **inputs)
+    assert entry.head in found.head_blocks
+    # Blocks that stand in no list (a UNet's mid block) are skipped, but not counted.
+    listed = {path for path in entry.span if path.rpartition(".")[2].isdigit()}
+    assert set(found.span_blocks) == listed
+    assert len(found.streams) == 1
+    (stream,) = found.streams
+    assert stream.is_residual is not entry.as_is
+
+    denoiser = denoiser_of(name, model, ALWAYS)
+    denoiser(**inputs)
+    residual_and_probe = denoiser.report().cached_bytes
+    assert stream.nbytes < residual_and_probe <= 2 * stream.nbytes + 65536
+    denoiser.reset()
+    assert denoiser.report().cached_bytes == 0
