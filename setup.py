@@ -13,5 +13,9 @@ setup(
         "fxcache.runtime",
     ],
     package_dir={"fxcache.kernels": "kernels"},
-    package_data={"fxcache": ["py.typed"], "fxcache.demo": ["model/*"]},
+    package_data={
+        "fxcache": ["py.typed"],
+        "fxcache.demo": ["model/*"],
+        "fxcache.integrations": ["*.json"],
+    },
 )

@@ -154,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=60, help="training time (default 60)")
     parser.add_argument("--output", type=Path, default=Path("demo_model"))
+    parser.add_argument("--resume", type=Path, help="start from these weights (safetensors)")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=1)
@@ -171,6 +172,8 @@ def main() -> None:
 
     # eval(): DiT's own label dropout draws anew in every block; labels are dropped here instead.
     model = DiTTransformer2DModel(**CONFIG).eval()
+    if args.resume:
+        model.load_state_dict(load_file(args.resume))
     ema = copy.deepcopy(model)
     compiled = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01)

@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from fxcache.denoiser import DenoiserMethods, Settings, make_denoiser
-from fxcache.explain import Explanation, explain_model
 from fxcache.errors import FxCacheError, OptionError, PolicyError
+from fxcache.explain import Explanation, explain_model
 from fxcache.policy import FirstBlockCache, Policy
 
 

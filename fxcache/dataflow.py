@@ -59,7 +59,9 @@ def writes_in_place(node: fx.Node) -> bool:
 def is_context(node: fx.Node) -> bool:
     """Whether `node` opens or closes a context (autocast, grad mode) instead of computing."""
     name = op_name(node)
-    return node.op == "call_function" and name.startswith(("_enter_", "_exit_", "_set_grad_enabled"))
+    return node.op == "call_function" and name.startswith(
+        ("_enter_", "_exit_", "_set_grad_enabled")
+    )
 
 
 def storages(node: fx.Node) -> set[int]:
@@ -168,9 +170,7 @@ def _vmap_edges(node: fx.Node, regions: dict[fx.Node, list[fx.Node]]) -> list[fx
     return [regions[operand][-1] for operand in node.all_input_nodes if operand in regions]
 
 
-def _closure(
-    nodes: Iterable[fx.Node], edges: dict[fx.Node, tuple[fx.Node, ...]]
-) -> set[fx.Node]:
+def _closure(nodes: Iterable[fx.Node], edges: dict[fx.Node, tuple[fx.Node, ...]]) -> set[fx.Node]:
     seen: set[fx.Node] = set()
     todo = [after for node in nodes for after in edges[node]]
     while todo:

@@ -68,9 +68,7 @@ class Runner:
         guard_filter = options.pop("guard_filter_fn", None)
         #: What of the options is Dynamo's and not the compiler's.
         self.dynamo_options = {"guard_filter_fn": guard_filter} if guard_filter else None
-        self.compiler = resolve_compiler(
-            settings.backend, settings.mode, options, settings.dynamic
-        )
+        self.compiler = resolve_compiler(settings.backend, settings.mode, options, settings.dynamic)
         names = tuple(inspect.signature(model.forward).parameters)
         self.timestep_places = [(i, n) for i, n in enumerate(names) if n in TIMESTEP_NAMES]
         self.gave_up = False
@@ -92,9 +90,7 @@ class Runner:
         self.backend, self.is_whole = backend, True
         self.cached = self.compile(backend)
 
-    def compile(
-        self, backend: Callable[..., Any], *, fullgraph: bool = True
-    ) -> Callable[..., Any]:
+    def compile(self, backend: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
         """A function of (model, args, kwargs) that Dynamo captures and hands to `backend`."""
         return torch.compile(
             _own_evaluate(),
@@ -141,21 +137,31 @@ class Runner:
         """
         token = self.session.given_timestep.set(self._timestep(args, kwargs))
         try:
-            if self.is_whole:
-                try:
-                    return self._run(args, kwargs)
-                except CaptureError as error:
-                    if self.settings.fullgraph:
-                        raise
-                    log.info("captured in pieces: %s", error)
-                    self._break_up()
-            # Every graph break that these two can avoid leaves more of the model in one graph.
-            with torch._dynamo.config.patch(
-                capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
-            ):
+            if not self.is_whole:
+                return self._run_patched(args, kwargs)
+            try:
                 return self._run(args, kwargs)
+            except CaptureError as error:
+                log.info("trying again with more captured: %s", error)
+            try:
+                return self._run_patched(args, kwargs)
+            except CaptureError as error:
+                if self.settings.fullgraph:
+                    raise
+                log.info("capturing in pieces: %s", error)
+            self._break_up()
+            return self._run_patched(args, kwargs)
         finally:
             self.session.given_timestep.reset(token)
+
+    def _run_patched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call with those switches of Dynamo on that avoid graph breaks, for this call only."""
+        with torch._dynamo.config.patch(
+            capture_scalar_outputs=True,
+            capture_dynamic_output_shape_ops=True,
+            ignore_logging_functions={warnings.warn},
+        ):
+            return self._run(args, kwargs)
 
     def _break_up(self) -> None:
         self.is_whole = self.backend.fullgraph = False

@@ -17,6 +17,7 @@ from fxcache.passes.cut import Cut
 from fxcache.policy import Policy
 from fxcache.stack import node_flops
 
+
 @dataclass(frozen=True)
 class StreamInfo:
     """A tensor that leaves the span and is cached: as a residual, or as it is."""

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxcache.integrations.tiny import tiny_model
+
 Inputs = dict[str, Any]
 
 TIMESTEPS = ("timestep", "t")
@@ -80,125 +82,62 @@ def randn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape)
 
 
-# --- image transformers --------------------------------------------------------------------------
-
-
-def flux_inputs(image: int = 16, text: int = 8) -> Inputs:
-    return {
-        "hidden_states": randn(1, image, 4),
-        "encoder_hidden_states": randn(1, text, 32),
-        "pooled_projections": randn(1, 32),
-        "timestep": torch.tensor([1.0]),
-        "img_ids": randn(image, 3),
-        "txt_ids": randn(text, 3),
-    }
-
-
-def build_flux(**config: Any) -> nn.Module:
-    from diffusers import FluxTransformer2DModel
-
-    return FluxTransformer2DModel(
-        **{
-            "patch_size": 1,
-            "in_channels": 4,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "attention_head_dim": 16,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 32,
-            "pooled_projection_dim": 32,
-            "axes_dims_rope": (4, 4, 8),
-            **config,
-        }
-    )
-
+# --- diffusers -----------------------------------------------------------------------------------
 
 FLUX_SPAN = {"transformer_blocks": range(1, 2), "single_transformer_blocks": range(2)}
+THREE_BLOCKS = {"transformer_blocks": range(1, 3)}
+UNET_SPAN = {"down_blocks": range(1, 2), "up_blocks": range(2)}
 
 
 @entry("transformer_blocks.0", FLUX_SPAN, time=1.0, image=1)
 def flux():
-    return build_flux(), flux_inputs()
+    return tiny_model("FluxTransformer2DModel")
 
 
 @entry("transformer_blocks.0", FLUX_SPAN, time=1.0, image=1)
 def flux_guidance():
-    return build_flux(guidance_embeds=True), {**flux_inputs(), "guidance": torch.tensor([3.5])}
+    model, inputs = tiny_model("FluxTransformer2DModel", guidance_embeds=True)
+    return model, {**inputs, "guidance": torch.tensor([3.5])}
 
 
 @entry("transformer_blocks.0", FLUX_SPAN, time=1.0, image=1)
 def flux_kontext():
     # Kontext appends the tokens of the reference image; as many text tokens as image tokens, so
     # that streams cannot be told apart by their shapes.
-    return build_flux(), flux_inputs(image=24, text=24)
+    model, inputs = tiny_model("FluxTransformer2DModel")
+    longer = {
+        "hidden_states": randn(1, 24, 4),
+        "encoder_hidden_states": randn(1, 24, 32),
+        "img_ids": randn(24, 3),
+        "txt_ids": randn(24, 3),
+    }
+    return model, {**inputs, **longer}
 
 
 @entry("transformer_blocks.0", FLUX_SPAN, time=1.0, image=1)
 def flux_controlnet():
+    model, inputs = tiny_model("FluxTransformer2DModel")
     residuals = {
         "controlnet_block_samples": [randn(1, 16, 32) for _ in range(2)],
         "controlnet_single_block_samples": [randn(1, 16, 32) for _ in range(2)],
     }
-    return build_flux(), {**flux_inputs(), **residuals}
+    return model, {**inputs, **residuals}
 
 
-@entry("transformer_blocks.0", FLUX_SPAN, time=1.0, image=1)
+@entry("transformer_blocks.0", FLUX_SPAN, time=1.0)
 def chroma():
-    from diffusers import ChromaTransformer2DModel
-
-    model = ChromaTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        axes_dims_rope=(4, 4, 8),
-        approximator_hidden_dim=32,
-        approximator_layers=1,
-        approximator_num_channels=16,
-    )
-    inputs = flux_inputs()
-    del inputs["pooled_projections"]
-    return model, inputs
+    return tiny_model("ChromaTransformer2DModel")
 
 
-def build_sd3(**config: Any) -> tuple[nn.Module, Inputs]:
-    from diffusers import SD3Transformer2DModel
-
-    model = SD3Transformer2DModel(
-        **{
-            "sample_size": 8,
-            "patch_size": 1,
-            "in_channels": 4,
-            "num_layers": 3,
-            "attention_head_dim": 8,
-            "num_attention_heads": 4,
-            "caption_projection_dim": 32,
-            "joint_attention_dim": 32,
-            "pooled_projection_dim": 64,
-            "out_channels": 4,
-            **config,
-        }
-    )
-    inputs = {
-        "hidden_states": randn(2, 4, 8, 8),
-        "encoder_hidden_states": randn(2, 12, 32),
-        "pooled_projections": randn(2, 64),
-        "timestep": torch.tensor([1000.0, 1000.0]),
-    }
-    return model, inputs
-
-
-@entry("transformer_blocks.0", {"transformer_blocks": range(1, 3)}, image=1)
+@entry("transformer_blocks.0", THREE_BLOCKS, image=1)
 def sd3():
-    return build_sd3()
+    return tiny_model("SD3Transformer2DModel")
 
 
-@entry("transformer_blocks.0", {"transformer_blocks": range(1, 3)}, image=1)
+@entry("transformer_blocks.0", THREE_BLOCKS, image=1)
 def sd35_dual_attention():
-    return build_sd3(dual_attention_layers=(0, 1), qk_norm="rms_norm")
+    config = {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}
+    return tiny_model("SD3Transformer2DModel", **config)
 
 
 @entry(
@@ -207,192 +146,43 @@ def sd35_dual_attention():
     time=1.0,
 )
 def auraflow():
-    from diffusers import AuraFlowTransformer2DModel
-
-    model = AuraFlowTransformer2DModel(
-        sample_size=16,
-        patch_size=2,
-        in_channels=4,
-        num_mmdit_layers=2,
-        num_single_dit_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        caption_projection_dim=32,
-        joint_attention_dim=32,
-        out_channels=4,
-        pos_embed_max_size=64,
-    )
-    inputs = {
-        "hidden_states": randn(2, 4, 16, 16),
-        "encoder_hidden_states": randn(2, 12, 32),
-        "timestep": torch.tensor([1.0, 1.0]),
-    }
-    return model, inputs
+    return tiny_model("AuraFlowTransformer2DModel")
 
 
-@entry("transformer_blocks.0", {"transformer_blocks": range(1, 3)})
+@entry("transformer_blocks.0", THREE_BLOCKS)
 def pixart():
-    from diffusers import PixArtTransformer2DModel
-
-    model = PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=3,
-        sample_size=8,
-        patch_size=2,
-        cross_attention_dim=16,
-        caption_channels=8,
-        norm_num_groups=1,
-        use_additional_conditions=False,
-    )
-    inputs = {
-        "hidden_states": randn(2, 4, 8, 8),
-        "encoder_hidden_states": randn(2, 8, 8),
-        "timestep": torch.tensor([1000, 1000]),
-        "added_cond_kwargs": {"aspect_ratio": None, "resolution": None},
-    }
-    return model, inputs
+    return tiny_model("PixArtTransformer2DModel")
 
 
-@entry("transformer_blocks.0", {"transformer_blocks": range(1, 3)})
+@entry("transformer_blocks.0", THREE_BLOCKS)
 def sana():
-    from diffusers import SanaTransformer2DModel
-
-    model = SanaTransformer2DModel(
-        sample_size=8,
-        patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        cross_attention_dim=16,
-        caption_channels=8,
-    )
-    inputs = {
-        "hidden_states": randn(2, 4, 8, 8),
-        "encoder_hidden_states": randn(2, 8, 8),
-        "timestep": torch.tensor([1000, 1000]),
-    }
-    return model, inputs
+    return tiny_model("SanaTransformer2DModel")
 
 
-@entry("transformer_blocks.0", {"transformer_blocks": range(1, 3)})
+@entry("transformer_blocks.0", THREE_BLOCKS)
 def dit():
-    from diffusers import DiTTransformer2DModel
-
-    model = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=3,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=8,
-    )
-    inputs = {
-        "hidden_states": randn(2, 4, 8, 8),
-        "timestep": torch.tensor([1000, 1000]),
-        "class_labels": torch.tensor([1, 2]),
-    }
-    return model, inputs
+    return tiny_model("DiTTransformer2DModel")
 
 
-@entry("transformer_blocks.0", {"transformer_blocks": range(1, 3)}, time=1.0, image=1)
+@entry("transformer_blocks.0", THREE_BLOCKS, time=1.0, image=1)
 def qwenimage():
-    from diffusers import QwenImageTransformer2DModel
-
-    model = QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(4, 6, 6),
-    )
-    inputs = {
-        "hidden_states": randn(1, 16, 16),
-        "encoder_hidden_states": randn(1, 7, 16),
-        "encoder_hidden_states_mask": torch.ones(1, 7, dtype=torch.long),
-        "timestep": torch.tensor([1.0]),
-        "img_shapes": [(1, 4, 4)],
-    }
-    return model, inputs
+    return tiny_model("QwenImageTransformer2DModel")
 
 
 @entry("layers.0", {"layers": range(1, 3)}, time=1.0, fullgraph=False)
 def lumina2():
-    from diffusers import Lumina2Transformer2DModel
-
-    model = Lumina2Transformer2DModel(
-        sample_size=16,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=24,
-        num_layers=3,
-        num_refiner_layers=1,
-        num_attention_heads=3,
-        num_kv_heads=1,
-        multiple_of=2,
-        ffn_dim_multiplier=None,
-        scaling_factor=1.0,
-        axes_dim_rope=(4, 2, 2),
-        axes_lens=(128, 128, 128),
-        cap_feat_dim=8,
-    )
-    inputs = {
-        "hidden_states": randn(2, 4, 16, 16),
-        "encoder_hidden_states": randn(2, 16, 8),
-        "timestep": torch.tensor([1.0, 1.0]),
-        "encoder_attention_mask": torch.ones(2, 16, dtype=torch.bool),
-    }
-    return model, inputs
-
-
-# --- UNets ---------------------------------------------------------------------------------------
-
-UNET_SPAN = {"down_blocks": range(1, 2), "up_blocks": range(2)}
-
-
-def build_unet(**config: Any) -> tuple[nn.Module, Inputs]:
-    from diffusers import UNet2DConditionModel
-
-    model = UNet2DConditionModel(
-        **{
-            "sample_size": 16,
-            "block_out_channels": (4, 8),
-            "norm_num_groups": 4,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "cross_attention_dim": 8,
-            "attention_head_dim": 2,
-            "layers_per_block": 1,
-            **config,
-        }
-    )
-    inputs = {
-        "sample": randn(2, 4, 16, 16),
-        "timestep": torch.tensor(1000),
-        "encoder_hidden_states": randn(2, 4, 8),
-    }
-    return model, inputs
+    return tiny_model("Lumina2Transformer2DModel")
 
 
 @entry("down_blocks.0", UNET_SPAN, as_is=True)
 def sd15_unet():
-    return build_unet()
+    return tiny_model("UNet2DConditionModel")
 
 
 @entry("down_blocks.0", UNET_SPAN, as_is=True)
 def sdxl_unet():
-    model, inputs = build_unet(
+    model, inputs = tiny_model(
+        "UNet2DConditionModel",
         use_linear_projection=True,
         transformer_layers_per_block=(1, 2),
         addition_embed_type="text_time",
@@ -403,233 +193,52 @@ def sdxl_unet():
     return model, {**inputs, "added_cond_kwargs": added}
 
 
-# --- video and audio -----------------------------------------------------------------------------
-
-
 @entry("transformer_blocks.0", FLUX_SPAN, image=0)
 def hunyuan_video():
-    from diffusers import HunyuanVideoTransformer3DModel
-
-    model = HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=10,
-        num_layers=2,
-        num_single_layers=2,
-        num_refiner_layers=1,
-        patch_size=2,
-        patch_size_t=1,
-        guidance_embeds=True,
-        text_embed_dim=16,
-        pooled_projection_dim=8,
-        rope_axes_dim=(2, 4, 4),
-    )
-    inputs = {
-        "hidden_states": randn(1, 4, 2, 8, 8),
-        "encoder_hidden_states": randn(1, 12, 16),
-        "encoder_attention_mask": torch.ones(1, 12, dtype=torch.bool),
-        "pooled_projections": randn(1, 8),
-        "timestep": torch.tensor([1000]),
-        "guidance": torch.tensor([3.5]),
-    }
-    return model, inputs
+    return tiny_model("HunyuanVideoTransformer3DModel")
 
 
 @entry("transformer_blocks.0", FLUX_SPAN, image=0)
 def hunyuan_framepack():
-    from diffusers import HunyuanVideoFramepackTransformer3DModel
-
-    model = HunyuanVideoFramepackTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=10,
-        num_layers=2,
-        num_single_layers=2,
-        num_refiner_layers=1,
-        patch_size=2,
-        patch_size_t=1,
-        guidance_embeds=True,
-        text_embed_dim=16,
-        pooled_projection_dim=8,
-        rope_axes_dim=(2, 4, 4),
-        image_condition_type=None,
-        has_image_proj=True,
-        image_proj_dim=16,
-        has_clean_x_embedder=True,
-    )
-    inputs = {
-        "hidden_states": randn(1, 4, 3, 4, 4),
-        "timestep": torch.tensor([1000]),
-        "encoder_hidden_states": randn(1, 12, 16),
-        "encoder_attention_mask": torch.ones(1, 12, dtype=torch.bool),
-        "pooled_projections": randn(1, 8),
-        "image_embeds": randn(1, 3, 16),
-        "indices_latents": torch.ones(3),
-        "guidance": torch.tensor([3.5]),
-        "latents_clean": randn(1, 4, 2, 4, 4),
-        "indices_latents_clean": torch.ones(2),
-        "latents_history_2x": randn(1, 4, 2, 4, 4),
-        "indices_latents_history_2x": torch.ones(2),
-        "latents_history_4x": randn(1, 4, 4, 4, 4),
-        "indices_latents_history_4x": torch.ones(4),
-    }
-    return model, inputs
-
-
-def build_wan(cls: str, **config: Any) -> nn.Module:
-    import diffusers
-
-    return getattr(diffusers, cls)(
-        **{
-            "patch_size": (1, 2, 2),
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 16,
-            "freq_dim": 64,
-            "ffn_dim": 32,
-            "num_layers": 3,
-            "cross_attn_norm": True,
-            "qk_norm": "rms_norm_across_heads",
-            "rope_max_seq_len": 32,
-            **config,
-        }
-    )
-
-
-def wan_inputs(channels: int = 4) -> Inputs:
-    return {
-        "hidden_states": randn(1, channels, 2, 8, 8),
-        "encoder_hidden_states": randn(1, 12, 16),
-        "timestep": torch.tensor([1000]),
-    }
+    return tiny_model("HunyuanVideoFramepackTransformer3DModel")
 
 
 @entry("blocks.0", {"blocks": range(1, 3)})
 def wan_t2v():
-    return build_wan("WanTransformer3DModel"), wan_inputs()
+    return tiny_model("WanTransformer3DModel")
 
 
 @entry("blocks.0", {"blocks": range(1, 3)})
 def wan_i2v():
-    model = build_wan("WanTransformer3DModel", in_channels=8, image_dim=16, added_kv_proj_dim=24)
-    return model, {**wan_inputs(8), "encoder_hidden_states_image": randn(1, 5, 16)}
+    config = {"in_channels": 8, "image_dim": 16, "added_kv_proj_dim": 24}
+    model, inputs = tiny_model("WanTransformer3DModel", **config)
+    given = {"hidden_states": randn(1, 8, 2, 8, 8), "encoder_hidden_states_image": randn(1, 5, 16)}
+    return model, {**inputs, **given}
 
 
 @entry("blocks.0", {"blocks": range(1, 3)})
 def wan_vace():
-    model = build_wan("WanVACETransformer3DModel", vace_layers=[0, 2], vace_in_channels=12)
-    return model, {**wan_inputs(), "control_hidden_states": randn(1, 12, 2, 8, 8)}
+    return tiny_model("WanVACETransformer3DModel")
 
 
-@entry("transformer_blocks.0", {"transformer_blocks": range(1, 3)})
+@entry("transformer_blocks.0", THREE_BLOCKS)
 def ltx_video():
-    from diffusers import LTXVideoTransformer3DModel
-
-    model = LTXVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        num_layers=3,
-        caption_channels=16,
-    )
-    inputs = {
-        "hidden_states": randn(2, 32, 4),
-        "encoder_hidden_states": randn(2, 6, 16),
-        "encoder_attention_mask": torch.ones(2, 6, dtype=torch.bool),
-        "timestep": torch.tensor([1000, 1000]),
-        "num_frames": 2,
-        "height": 4,
-        "width": 4,
-    }
-    return model, inputs
+    return tiny_model("LTXVideoTransformer3DModel")
 
 
-@entry("transformer_blocks.0", {"transformer_blocks": range(1, 3)}, image=0)
+@entry("transformer_blocks.0", THREE_BLOCKS, image=0)
 def cogvideox():
-    from diffusers import CogVideoXTransformer3DModel
-
-    model = CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=2,
-        text_embed_dim=8,
-        num_layers=3,
-        sample_width=8,
-        sample_height=8,
-        sample_frames=8,
-        patch_size=2,
-        patch_size_t=None,
-        temporal_compression_ratio=4,
-        max_text_seq_length=8,
-    )
-    inputs = {
-        "hidden_states": randn(2, 1, 4, 8, 8),
-        "encoder_hidden_states": randn(2, 8, 8),
-        "timestep": torch.tensor([1000, 1000]),
-    }
-    return model, inputs
+    return tiny_model("CogVideoXTransformer3DModel")
 
 
-@entry("transformer_blocks.0", {"transformer_blocks": range(1, 3)}, image=0)
+@entry("transformer_blocks.0", THREE_BLOCKS, image=0)
 def mochi():
-    from diffusers import MochiTransformer3DModel
-
-    model = MochiTransformer3DModel(
-        patch_size=2,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=3,
-        pooled_projection_dim=16,
-        in_channels=4,
-        out_channels=None,
-        qk_norm="rms_norm",
-        text_embed_dim=16,
-        time_embed_dim=4,
-        activation_fn="swiglu",
-        max_sequence_length=16,
-    )
-    inputs = {
-        "hidden_states": randn(2, 4, 2, 8, 8),
-        "encoder_hidden_states": randn(2, 16, 16),
-        "timestep": torch.tensor([1000, 1000]),
-        "encoder_attention_mask": torch.ones(2, 16, dtype=torch.bool),
-    }
-    return model, inputs
+    return tiny_model("MochiTransformer3DModel")
 
 
-@entry("transformer_blocks.0", {"transformer_blocks": range(1, 3)})
+@entry("transformer_blocks.0", THREE_BLOCKS)
 def stable_audio():
-    from diffusers import StableAudioDiTModel
-
-    model = StableAudioDiTModel(
-        sample_size=4,
-        in_channels=4,
-        num_layers=3,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        num_key_value_attention_heads=2,
-        out_channels=4,
-        cross_attention_dim=8,
-        time_proj_dim=8,
-        global_states_input_dim=8,
-        cross_attention_input_dim=8,
-    )
-    inputs = {
-        "hidden_states": randn(2, 4, 6),
-        "timestep": torch.tensor([1000.0, 1000.0]),
-        "encoder_hidden_states": randn(2, 5, 8),
-        "global_hidden_states": randn(2, 1, 8),
-        "rotary_embedding": (randn(7, 4), randn(7, 4)),
-    }
-    return model, inputs
+    return tiny_model("StableAudioDiTModel")
 
 
 # --- hand-written --------------------------------------------------------------------------------

@@ -265,4 +265,3 @@ def state_fakes(cut: Cut) -> tuple[torch.Tensor, list[torch.Tensor]]:
     with fake_tensor(cut.probe.after).fake_mode, torch.no_grad():
         reference = like(cut.probe.after, cut.probe.before)
         return reference, [like(stream.after, stream.before) for stream in cut.streams]
-

@@ -104,7 +104,9 @@ def cut(
     after_core = flow.descendants(core)
     span = core | (after_core & flow.ancestors(core))
     first = set(span_blocks[0].nodes)
-    moving = flow.descendants(n for b in blocks[:head_blocks] for n in b.nodes) if head_blocks else None
+    moving = (
+        flow.descendants(n for b in blocks[:head_blocks] for n in b.nodes) if head_blocks else None
+    )
 
     def partner(node: fx.Node) -> fx.Node | None:
         return _partner(node, span, after_core, first, moving, flow)
@@ -293,7 +295,9 @@ def _probe(
 ) -> Probe:
     """The head residual of the image stream (of the newest one where the residual is not cached)."""
     first = stack.blocks[0]
-    entering = [n for n in block_inputs(first) if not isinstance(fake_tensor(n), torch.nn.Parameter)]
+    entering = [
+        n for n in block_inputs(first) if not isinstance(fake_tensor(n), torch.nn.Parameter)
+    ]
     ends = [stream.before for stream in streams if stream.before is not None]
     if not ends:
         inside = flow.descendants(n for b in stack.blocks[:head_blocks] for n in b.nodes)
@@ -326,7 +330,9 @@ def _head_residual(
     To `end` itself, or, where `end` was rearranged, to the last value on its path that has the
     layout of the stream before the first block.
     """
-    own = [node for block in stack.blocks[:head_blocks] for node in block.nodes if node not in later]
+    own = [
+        node for block in stack.blocks[:head_blocks] for node in block.nodes if node not in later
+    ]
     for candidate in (end, *sorted(own, key=flow.position.__getitem__, reverse=True)):
         starts = {start for start in entering if start is not end and same_layout(start, candidate)}
         if not starts or not (candidate is end or residual_path(end, {candidate})):

@@ -1,0 +1,169 @@
+"""``fxcache demo``: uncached, cached and with fewer steps, side by side.
+
+The honest rival of a cache is the same sampler with fewer steps at the same cost; each setting is
+printed next to its rival, and says whether it wins.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import fxcache
+from fxcache import FirstBlockCache, Reuse, Taylor
+from fxcache.demo.metrics import psnr, ssim
+from fxcache.demo.sampler import load_denoiser, sample
+from fxcache.policy import Forecast
+
+IMAGES = 32
+ROUNDS = 2
+#: The residual diff is largest over the first steps, where every cache does most harm.
+WARMUP_STEPS = 5
+
+
+@dataclass
+class Run:
+    """One way to sample, and what came of it. `cost` is its share of the uncached FLOPs."""
+
+    name: str
+    denoiser: nn.Module
+    steps: int
+    hits: int = 0
+    cost: float = 1.0
+    seconds: list[float] = field(default_factory=list)
+    pictures: torch.Tensor | None = None
+    psnr: float = 0.0
+    ssim: float = 0.0
+
+    def speedup(self, base: "Run") -> float:
+        """Against `base`, the median over rounds of the ratio within a round."""
+        pairs = zip(base.seconds, self.seconds, strict=True)
+        return statistics.median(slow / fast for slow, fast in pairs)
+
+
+def settings(threshold: float) -> dict[str, FirstBlockCache]:
+    """The three settings that are shown: what older tools do, and forecasting at two speeds."""
+
+    def policy(forecast: Forecast, in_a_row: int) -> FirstBlockCache:
+        return FirstBlockCache(
+            threshold=threshold,
+            forecast=forecast,
+            warmup_steps=WARMUP_STEPS,
+            max_consecutive_hits=in_a_row,
+        )
+
+    return {
+        "reuse, 2 in a row": policy(Reuse(), 2),
+        "Taylor, 2 in a row": policy(Taylor(order=1), 2),
+        "Taylor, 1 in a row": policy(Taylor(order=1), 1),
+    }
+
+
+def run_demo(
+    *,
+    steps: int = 30,
+    threshold: float = 0.2,
+    seed: int = 0,
+    output: Path = Path("fxcache_demo"),
+    backend: str = "eager",
+    write: Callable[[str], object] = print,
+) -> Path:
+    """Sample, compare, print a table and write ``comparison.png`` and ``residual_diff.png``.
+
+    Args:
+        steps: sampler steps of the uncached run, at least 8.
+        threshold: of First Block Cache, in all three settings.
+        seed: of the initial noise.
+        output: folder for the pictures, made if it is not there.
+        backend: what compiles the pieces; "inductor" takes about a minute more to compile.
+        write: gets the table's lines.
+
+    Returns:
+        The folder.
+    """
+    from tqdm import tqdm
+
+    model, classes = load_denoiser()
+    labels = torch.arange(IMAGES) % len(classes)
+    skipped = fxcache.explain(
+        model, torch.randn(2, 3, 32, 32), timestep=torch.ones(2), class_labels=labels[:2]
+    ).skipped_share
+    plain = model if backend == "eager" else torch.compile(model, backend=backend)
+    base = Run("uncached", plain, steps)
+    cached = [
+        Run(name, fxcache.transform(model, policy, backend=backend), steps)
+        for name, policy in settings(threshold).items()
+    ]
+
+    for run in cached:  # which rival is fair depends on the hits, so these are counted first
+        sample(run.denoiser, labels[:IMAGES], steps=steps, seed=seed)
+        run.hits = run.denoiser.report().hits
+        run.cost = 1 - run.hits / steps * skipped
+    rivals = [Run("", plain, max(1, round(run.cost * steps))) for run in cached]
+
+    runs = [base, *cached, *rivals]
+    total = ROUNDS * sum(run.steps for run in runs)
+    with tqdm(total=total, desc="sampling", unit="step") as progress:
+        for _ in range(ROUNDS):
+            for run in runs:
+                if run in cached:
+                    run.denoiser.reset()
+                start = time.perf_counter()
+                run.pictures = sample(
+                    run.denoiser, labels, steps=run.steps, seed=seed, on_step=progress.update
+                )
+                run.seconds.append(time.perf_counter() - start)
+    for run in runs[1:]:
+        run.psnr, run.ssim = psnr(run.pictures, base.pictures), ssim(run.pictures, base.pictures)
+
+    output.mkdir(parents=True, exist_ok=True)
+    for line in table(base, cached, rivals):
+        write(line)
+    draw(base, cached, rivals, output / "comparison.png")
+    cached[-1].denoiser.report().plot(output / "residual_diff.png")
+    write(f"pictures: {output / 'comparison.png'}, {output / 'residual_diff.png'}")
+    return output
+
+
+def table(base: Run, cached: list[Run], rivals: list[Run]) -> list[str]:
+    """The comparison as lines of text."""
+    title = f"{IMAGES} pictures, {base.steps} steps, against the uncached run"
+    head = (
+        f"{'setting':<18} {'hits/steps':>10} {'speedup':>8} {'PSNR':>8} {'SSIM':>6}   "
+        f"{'fewer steps':>11} {'speedup':>8} {'PSNR':>8} {'SSIM':>6}"
+    )
+    lines = [title, head, f"{base.name:<18} {f'0/{base.steps}':>10} {'1.00x':>8}"]
+    for run, rival in zip(cached, rivals, strict=True):
+        margin = run.psnr - rival.psnr
+        verdict = f"wins by {margin:.1f} dB" if margin > 0 else f"loses by {-margin:.1f} dB"
+        lines.append(
+            f"{run.name:<18} {f'{run.hits}/{run.steps}':>10} {run.speedup(base):>7.2f}x "
+            f"{run.psnr:>5.1f} dB {run.ssim:>6.3f}   {rival.steps:>11} "
+            f"{rival.speedup(base):>7.2f}x {rival.psnr:>5.1f} dB {rival.ssim:>6.3f}   {verdict}"
+        )
+    return lines
+
+
+def draw(base: Run, cached: list[Run], rivals: list[Run], path: Path, columns: int = 16) -> None:
+    """The pictures of each run in a row, the best setting's rival below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    best = max(range(len(cached)), key=lambda i: cached[i].psnr - rivals[i].psnr)
+    rows = [("uncached", base)]
+    rows += [(f"{run.name}\n{run.speedup(base):.2f}x, {run.psnr:.1f} dB", run) for run in cached]
+    rival = rivals[best]
+    rows.append((f"{rival.steps} steps\n{rival.speedup(base):.2f}x, {rival.psnr:.1f} dB", rival))
+    figure = Figure(figsize=(columns * 0.72 + 1.5, len(rows) * 0.76), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (label, run) in zip(figure.subplots(len(rows), 1), rows, strict=True):
+        strip = torch.cat(list(run.pictures[:columns]), dim=2).permute(1, 2, 0)
+        axes.imshow(strip.numpy(), interpolation="nearest")
+        axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    figure.savefig(path, dpi=150)
