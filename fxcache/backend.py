@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch._guards import TracingContext, tracing
 
-from fxcache.capture import GraphInputs, fake_tensor, fake_value, graph_inputs
+from fxcache.capture import GraphInputs, fake_tensor, fake_value, graph_inputs, is_unbacked
 from fxcache.dataflow import data_flow, op_name
 from fxcache.errors import CaptureError, OptionError, StackNotFoundError
 from fxcache.passes.branch import (
@@ -74,8 +74,9 @@ class Backend:
         session: where state and records are kept.
         compiler: compiles the pieces.
         argument_names: the names of the model's positional arguments.
-        list_weights: how many elements the parameters of the model's heaviest list have. A stack
-            with at most half of them lies beside the real one. None: not known.
+        list_weights: how many elements the parameters of the model's heaviest list have. In a model
+            captured in pieces, a stack with at most half of them lies beside the real one. None:
+            the model is not known.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class Backend:
         flow = data_flow(gm.graph)
         stack = find_stack(gm.graph, flow)
         weights = _num_weights(stack)
-        if self.list_weights is not None and 2 * weights <= self.list_weights:
+        if not self.fullgraph and 2 * weights <= (self.list_weights or 0):
             raise StackNotFoundError(
                 f"{stack} has {weights} weights, the model's heaviest list {self.list_weights}: "
                 f"it lies beside the block stack, or is a part of it"
@@ -204,11 +205,24 @@ def _compile_pieces(
         return fake_value(key[1] if isinstance(key, tuple) else key)
 
     def compiled(piece: Piece) -> Callable[..., Sequence[Any]]:
-        # A context of its own: the one that is open belongs to the whole graph.
-        with tracing(TracingContext(mode)):
-            return compiler(piece.module, [fake_of(key) for key in piece.arguments])
+        given = [fake_of(key) for key in piece.arguments]
+        try:
+            # A context of its own: the one that is open belongs to the whole graph.
+            with tracing(TracingContext(mode)):
+                return compiler(piece.module, given)
+        except Exception as error:
+            if not any(_depends_on_data(value) for value in given):
+                raise
+            raise CaptureError(
+                "the compiler fails on tensors whose sizes depend on data, and such tensors cross "
+                f'the cut of this model; backend="eager" runs it. The compiler says: {error}'
+            ) from error
 
     return Compiled(*map(compiled, (pieces.head, pieces.hit, pieces.miss)))
+
+
+def _depends_on_data(value: Any) -> bool:
+    return _is_tensor(value) and any(is_unbacked(size) for size in value.shape)
 
 
 def _signature(

@@ -9,6 +9,7 @@ elsewhere.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,9 @@ class Block:
     @property
     def list_path(self) -> str:
         return self.path.rpartition(".")[0]
+
+
+Owners = dict[fx.Node, Block]  # which block computes a node
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,17 @@ def node_flops(node: fx.Node) -> int:
     call = getattr(args[0], str(target)) if node.op == "call_method" else target
     args = args[1:] if node.op == "call_method" else args
     try:
-        with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # Counting must not guard: a size that it looked at would not be dynamic any more.
+        with mode, _no_guards(mode), torch.no_grad(), FlopCounterMode(display=False) as counter:
             call(*args, **kwargs)
-        return int(counter.get_total_flops())
+        total = counter.get_total_flops()
     except Exception:  # noqa: BLE001 - a node that cannot be counted counts nothing
         return 0
+    return total if isinstance(total, int) else int(total.node.hint or 0)
+
+
+def _no_guards(mode: torch._subclasses.FakeTensorMode) -> AbstractContextManager[None]:
+    return mode.shape_env.suppress_guards() if mode.shape_env is not None else nullcontext()
 
 
 def _fakes(tree: object) -> list[torch._subclasses.FakeTensor]:
@@ -216,8 +226,9 @@ def _extend(
         for block in other
         if block.is_composite
     ]
+    owners = {node: block for block in (*chain, *others) for node in block.nodes}
     blocks = list(chain)
-    while grown := _grow(blocks, others, flow):
+    while grown := _grow(blocks, others, owners, flow):
         blocks = grown
     return tuple(blocks)
 
@@ -227,7 +238,9 @@ def _nested_in(chain: tuple[Block, ...]) -> Callable[[Block], bool]:
     return lambda block: block.path.startswith(prefixes)
 
 
-def _grow(blocks: list[Block], others: list[Block], flow: DataFlow) -> list[Block] | None:
+def _grow(
+    blocks: list[Block], others: list[Block], owners: Owners, flow: DataFlow
+) -> list[Block] | None:
     """`blocks` with the nearest block that joins them (before, after or between), or None."""
 
     def start(block: Block) -> int:
@@ -236,48 +249,75 @@ def _grow(blocks: list[Block], others: list[Block], flow: DataFlow) -> list[Bloc
     def distance(block: Block) -> int:
         return min(abs(start(block) - start(own)) for own in blocks)
 
+    first, last = start(blocks[0]), start(blocks[-1])
+    reaching_out = {o.list_path for o in others if not first < start(o) < last}
     for other in sorted((o for o in others if o not in blocks), key=distance):
+        # A list with all its blocks between ours (adapters) is what lies between blocks.
+        if other.list_path not in reaching_out:
+            continue
         earlier = [block for block in blocks if start(block) < start(other)]
         later = [block for block in blocks if start(block) > start(other)]
-        follows = not earlier or _continues(earlier, other, flow)
-        precedes = not later or _continues([*earlier, other], later[0], flow)
+        follows = not earlier or _continues(earlier, other, owners, flow)
+        precedes = not later or _continues([*earlier, other], later[0], owners, flow)
         if follows and precedes:
             return [*earlier, other, *later]
     return None
 
 
-def _continues(before: list[Block], block: Block, flow: DataFlow) -> bool:
+def _continues(before: list[Block], block: Block, owners: Owners, flow: DataFlow) -> bool:
     """Whether every stream that enters `block` comes out of the last block of `before`."""
     last = set(before[-1].nodes)
     from_last = flow.descendants(last) | last
-    from_first = flow.descendants(before[0].nodes) | set(before[0].nodes)
+    chain = _Chain(set(before), flow.descendants(before[0].nodes), owners, flow)
     streams = streams_into(block, flow)
-    return bool(streams) and all(
-        stream in from_last and _comes_from(stream, from_first, flow) for stream in streams
-    )
+    return bool(streams) and all(s in from_last and chain.carries(s) is True for s in streams)
 
 
-def _comes_from(value: object, chain: set[fx.Node], flow: DataFlow) -> bool:
-    """Whether the tokens of `value` are those of the chain, none of them put beside from elsewhere.
+@dataclass(frozen=True)
+class _Chain:
+    """Tells whose tokens a tensor holds: walks back over sums and concatenations to blocks."""
 
-    A sum belongs to the chain if one term does (control residuals are added to streams), and so
-    does a concatenation of channels; a sequence, only if every part does.
-    """
-    if not isinstance(value, fx.Node) or value not in chain:
-        return False
-    if op_name(value) in ("cat", "concat", "stack", "pad_sequence"):
+    blocks: set[Block]
+    after_first: set[fx.Node]
+    owners: Owners
+    flow: DataFlow
+
+    def carries(self, value: fx.Node) -> bool | None:
+        """True: those of this chain. False: (also) those of other blocks. None: of no block.
+
+        A sum belongs to the chain if one term does and none to others (control residuals are added
+        to streams), and so does a concatenation of channels; a sequence, only if every part does.
+        """
+        if value in self.owners:
+            return self.owners[value] in self.blocks
+        name = op_name(value)
+        if name in ("cat", "concat", "stack", "pad_sequence"):
+            return self._joined(value)
+        if name in ("add", "iadd", "add_"):
+            return self._any([part for part in value.args if is_stream_like(part)])
+        written = [
+            writer.args[-1]
+            for storage in storages(value)
+            for writer in self.flow.writers.get(storage, ())
+            if op_name(writer) in ("setitem", "copy_") and is_stream_like(writer.args[-1])
+        ]
+        if written:
+            return self._all(written)
+        return True if value in self.after_first else None
+
+    def _joined(self, value: fx.Node) -> bool | None:
         parts = value.args[0] if isinstance(value.args[0], list | tuple) else [value.args[0]]
         tensors = [part for part in parts if is_stream_like(part)]
         dim = value.kwargs.get("dim", value.args[1] if len(value.args) > 1 else 0)
-        joins = any if dim in (-1, fake_tensor(value).ndim - 1) else all
-        return joins(_comes_from(part, chain, flow) for part in tensors)
-    written = [
-        writer.args[-1]
-        for storage in storages(value)
-        for writer in flow.writers.get(storage, ())
-        if op_name(writer) in ("setitem", "copy_") and is_stream_like(writer.args[-1])
-    ]
-    return all(_comes_from(part, chain, flow) for part in written)
+        is_channels = dim in (-1, fake_tensor(value).ndim - 1)
+        return self._any(tensors) if is_channels else self._all(tensors)
+
+    def _any(self, values: list[fx.Node]) -> bool | None:
+        found = {self.carries(value) for value in values}
+        return False if False in found else (True in found or None)
+
+    def _all(self, values: list[fx.Node]) -> bool:
+        return all(self.carries(value) is True for value in values)
 
 
 def block_inputs(block: Block) -> list[fx.Node]:

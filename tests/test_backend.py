@@ -1,0 +1,87 @@
+"""``torch.compile(model, backend="fxcache")``, the same pass under torch's own roof."""
+
+import math
+
+import pytest
+import torch
+from helpers import ALWAYS, NEVER, assert_close, assert_identical, count_products
+from zoo import SequentialDiT, token_inputs
+
+import fxcache
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return SequentialDiT().eval()
+
+
+def compiled(model, policy, **options):
+    options = {"policy": policy, "backend": "eager", **options}
+    return torch.compile(model, backend="fxcache", options=options)
+
+
+def at(t, seed=0):
+    x = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(seed))
+    return x, torch.full((2,), t)
+
+
+def test_it_is_registered():
+    assert "fxcache" in torch._dynamo.list_backends()
+
+
+def test_misses_are_identical_and_hits_skip(model):
+    never = compiled(model, NEVER)
+    always = compiled(model, ALWAYS)
+    for t in (1.0, 0.9, 0.8):
+        assert_identical(never(*at(t)), model(*at(t)))
+    whole = count_products(lambda: model(*at(1.0)))
+    always(*at(1.0))
+    assert count_products(lambda: always(*at(1.0))) < whole / 2
+    assert_close(always(*at(1.0)), model(*at(1.0)))
+
+
+def test_trajectories_are_recognised(model):
+    always = compiled(model, ALWAYS)
+    for t in (1.0, 0.9, 0.8):
+        always(*at(t))
+    assert_identical(always(*at(1.0, seed=1)), model(*at(1.0, seed=1)))
+
+
+def test_the_default_is_first_block_cache_and_inductor(model):
+    plain = torch.compile(model, backend="fxcache")
+    assert_close(plain(*at(1.0)), model(*at(1.0)))
+
+
+def test_gradients_are_right_and_nothing_is_cached(model):
+    always = compiled(model, ALWAYS)
+    with torch.enable_grad():
+        for _ in range(2):
+            x, t = at(1.0)
+            y = x.clone()
+            always(x.requires_grad_(), t).square().sum().backward()
+            model(y.requires_grad_(), t).square().sum().backward()
+            assert_close(x.grad, y.grad)
+
+
+def test_errors_name_their_cause(model):
+    with pytest.raises(Exception, match="leave no span"):
+        compiled(model, fxcache.FirstBlockCache(head_blocks=4))(*at(1.0))
+    with pytest.raises(Exception, match="unknown backend"):
+        compiled(model, ALWAYS, backend="nonsense")(*at(1.0))
+    with pytest.raises(Exception, match="no block stack"):
+        compiled(torch.nn.Sequential(torch.nn.Linear(4, 4)), ALWAYS)(torch.ones(2, 8, 4))
+
+
+def test_a_callable_backend_compiles_the_pieces(model):
+    seen = []
+
+    def backend(gm, example_inputs):
+        seen.append(len(example_inputs))
+        return gm.forward
+
+    policy = fxcache.FirstBlockCache(threshold=math.inf)
+    denoiser = fxcache.transform(model, policy, backend=backend)
+    given = token_inputs()
+    assert_identical(denoiser(**given), model(**given))
+    assert len(seen) == 3  # head, hit, miss

@@ -1,0 +1,142 @@
+"""The package: what it imports, in which direction, what it installs, and what the README says."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+import fxcache
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted([*ROOT.glob("fxcache/**/*.py"), *ROOT.glob("kernels/*.py")])
+
+#: Rooms in the order in which they may import each other: each only those to the right.
+ROOMS = [
+    {"__main__"},
+    {"cli"},
+    {"__init__", "demo"},
+    {"api"},
+    {"explain"},
+    {"denoiser"},
+    {"backend"},
+    {"runtime", "passes"},
+    {"report", "stack", "kernels"},
+    {"dataflow"},
+    {"capture"},
+    {"policy", "integrations"},
+    {"errors"},
+]
+
+
+def room(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0] if parts[0] == "kernels" else parts[1]
+
+
+def imports(path):
+    """The modules that `path` imports, with those inside functions marked."""
+    tree = ast.parse(path.read_text())
+    lazy = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module, node in lazy
+        elif isinstance(node, ast.Import):
+            for name in node.names:
+                yield name.name, node in lazy
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    rank = {name: i for i, names in enumerate(ROOMS) for name in names}
+    own = room(path)
+    for module, _ in imports(path):
+        assert module.split(".")[0] != "kernels", "PyPI's kernels is another project"
+        if module.startswith("fxcache.") and (target := module.split(".")[1]) != own:
+            assert rank[own] < rank[target] or {own, target} <= {"runtime", "passes"}, module
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_torch_is_needed_to_import(path):
+    allowed = {"torch", "fxcache", *sys.stdlib_module_names}
+    for module, is_lazy in imports(path):
+        assert is_lazy or module.split(".")[0] in allowed, module
+
+
+def test_files_stay_small():
+    for path in SOURCES:
+        assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_the_backend_is_an_entry_point():
+    found = {e.name: e.value for e in entry_points(group="torch_dynamo_backends")}
+    assert found["fxcache"] == "fxcache.backend:fxcache_backend"
+
+
+def test_public_names_are_documented():
+    assert (
+        fxcache.__version__
+        == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    )
+    for name in fxcache.__all__:
+        assert getattr(fxcache, name).__doc__
+
+
+def readme_commands():
+    block = re.search(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return block[1].strip().splitlines()
+
+
+def test_the_readme_has_two_commands():
+    demo, tests = readme_commands()
+    assert demo.startswith("pip install") and demo.endswith("fxcache demo")
+    assert tests.startswith("pip install") and tests.endswith("pytest")
+    assert all("-c constraints.txt" in command for command in (demo, tests))
+
+
+def test_readme_python_parses():
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        ast.parse(block)
+
+
+@pytest.mark.slow
+def test_the_first_command_of_the_readme(tmp_path):
+    """In a fresh environment: it installs, and the demo runs to its end."""
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    copy = tmp_path / "project"
+    subprocess.run(["git", "clone", "-q", ROOT, copy], check=True)
+    command = f"source {environment}/bin/activate && cd {copy} && {readme_commands()[0]}"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"wins by [\d.]+ dB", done.stdout)
+    pictures = sorted(p.name for p in (copy / "fxcache_demo").iterdir())
+    assert pictures == ["comparison.png", "residual_diff.png"]
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_everything(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", tmp_path, ROOT]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    target = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel]
+    subprocess.run(install, check=True, capture_output=True)
+    for name in ("py.typed", "kernels/reference.py", "demo/model/model.safetensors",
+                 "integrations/tiny_models.json"):  # fmt: skip
+        assert (target / "fxcache" / name).exists(), name
+    code = "import fxcache, fxcache.kernels; print(fxcache.__file__)"
+    shown = subprocess.run([sys.executable, "-P", "-c", code], env={"PYTHONPATH": str(target)},
+                           capture_output=True, text=True, check=True)  # fmt: skip
+    assert str(target) in shown.stdout
