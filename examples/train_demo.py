@@ -19,6 +19,7 @@ import json
 import math
 import time
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,7 @@ def sample(model, labels: torch.Tensor, steps: int = 30, guidance: float = 2.0, 
     x = torch.randn(len(labels), 3, 32, 32, generator=torch.Generator().manual_seed(seed))
     both = torch.cat([labels, torch.full_like(labels, NULL_CLASS)])
     times = torch.linspace(1, 0, steps + 1)
-    for now, after in zip(times[:-1], times[1:], strict=True):
+    for now, after in pairwise(times):
         out = model(torch.cat([x, x]), timestep=(now * 1000).expand(len(both)), class_labels=both)
         cond, uncond = out.sample.chunk(2)
         x = x + (after - now) * (uncond + guidance * (cond - uncond))

@@ -51,7 +51,8 @@ def transform(
     if not isinstance(policy, Policy):
         raise PolicyError(f"policy must be a policy like FirstBlockCache(...), got {policy!r}")
     settings = Settings(policy, backend, mode, dynamic, fullgraph, options, disable, fallback)
-    return make_denoiser(model, settings)
+    denoiser: nn.Module = make_denoiser(model, settings)
+    return denoiser
 
 
 def check_model(model: Any) -> None:

@@ -6,13 +6,14 @@
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensor
 
-from fxcache.capture import GraphInputs, fake_tensor, fake_value, graph_inputs, is_unbacked
+from fxcache.capture import GraphInputs, fake_value, graph_inputs, is_unbacked, tensor_of
 from fxcache.dataflow import data_flow, op_name
 from fxcache.errors import CaptureError, OptionError, StackNotFoundError
 from fxcache.passes.branch import (
@@ -34,6 +35,10 @@ from fxcache.stack import Stack, find_stack
 
 log = logging.getLogger("fxcache")
 
+# What torch.compile itself makes of `mode` and `options`.
+_inductor: Any = torch._TorchCompileInductorWrapper
+_other: Any = torch._TorchCompileWrapper
+
 #: Takes a graph module and example inputs, gives a function of the same inputs.
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Sequence[Any]]]
 
@@ -51,7 +56,7 @@ def resolve_compiler(
         )
     try:
         if backend == "inductor":
-            return torch._TorchCompileInductorWrapper(mode, options, dynamic)
+            return cast(Compiler, _inductor(mode, options, dynamic))
         if isinstance(backend, str):
             if backend == "fxcache":
                 raise OptionError("backend='fxcache' cannot compile its own pieces; try 'inductor'")
@@ -60,7 +65,7 @@ def resolve_compiler(
                 raise OptionError(f"unknown backend {backend!r}; torch.compile knows {known}")
         elif not callable(backend):
             raise OptionError(f"backend must be a name or a callable, got {backend!r}")
-        return torch._TorchCompileWrapper(backend, mode, options, dynamic)
+        return cast(Compiler, _other(backend, mode, options, dynamic))
     except (RuntimeError, AttributeError) as error:
         if isinstance(error, OptionError):
             raise
@@ -146,7 +151,7 @@ def _num_weights(stack: Stack) -> int:
         for operand in node.all_input_nodes
         if isinstance(fake_value(operand), torch.nn.Parameter)
     }
-    return sum(fake_tensor(weight).numel() for weight in weights)
+    return sum(tensor_of(weight).numel() for weight in weights)
 
 
 def _has_dropout(graph: fx.Graph) -> bool:
@@ -184,8 +189,8 @@ def rewrite(
 
 def _compile_pieces(
     pieces: Pieces,
-    reference: torch.Tensor,
-    residuals: list[torch.Tensor],
+    reference: FakeTensor,
+    residuals: list[FakeTensor],
     ring: int,
     compiler: Compiler,
 ) -> Compiled:
@@ -199,7 +204,7 @@ def _compile_pieces(
         fakes[slot_key(stream)] = residual
         fakes |= {ring_key(stream, j): residual for j in range(ring)}
 
-    def fake_of(key: Hashable) -> Any:
+    def fake_of(key: Any) -> Any:
         if key in fakes:
             return fakes[key]
         return fake_value(key[1] if isinstance(key, tuple) else key)
@@ -226,7 +231,7 @@ def _depends_on_data(value: Any) -> bool:
 
 
 def _signature(
-    placeholders: list[fx.Node], inputs: GraphInputs, state: tuple[torch.Tensor, ...]
+    placeholders: list[fx.Node], inputs: GraphInputs, state: tuple[FakeTensor, ...]
 ) -> Callable[[Sequence[Any]], Hashable]:
     """The layout of a call's inputs: constant where shapes are static, else read from the call."""
     places = [placeholders.index(node) for node in inputs.data]
@@ -234,7 +239,8 @@ def _signature(
     kept = tuple((str(tuple(t.shape)), t.dtype, t.device) for t in state)
     static = tuple((str(tuple(t.shape)), t.dtype, t.device) for t in fakes if _is_tensor(t))
     if not any(isinstance(size, torch.SymInt) for t in fakes if _is_tensor(t) for size in t.shape):
-        return lambda values, layout=(static, kept): layout
+        constant = (static, kept)
+        return lambda values: constant
 
     def layout(values: Sequence[Any]) -> Hashable:
         given = [values[place] for place in places]
@@ -250,8 +256,8 @@ def _is_tensor(value: Any) -> bool:
 def _allocator(
     placeholders: list[fx.Node],
     inputs: GraphInputs,
-    reference: torch.Tensor,
-    residuals: list[torch.Tensor],
+    reference: FakeTensor,
+    residuals: list[FakeTensor],
     ring: int,
 ) -> Callable[[Sequence[Any]], Buffers]:
     """Makes buffers like the fakes, symbolic sizes taken from the inputs of a call."""

@@ -7,11 +7,12 @@ and dotted paths) look the same to the passes.
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses import FakeTensor
 
 #: Names under which denoisers take their time input, most common first.
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
@@ -27,11 +28,18 @@ def fake_value(node: fx.Node) -> Any:
     return meta.get("example_value", meta.get("val"))
 
 
-def fake_tensor(node: Any) -> torch.Tensor | None:
+def fake_tensor(node: Any) -> FakeTensor | None:
     """The fake tensor of `node`, or None if `node` is no node or holds something else."""
     value = fake_value(node) if isinstance(node, fx.Node) else None
     if not isinstance(value, torch.Tensor) or is_functorch_wrapped_tensor(value):
         return None  # a tensor inside torch.vmap cannot be asked for anything any more
+    return cast(FakeTensor, value)
+
+
+def tensor_of(node: fx.Node) -> FakeTensor:
+    """The fake tensor of a node that is known to hold one."""
+    value = fake_tensor(node)
+    assert value is not None, f"{node} holds no tensor"
     return value
 
 
@@ -101,7 +109,7 @@ def module_calls(node: fx.Node) -> list[ModuleCall]:
 def _source_name(node: fx.Node) -> str:
     source = getattr(node.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", "")
-    return name() if callable(name) else name  # a method up to torch 2.11, then a property
+    return str(name() if callable(name) else name)  # a method up to torch 2.11, then a property
 
 
 @dataclass(frozen=True)
@@ -130,13 +138,13 @@ class GraphInputs:
         scalars = [
             node
             for node in numeric.values()
-            if fake_tensor(node).ndim <= 1 and fake_tensor(node).is_floating_point()
+            if tensor_of(node).ndim <= 1 and tensor_of(node).is_floating_point()
         ]
         return scalars[0] if len(scalars) == 1 else None
 
 
 def graph_inputs(graph: fx.Graph, argument_names: tuple[str, ...] = ()) -> GraphInputs:
-    """Sort the placeholders of `graph`. `argument_names` names the caller's positional arguments."""
+    """Sort the placeholders of `graph`; `argument_names` are those of positional arguments."""
     data, weights, sizes = {}, [], []
     for node in graph.find_nodes(op="placeholder"):
         value, source = fake_value(node), _source_name(node)
@@ -152,7 +160,7 @@ def graph_inputs(graph: fx.Graph, argument_names: tuple[str, ...] = ()) -> Graph
 
 
 def _argument_name(source: str, argument_names: tuple[str, ...]) -> str:
-    keys = re.findall(r"\['?(\w+)'?\]", source)
+    keys: list[str] = re.findall(r"\['?(\w+)'?\]", source)
     if not keys:
         return source
     if keys[-2:-1] == ["args"] and keys[-1].isdigit() and int(keys[-1]) < len(argument_names):

@@ -13,7 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
-        return args.run(args)
+        return int(args.run(args))
     except (FxCacheError, ImportError) as error:
         print(f"fxcache: {error}", file=sys.stderr)
         return 2

@@ -119,7 +119,9 @@ class DataFlow:
 
 def data_flow(graph: fx.Graph) -> DataFlow:
     """Compute the edges of `graph` in one walk."""
-    position, sources, writers = {}, {}, {}
+    position: dict[fx.Node, int] = {}
+    sources: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    writers: dict[int, tuple[fx.Node, ...]] = {}
     last_write: dict[int, fx.Node] = {}
     readers: dict[int, list[fx.Node]] = {}
     vmaps = _vmap_regions(graph)
@@ -140,8 +142,8 @@ def data_flow(graph: fx.Graph) -> DataFlow:
         before.update(dict.fromkeys(_vmap_edges(node, vmaps)))
         sources[node] = tuple(before)
     sinks: dict[fx.Node, list[fx.Node]] = {node: [] for node in position}
-    for node, before in sources.items():
-        for source in before:
+    for node, direct in sources.items():
+        for source in direct:
             sinks[source].append(node)
     return DataFlow(position, sources, {n: tuple(s) for n, s in sinks.items()}, writers)
 
@@ -260,8 +262,8 @@ def _concatenated(node: fx.Node, window: Window | None) -> list[tuple[Any, Windo
     if not isinstance(operands, list | tuple):
         return [(operands, None)]
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    values = [fake_tensor(operand) for operand in operands]
-    if window is None or any(v is None for v in values) or not isinstance(dim, int):
+    values = [value for operand in operands if (value := fake_tensor(operand)) is not None]
+    if window is None or len(values) < len(operands) or not isinstance(dim, int):
         return [(operand, None) for operand in operands]
     if dim % values[0].ndim != window[0]:
         return [(operand, window) for operand in operands]

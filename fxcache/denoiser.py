@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -218,6 +218,7 @@ class DenoiserMethods:
 
     __slots__ = ()
     _fxcache: Runner
+    _fxcache_forward: Callable[..., Any]
 
     @property
     def forward(self) -> Callable[..., Any]:
@@ -275,7 +276,7 @@ class DenoiserMethods:
 
 
 @functools.cache
-def _denoiser_class(model_class: type[nn.Module]) -> type[nn.Module]:
+def _denoiser_class(model_class: Any) -> Any:
     """A subclass of `model_class` that goes by its name: pipelines check and write class names."""
     names = {
         "__slots__": ("_fxcache", "_fxcache_forward"),
@@ -286,7 +287,7 @@ def _denoiser_class(model_class: type[nn.Module]) -> type[nn.Module]:
     return type(model_class.__name__, (DenoiserMethods, model_class), names)
 
 
-def make_denoiser(model: nn.Module, settings: Settings) -> nn.Module:
+def make_denoiser(model: nn.Module, settings: Settings) -> Any:
     """A denoiser around `model`. See the module's docstring."""
     runner = Runner(model, settings)
 
@@ -294,7 +295,7 @@ def make_denoiser(model: nn.Module, settings: Settings) -> nn.Module:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return runner(*args, **kwargs)
 
-    cls = _denoiser_class(type(model))
+    cls: Any = _denoiser_class(cast(Hashable, type(model)))
     denoiser = cls.__new__(cls)
     object.__setattr__(denoiser, "__dict__", model.__dict__)
     object.__setattr__(denoiser, "_fxcache", runner)

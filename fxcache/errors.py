@@ -1,4 +1,4 @@
-"""The errors that fxcache raises. Every message says what was wrong, the value, and what is right."""
+"""The errors of fxcache. Every message says what was wrong, the value, and what is right."""
 
 
 class FxCacheError(Exception):

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from fxcache.backend import Backend
-from fxcache.capture import fake_tensor, graph_inputs
+from fxcache.capture import graph_inputs, tensor_of
 from fxcache.denoiser import Runner, Settings
 from fxcache.errors import FxCacheError, PolicyError
 from fxcache.passes.branch import state_fakes
@@ -162,7 +162,7 @@ def _describe(
         span_blocks=tuple(paths[first:last]),
         tail_blocks=tuple(paths[last:]),
         streams=tuple(streams),
-        probe=f"{measured} {list(fake_tensor(probe.after).shape)}",
+        probe=f"{measured} {list(tensor_of(probe.after).shape)}",
         timestep=timestep,
         flops=found.stack.graph_flops,
         skipped_flops=sum(node_flops(node) for node in found.span),

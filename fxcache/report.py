@@ -101,17 +101,22 @@ class Report:
         branches = dict.fromkeys((r.slot, r.branch, r.trajectory) for r in self.records)
         for number, key in enumerate(branches):
             own = [r for r in self.records if (r.slot, r.branch, r.trajectory) == key]
-            measured = [r for r in own if r.metric is not None]
+            steps, metrics = _measured(own)
             label = None if key[1] is None else str(key[1])
-            axes.plot([r.step for r in measured], [r.metric for r in measured],
-                      color=f"C{number % 10}", alpha=0.5, label=label)  # fmt: skip
+            axes.plot(steps, metrics, color=f"C{number % 10}", alpha=0.5, label=label)
         for is_hit, marker, color in ((True, "o", "tab:green"), (False, "s", "tab:red")):
-            chosen = [r for r in self.records if r.is_hit == is_hit and r.metric is not None]
-            axes.scatter([r.step for r in chosen], [r.metric for r in chosen], marker=marker,
-                         color=color, zorder=3, s=22, label="hit" if is_hit else "miss")  # fmt: skip
+            steps, metrics = _measured([r for r in self.records if r.is_hit == is_hit])
+            label = "hit" if is_hit else "miss"
+            axes.scatter(steps, metrics, s=22, marker=marker, color=color, zorder=3, label=label)
         axes.set(xlabel="step", ylabel="residual diff",
                  title=f"{self.hits} hits, {self.misses} misses")  # fmt: skip
         axes.legend(fontsize="small", ncols=2)
         axes.grid(alpha=0.3)
         figure.savefig(path, dpi=120)
         return Path(path)
+
+
+def _measured(records: list[Record]) -> tuple[list[int], list[float]]:
+    """Steps and metrics of those evaluations that have a metric."""
+    pairs = [(r.step, r.metric) for r in records if r.metric is not None]
+    return [step for step, _ in pairs], [metric for _, metric in pairs]

@@ -11,12 +11,13 @@ elsewhere.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxcache.capture import fake_tensor, fake_value, is_stream_like, module_calls, same_layout
+from fxcache.capture import fake_value, is_stream_like, module_calls, same_layout, tensor_of
 from fxcache.dataflow import DataFlow, op_name, residual_path, storages
 from fxcache.errors import StackNotFoundError
 
@@ -80,7 +81,7 @@ def node_flops(node: fx.Node) -> int:
     if mode is None:
         return 0
     target = node.target
-    call = getattr(args[0], str(target)) if node.op == "call_method" else target
+    call: Any = getattr(args[0], str(target)) if node.op == "call_method" else target
     args = args[1:] if node.op == "call_method" else args
     try:
         # Counting must not guard: a size that it looked at would not be dynamic any more.
@@ -124,14 +125,14 @@ def find_stack(graph: fx.Graph, flow: DataFlow) -> Stack:
             chains.append(chain)
     chains = _outermost(chains)
     candidates = (_extend(chain, chains, flow) for chain in chains)
-    for blocks in sorted(candidates, key=_work, reverse=True):
-        path = blocks[0].list_path
-        if len(blocks) < 2:
+    for candidate in sorted(candidates, key=_work, reverse=True):
+        path = candidate[0].list_path
+        if len(candidate) < 2:
             refused[path] = "a single block"
-        elif _work(blocks) < MIN_SHARE * total:
-            refused[path] = f"{_work(blocks) / total:.0%} of the graph's work"
+        elif _work(candidate) < MIN_SHARE * total:
+            refused[path] = f"{_work(candidate) / total:.0%} of the graph's work"
         else:
-            return Stack(blocks, total)
+            return Stack(candidate, total)
     seen = "; ".join(f"{path}: {why}" for path, why in refused.items()) or "no list of modules"
     raise StackNotFoundError(
         f"no block stack in this graph of {len(flops)} nodes. Seen: {seen}. A stack is a run of at "
@@ -156,20 +157,20 @@ def _lists_of_blocks(graph: fx.Graph, flops: dict[fx.Node, int]) -> dict[str, li
         for depth, call in enumerate(calls):
             if call.list_path is None:
                 continue
-            key = (call.path, call.call)
+            key = call.path, call.call
             nodes.setdefault(key, []).append(node)
             kinds[key] = getattr(call.cls, "__name__", str(call.cls).rpartition(".")[2])
             module = str(getattr(call.cls, "__module__", call.cls))
             if depth + 1 < len(calls) or not module.startswith("torch.nn."):
                 composite.add(key)
     lists: dict[str, list[Block]] = {}
-    for (path, call), owned in nodes.items():
+    for key, owned in nodes.items():
         block = Block(
-            path,
-            kinds[path, call],
+            key[0],
+            kinds[key],
             tuple(owned),
             sum(flops[node] for node in owned),
-            (path, call) in composite,
+            key in composite,
         )
         lists.setdefault(block.list_path, []).append(block)
     return dict(sorted(lists.items(), key=lambda item: item[0].count(".")))
@@ -309,14 +310,14 @@ class _Chain:
         parts = value.args[0] if isinstance(value.args[0], list | tuple) else [value.args[0]]
         tensors = [part for part in parts if is_stream_like(part)]
         dim = value.kwargs.get("dim", value.args[1] if len(value.args) > 1 else 0)
-        is_channels = dim in (-1, fake_tensor(value).ndim - 1)
+        is_channels = dim in (-1, tensor_of(value).ndim - 1)
         return self._any(tensors) if is_channels else self._all(tensors)
 
-    def _any(self, values: list[fx.Node]) -> bool | None:
+    def _any(self, values: list[Any]) -> bool | None:
         found = {self.carries(value) for value in values}
         return False if False in found else (True in found or None)
 
-    def _all(self, values: list[fx.Node]) -> bool:
+    def _all(self, values: list[Any]) -> bool:
         return all(self.carries(value) is True for value in values)
 
 

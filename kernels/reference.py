@@ -46,8 +46,9 @@ def forecast(
     if weights is None:
         (residual,) = ring
         return residual.clone() if before is None else before + residual
-    total = None if before is None else before.float()
-    for index, residual in enumerate(ring):
-        term = weights[index] * residual.float()
-        total = term if total is None else total + term
-    return total.to((ring[0] if before is None else before).dtype)
+    total = weights[0] * ring[0].float()
+    for index, residual in enumerate(ring[1:], start=1):
+        total = total + weights[index] * residual.float()
+    if before is None:
+        return total.to(ring[0].dtype)
+    return (before.float() + total).to(before.dtype)

@@ -80,10 +80,5 @@ def test_sizes_that_depend_on_data_are_refused_by_name():
     """Inductor cannot compile a piece whose inputs have sizes that no number is known for."""
     pytest.importorskip("diffusers")
     model, inputs = make("hunyuan_framepack")
-    denoiser = fxcache.transform(model, ALWAYS)
-    try:
-        denoiser(**inputs)
-    except fxcache.CaptureError as error:
-        assert 'backend="eager"' in str(error)
-    else:
-        assert_close(denoiser(**inputs), model(**inputs), tolerance=1e-4)
+    with pytest.raises(fxcache.CaptureError, match='backend="eager"'):
+        fxcache.transform(model, ALWAYS)(**inputs)

@@ -9,8 +9,8 @@ from zoo import Block, Denoiser, SequentialDiT, token_inputs
 import fxcache
 from fxcache.capture import dotted_path, graph_inputs, module_calls
 from fxcache.dataflow import data_flow, residual_path, writes_in_place
-from fxcache.passes.branch import build_pieces
 from fxcache.integrations.tiny import tiny_model
+from fxcache.passes.branch import build_pieces
 from fxcache.passes.cut import cut
 from fxcache.stack import find_stack, node_flops
 
@@ -172,7 +172,7 @@ def test_explain_says_what_a_hit_skips():
     assert 0.85 < found.skipped_share < 0.9
     assert found.timestep == "t"
     assert "a hit skips" in str(found)
-    assert [str(s) for s in found.streams][0].endswith("[2, 8, 16] float32, cached residual")
+    assert str(found.streams[0]).endswith("[2, 8, 16] float32, cached residual")
 
 
 def test_explain_says_why_there_is_no_stack():

@@ -1,7 +1,7 @@
 """How near two batches of pictures are."""
 
 import torch
-from torch.nn import functional as F
+from torch.nn.functional import conv2d
 
 
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
@@ -24,7 +24,7 @@ def ssim(images: torch.Tensor, reference: torch.Tensor) -> float:
     window = (line[:, None] * line[None, :]).expand(channels, 1, 11, 11)
 
     def blur(x: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(x, window, groups=channels)
+        return conv2d(x, window, groups=channels)
 
     mean_a, mean_b = blur(images), blur(reference)
     var_a = blur(images.square()) - mean_a.square()

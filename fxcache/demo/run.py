@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 import fxcache
 from fxcache import FirstBlockCache, Reuse, Taylor
@@ -30,12 +30,12 @@ class Run:
     """One way to sample, and what came of it. `cost` is its share of the uncached FLOPs."""
 
     name: str
-    denoiser: nn.Module
+    denoiser: Any
     steps: int
     hits: int = 0
     cost: float = 1.0
     seconds: list[float] = field(default_factory=list)
-    pictures: torch.Tensor | None = None
+    pictures: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     psnr: float = 0.0
     ssim: float = 0.0
 

@@ -3,14 +3,15 @@
 import json
 from collections.abc import Callable
 from importlib.resources import files
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
-from torch import nn
 
 GUIDANCE = 2.0
 
 
-def load_denoiser() -> tuple[nn.Module, tuple[str, ...]]:
+def load_denoiser() -> tuple[Any, tuple[str, ...]]:
     """The denoiser that ships with fxcache, in float32 and eval mode, and its class names.
 
     A diffusers ``DiTTransformer2DModel`` trained by ``examples/train_demo.py`` on 724 bitmaps of
@@ -23,14 +24,14 @@ def load_denoiser() -> tuple[nn.Module, tuple[str, ...]]:
     config = json.loads((folder / "config.json").read_text())
     classes = tuple(config.pop("classes"))
     del config["_class_name"]
-    model = DiTTransformer2DModel(**config)
+    model: Any = cast(Any, DiTTransformer2DModel)(**config)
     model.load_state_dict(load((folder / "model.safetensors").read_bytes()))
     return model.eval(), classes
 
 
 @torch.no_grad()
 def sample(
-    denoiser: nn.Module,
+    denoiser: Any,
     labels: torch.Tensor,
     *,
     steps: int,
@@ -54,7 +55,7 @@ def sample(
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     both = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
     times = torch.linspace(1, 0, steps + 1)
-    for now, after in zip(times[:-1], times[1:], strict=True):
+    for now, after in pairwise(times):
         timestep = (now * 1000).expand(len(both))
         velocity = denoiser(torch.cat([x, x]), timestep=timestep, class_labels=both).sample
         cond, uncond = velocity.chunk(2)

@@ -10,14 +10,15 @@ Which of hit and miss follows head is decided between them; how, is the runtime'
 pieces write nothing but the miss its residual slots and its reference.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 
-from fxcache.capture import fake_tensor
+from fxcache.capture import tensor_of
 from fxcache.dataflow import DataFlow, is_context, op_name
 from fxcache.kernels import forecast, residual_diff
 from fxcache.passes.cut import Cut, Probe
@@ -40,8 +41,8 @@ class Piece:
     """A graph module and what it takes and gives.
 
     `arguments` are keys, one a placeholder: nodes of the captured graph (an input, or a value that
-    head computed), ``("snapshot", node)``, or names of state tensors. `results` are the keys of what
-    head returns first, and of the sizes that a miss returns last.
+    head computed), ``("snapshot", node)``, or names of state tensors. `results` are the keys of
+    what head returns first, and of the sizes that a miss returns last.
     """
 
     module: fx.GraphModule
@@ -184,13 +185,13 @@ class _PieceGraph:
         self.arguments: dict[Hashable, fx.Node] = {}
         self.open: list[tuple[fx.Node, fx.Node]] = []
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
+    def proxy(self, node: fx.Node) -> Any:
         return fx.Proxy(node, self.tracer)
 
-    def argument(self, key: Hashable) -> fx.Node:
+    def argument(self, key: str | tuple[str, fx.Node]) -> fx.Node:
         """The placeholder for `key`, made at its first use."""
         if key not in self.arguments:
-            name = key if isinstance(key, str) else "_".join(map(str, key))
+            name = key if isinstance(key, str) else "_".join(str(part) for part in key)
             self.arguments[key] = self._placeholder(name)
         return self.arguments[key]
 
@@ -235,11 +236,11 @@ class _PieceGraph:
         while self.open and [n for n, _ in self.open] != list(contexts[: len(self.open)]):
             entered, copy = self.open.pop()
             exits = next(user for user in entered.users if op_name(user).startswith("_exit_"))
-            self.graph.call_function(exits.target, (copy,))
+            self.graph.call_function(cast(Callable[..., Any], exits.target), (copy,))
         for entered in contexts[len(self.open) :]:
             self.open.append((entered, self.graph.node_copy(entered, self.read)))
 
-    def outputs(self) -> list[fx.Node]:
+    def outputs(self) -> list[Any]:
         """What the captured graph returns, flat: Dynamo returns one flat tuple."""
         (results,) = self.gm.graph.output_node().args
         flat = results if isinstance(results, list | tuple) else (results,)
@@ -252,16 +253,16 @@ class _PieceGraph:
         return Piece(module, tuple(self.arguments), results)
 
 
-def state_fakes(cut: Cut) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def state_fakes(cut: Cut) -> tuple[FakeTensor, list[FakeTensor]]:
     """Fake tensors like the reference, and like each stream's residual (contiguous)."""
 
-    def like(after: fx.Node, before: fx.Node | None) -> torch.Tensor:
-        value = fake_tensor(after)
+    def like(after: fx.Node, before: fx.Node | None) -> Any:
+        value = tensor_of(after)
         if before is None:
             return value.new_empty(value.shape)
-        base = fake_tensor(before)
+        base = tensor_of(before)
         return value.new_empty(base.shape, dtype=torch.promote_types(value.dtype, base.dtype))
 
-    with fake_tensor(cut.probe.after).fake_mode, torch.no_grad():
+    with tensor_of(cut.probe.after).fake_mode, torch.no_grad():
         reference = like(cut.probe.after, cut.probe.before)
         return reference, [like(stream.after, stream.before) for stream in cut.streams]

@@ -11,7 +11,7 @@ the tail needs.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from fxcache.capture import (
     is_unbacked,
     same_layout,
     same_size,
+    tensor_of,
 )
 from fxcache.dataflow import (
     DataFlow,
@@ -190,13 +191,13 @@ def _partner(
         }
 
     def preference(operand: fx.Node) -> tuple[bool, bool, int]:
-        is_static = not any(is_unbacked(size) for size in fake_tensor(operand).shape)
+        is_static = not any(is_unbacked(size) for size in tensor_of(operand).shape)
         return same_layout(operand, node), is_static, flow.position[operand]
 
     return max(joined, key=preference, default=None)
 
 
-def _absorbed(span: set[fx.Node], partner) -> set[fx.Node]:
+def _absorbed(span: set[fx.Node], partner: Callable[[fx.Node], fx.Node | None]) -> set[fx.Node]:
     """Nodes right after the span that belong in it.
 
     Elements of a tuple that leaves the span, since only tensors can be cached; and slices of a
@@ -259,7 +260,8 @@ def _place_rest(
 ) -> tuple[set[fx.Node], set[fx.Node], set[fx.Node]]:
     """Sort the nodes that do not depend on the span: head, only for the span, only for the tail."""
     rest = set(graph.nodes) - span - tail
-    needed = {stream.before for stream in streams} | {probe.after, probe.before}
+    kept = [probe.after, probe.before, *(stream.before for stream in streams)]
+    needed = {node for node in kept if node is not None}
     needed |= {node for node in rest if _has_effect(node, flow)}
 
     def feeding(nodes: set[fx.Node]) -> set[fx.Node]:
@@ -293,7 +295,7 @@ def _probe(
     span: set[fx.Node],
     tail: set[fx.Node],
 ) -> Probe:
-    """The head residual of the image stream (of the newest one where the residual is not cached)."""
+    """The head residual of the image stream (of the newest where no residual is cached)."""
     first = stack.blocks[0]
     entering = [
         n for n in block_inputs(first) if not isinstance(fake_tensor(n), torch.nn.Parameter)
@@ -346,7 +348,7 @@ def _head_residual(
 def _numel(node: fx.Node) -> int:
     """The size of the tensor, symbolic dimensions at their hints (1 where there is none)."""
     sizes = (
-        size if isinstance(size, int) else size.node.hint or 1 for size in fake_tensor(node).shape
+        size if isinstance(size, int) else size.node.hint or 1 for size in tensor_of(node).shape
     )
     return math.prod(sizes)
 
@@ -354,10 +356,10 @@ def _numel(node: fx.Node) -> int:
 def _sample_input(graph: fx.Graph, inputs: GraphInputs) -> fx.Node | None:
     """The noisy sample among the inputs: the one shaped like the output, else the first tensor."""
     candidates = [node for node in inputs.data if is_stream_like(node)]
-    outputs = [fake_tensor(n) for n in graph.output_node().all_input_nodes if is_stream_like(n)]
+    outputs = [tensor_of(n) for n in graph.output_node().all_input_nodes if is_stream_like(n)]
     for output in outputs:
         for node in candidates:
-            shape = fake_tensor(node).shape
+            shape = tensor_of(node).shape
             if len(shape) == output.ndim and all(map(same_size, shape, output.shape)):
                 return node
     return candidates[0] if candidates else None

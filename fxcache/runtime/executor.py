@@ -35,7 +35,7 @@ class StepExecutor:
         inputs: keys of the graph's placeholders, in order.
         streams: how many streams the state caches.
         ring: how many past residuals a stream.
-        signature: says, of the inputs, which layout they have; another layout is another trajectory.
+        signature: says which layout the inputs have; another layout is another trajectory.
         allocate: makes buffers for the layout of the inputs.
     """
 
@@ -73,8 +73,10 @@ class StepExecutor:
                 if state.signature is not None and not slot.is_announced:
                     slot.begin()
                 state.allocate(signature, lambda: self.allocate(inputs))
-            reference = state.buffers.reference
-            *crossing, measured = self.compiled.head(*self.head_arguments((*inputs, reference)))
+            buffers = state.allocated
+            *crossing, measured = self.compiled.head(
+                *self.head_arguments((*inputs, buffers.reference))
+            )
             metric, timestep = _read_back(measured)
             decision = session.decide(slot, state, metric, timestep)
             values = (*inputs, *crossing)
@@ -89,12 +91,12 @@ class StepExecutor:
         held = [slot for _, slot in state.past]
         # In the place of a slot that holds nothing yet: the newest residual, with weight 0.
         places = [slot if slot in held else held[0] for slot in range(self.ring)]
-        rings = (ring[place] for ring in state.buffers.rings for place in places)
+        rings = (ring[place] for ring in state.allocated.rings for place in places)
         weights = self._weights(state) if self.ring > 1 else None
         return self.compiled.hit(*self.hit_arguments((*values, *state.sizes, *rings, weights)))
 
     def _miss(self, state: BranchState, values: tuple[Any, ...]) -> Sequence[Any]:
-        buffers, at = state.buffers, state.oldest_slot()
+        buffers, at = state.allocated, state.oldest_slot()
         slots = (ring[at] for ring in buffers.rings)
         # While the piece writes, the slot's old residual is no longer one.
         state.past = [entry for entry in state.past if entry[1] != at]
@@ -112,7 +114,7 @@ class StepExecutor:
         weights = forecast.weights(state.step, [step for step, _ in state.past])
         for (_, slot), weight in zip(state.past, weights, strict=True):
             by_slot[slot] = weight
-        return torch.tensor(by_slot, device=state.buffers.reference.device)
+        return torch.tensor(by_slot, device=state.allocated.reference.device)
 
     def _commit(self, slot: Slot, state: BranchState, metric: float, decision: Decision) -> None:
         if decision.is_hit:

@@ -71,18 +71,28 @@ class BranchState:
         past = tuple(step for step, _ in self.past)
         return History(self.step, num_steps, self.accumulated, self.hits_in_a_row, past)
 
+    @property
+    def allocated(self) -> Buffers:
+        """The buffers, which `allocate` has made."""
+        assert self.buffers is not None
+        return self.buffers
+
+    @property
+    def ring(self) -> int:
+        """How many past residuals a stream may have (0: nothing is allocated)."""
+        return len(self.buffers.rings[0]) if self.buffers is not None else 0
+
     def oldest_slot(self) -> int:
         """The ring slot that the next miss writes."""
-        size = len(self.buffers.rings[0])
+        size = self.ring
         used = {slot for _, slot in self.past}
         free = [slot for slot in range(size) if slot not in used]
         return free[0] if free else self.past[-1][1]
 
     def refreshed(self, slot: int) -> None:
         """Note that a miss at the present step wrote ring slot `slot`."""
-        size = len(self.buffers.rings[0])
         kept = [entry for entry in self.past if entry[1] != slot]
-        self.past = [(self.step, slot), *kept][:size]
+        self.past = [(self.step, slot), *kept][: self.ring]
         self.accumulated, self.hits_in_a_row = 0.0, 0
 
     def reused(self, metric: float) -> None:
