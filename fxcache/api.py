@@ -61,7 +61,7 @@ def check_model(model: Any) -> None:
         raise OptionError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, DenoiserMethods):
         raise OptionError("the model is a denoiser already; fxcache.restore(it) gives the model")
-    if hasattr(model, "_orig_mod"):
+    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
         raise OptionError("the model is compiled already; pass the module that was compiled")
 
 

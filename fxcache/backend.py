@@ -5,6 +5,8 @@
 """
 
 import logging
+import sys
+import types
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
@@ -14,8 +16,8 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor
 
 from fxcache.capture import GraphInputs, fake_value, graph_inputs, is_unbacked, tensor_of
-from fxcache.dataflow import data_flow, op_name
-from fxcache.errors import CaptureError, OptionError, StackNotFoundError
+from fxcache.dataflow import DataFlow, data_flow, op_name, storages
+from fxcache.errors import CaptureError, OptionError, PolicyError, StackNotFoundError
 from fxcache.passes.branch import (
     REFERENCE,
     WEIGHTS,
@@ -27,7 +29,7 @@ from fxcache.passes.branch import (
     state_fakes,
 )
 from fxcache.passes.cut import Cut, cut
-from fxcache.policy import FirstBlockCache
+from fxcache.policy import FirstBlockCache, Policy
 from fxcache.runtime.executor import Compiled, StepExecutor
 from fxcache.runtime.session import Session
 from fxcache.runtime.state import Buffers
@@ -107,8 +109,13 @@ class Backend:
         return f"The largest of them has {nodes} nodes: {reason}"
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled = self._compiled(gm, example_inputs)
+        # Counted when it is done: Dynamo may begin a graph anew.
         self.session.graphs += 1
         self.session.recompiles += self.session.evaluations > 0
+        return compiled
+
+    def _compiled(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if self.list_weights is None and (torch.is_grad_enabled() or _has_dropout(gm.graph)):
             log.warning("gradients are enabled, or dropout is on: this graph is not cached")
             return self.compiler(gm, example_inputs)
@@ -116,8 +123,9 @@ class Backend:
         try:
             found = self.analyse(gm, inputs)
         except StackNotFoundError as error:
-            if self.fullgraph:
+            if self.fullgraph and not _is_part(gm):
                 raise
+            log.info("compiled as it is: %s", error)
             self.refused.append((len(gm.graph.nodes), str(error)))
             return self.compiler(gm, example_inputs)
         return rewrite(gm, found, inputs, self.session, self.compiler)
@@ -141,6 +149,18 @@ class Backend:
             head_blocks=policy.head_blocks,
             tail_blocks=policy.tail_blocks,
         )
+
+
+def _is_part(gm: fx.GraphModule) -> bool:
+    """Whether `gm` ends or begins at a graph break: then the stack may be in another graph."""
+    if getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False):
+        return True
+    frame: types.FrameType | None = sys._getframe()
+    while frame := frame.f_back if frame else None:  # the code that Dynamo is compiling, if it says
+        code = frame.f_locals.get("code")
+        if isinstance(code, types.CodeType):
+            return code.co_name.startswith("torch_dynamo_resume_in")
+    return False
 
 
 def _num_weights(stack: Stack) -> int:
@@ -172,7 +192,10 @@ def rewrite(
     ring = session.policy.forecast.ring
     log.info("stack %s; %d of %d blocks in the span", found.stack,
              len(found.span_blocks), len(found.stack.blocks))  # fmt: skip
-    pieces = build_pieces(gm, found, data_flow(gm.graph), ring=ring)
+    flow = data_flow(gm.graph)
+    pieces = build_pieces(gm, found, flow, ring=ring)
+    if getattr(compiler, "compiler_name", None) != "eager":
+        _check_aliases(pieces, found, flow)
     reference, residuals = state_fakes(found)
     placeholders = gm.graph.find_nodes(op="placeholder")
     return StepExecutor(
@@ -185,6 +208,25 @@ def rewrite(
         signature=_signature(placeholders, inputs, (reference, *residuals)),
         allocate=_allocator(placeholders, inputs, reference, residuals, ring),
     )
+
+
+def _check_aliases(pieces: Pieces, found: Cut, flow: DataFlow) -> None:
+    """Refuse two views of one storage that cross the cut if somebody writes into it behind it.
+
+    Compiled pieces return them as tensors of their own, and the write would reach only one.
+    """
+    behind = {*found.span, *found.tail}
+    written = {s for s, nodes in flow.writers.items() if not behind.isdisjoint(nodes)}
+    seen: dict[int, fx.Node] = {}
+    arguments = dict.fromkeys((*pieces.hit.arguments, *pieces.miss.arguments))
+    for node in (key for key in arguments if isinstance(key, fx.Node)):
+        for storage in storages(node) & written:
+            if storage in seen:
+                raise CaptureError(
+                    f"{seen[storage]} and {node} are views of one tensor that is written in place "
+                    f'behind the cut; backend="eager" runs this model'
+                )
+            seen[storage] = node
 
 
 def _compile_pieces(
@@ -205,9 +247,10 @@ def _compile_pieces(
         fakes |= {ring_key(stream, j): residual for j in range(ring)}
 
     def fake_of(key: Any) -> Any:
-        if key in fakes:
-            return fakes[key]
-        return fake_value(key[1] if isinstance(key, tuple) else key)
+        if isinstance(key, tuple) and key not in fakes:
+            with mode:  # a snapshot is a tensor of its own
+                fakes[key] = tensor_of(key[1]).clone()
+        return fakes[key] if key in fakes else fake_value(key)
 
     def compiled(piece: Piece) -> Callable[..., Sequence[Any]]:
         given = [fake_of(key) for key in piece.arguments]
@@ -233,20 +276,25 @@ def _depends_on_data(value: Any) -> bool:
 def _signature(
     placeholders: list[fx.Node], inputs: GraphInputs, state: tuple[FakeTensor, ...]
 ) -> Callable[[Sequence[Any]], Hashable]:
-    """The layout of a call's inputs: constant where shapes are static, else read from the call."""
+    """The layout of a call: of its inputs and of what is kept. Constant where all is static."""
     places = [placeholders.index(node) for node in inputs.data]
-    fakes = [fake_value(node) for node in inputs.data]
-    kept = tuple((str(tuple(t.shape)), t.dtype, t.device) for t in state)
-    static = tuple((str(tuple(t.shape)), t.dtype, t.device) for t in fakes if _is_tensor(t))
-    if not any(isinstance(size, torch.SymInt) for t in fakes if _is_tensor(t) for size in t.shape):
+    sizes = [placeholders.index(node) for node in inputs.sizes]
+    kept = tuple(map(_layout, state))
+    static = tuple(map(_layout, filter(_is_tensor, map(fake_value, inputs.data))))
+    if not inputs.sizes:
         constant = (static, kept)
         return lambda values: constant
 
     def layout(values: Sequence[Any]) -> Hashable:
-        given = [values[place] for place in places]
-        return tuple((str(tuple(v.shape)), v.dtype, v.device) for v in given if _is_tensor(v))
+        given = filter(_is_tensor, (values[place] for place in places))
+        numbers = tuple(values[place] for place in sizes)
+        return tuple(map(_layout, given)), numbers, kept
 
     return layout
+
+
+def _layout(tensor: torch.Tensor) -> Hashable:
+    return str(tuple(tensor.shape)), tensor.dtype, tensor.device
 
 
 def _is_tensor(value: Any) -> bool:
@@ -306,5 +354,7 @@ def fxcache_backend(
     """
     rest = dict(options or {})
     policy = rest.pop("policy", None) or FirstBlockCache()
+    if not isinstance(policy, Policy):
+        raise PolicyError(f"policy must be a policy like FirstBlockCache(...), got {policy!r}")
     compiler = resolve_compiler(rest.pop("backend", "inductor"), mode, rest or None, None)
     return Backend(Session(policy), compiler)(gm, example_inputs)

@@ -126,7 +126,7 @@ class GraphInputs:
 
     @property
     def timestep(self) -> fx.Node | None:
-        """The time input, by name, else the only floating input that holds one number a sample."""
+        """The time input, by name, else the only input that holds one number a sample."""
         numeric = {
             name: node
             for node, name in self.data.items()
@@ -135,12 +135,13 @@ class GraphInputs:
         for name in TIMESTEP_NAMES:
             if name in numeric:
                 return numeric[name]
-        scalars = [
-            node
-            for node in numeric.values()
-            if tensor_of(node).ndim <= 1 and tensor_of(node).is_floating_point()
-        ]
-        return scalars[0] if len(scalars) == 1 else None
+        scalars = [node for node in numeric.values() if tensor_of(node).ndim <= 1]
+        floating = [node for node in scalars if tensor_of(node).is_floating_point()]
+        whole = [node for node in scalars if tensor_of(node).dtype in (torch.int64, torch.int32)]
+        for candidates in (floating, whole):
+            if candidates:
+                return candidates[0] if len(candidates) == 1 else None
+        return None
 
 
 def graph_inputs(graph: fx.Graph, argument_names: tuple[str, ...] = ()) -> GraphInputs:

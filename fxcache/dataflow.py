@@ -56,12 +56,16 @@ def writes_in_place(node: fx.Node) -> bool:
     return position is not None and len(node.args) > position and node.args[position] is True
 
 
+#: Calls that set a global state for what follows: the last one before a node is in force there.
+SETTERS = ("_sdpa_kernel", "_set_grad_enabled")
+
+
 def is_context(node: fx.Node) -> bool:
-    """Whether `node` opens or closes a context (autocast, grad mode) instead of computing."""
+    """Whether `node` sets the stage for others (autocast, attention backend), not a value."""
     name = op_name(node)
-    return node.op == "call_function" and name.startswith(
-        ("_enter_", "_exit_", "_set_grad_enabled")
-    )
+    if node.op != "call_function":
+        return False
+    return name.startswith(("_enter_", "_exit_")) or name in SETTERS
 
 
 def storages(node: fx.Node) -> set[int]:

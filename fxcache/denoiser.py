@@ -11,6 +11,7 @@ import inspect
 import logging
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,11 +19,16 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed, Unsupported, UserError
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    FailOnRecompileLimitHit,
+    Unsupported,
+    UserError,
+)
 
 from fxcache.backend import Backend, resolve_compiler
 from fxcache.capture import TIMESTEP_NAMES
-from fxcache.errors import CaptureError, FxCacheError, StackNotFoundError
+from fxcache.errors import CaptureError, FxCacheError, OptionError, StackNotFoundError
 from fxcache.policy import Policy
 from fxcache.report import Report
 from fxcache.runtime.session import Session
@@ -42,6 +48,14 @@ class Settings:
     options: dict[str, Any] | None = field(default=None)
     disable: bool = False
     fallback: bool = False
+
+
+# Where torch has it (2.12 on), frames behind a graph break are counted a compiled function, too.
+_ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    else {}
+)
 
 
 def _evaluate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -69,7 +83,8 @@ class Runner:
         #: What of the options is Dynamo's and not the compiler's.
         self.dynamo_options = {"guard_filter_fn": guard_filter} if guard_filter else None
         self.compiler = resolve_compiler(settings.backend, settings.mode, options, settings.dynamic)
-        names = tuple(inspect.signature(model.forward).parameters)
+        parameters = inspect.signature(model.forward).parameters.values()
+        names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         self.timestep_places = [(i, n) for i, n in enumerate(names) if n in TIMESTEP_NAMES]
         self.gave_up = False
         self.use(
@@ -81,9 +96,7 @@ class Runner:
             )
         )
         is_eager = settings.backend == "eager"
-        self.uncached = (
-            _evaluate if is_eager else self.compile(self.compiler, fullgraph=settings.fullgraph)
-        )
+        self.uncached = _evaluate if is_eager else self.compile(self.compiler, fullgraph=False)
 
     def use(self, backend: Backend) -> None:
         """Capture anew, for `backend`."""
@@ -98,6 +111,7 @@ class Runner:
             fullgraph=fullgraph,
             dynamic=self.settings.dynamic,
             options=dict(self.dynamo_options) if self.dynamo_options else None,
+            **_ISOLATED,
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -187,7 +201,7 @@ class Runner:
             if isinstance(error.inner_exception, FxCacheError):
                 raise error.inner_exception from None
             raise
-        except (Unsupported, UserError) as error:
+        except (Unsupported, UserError, FailOnRecompileLimitHit) as error:
             advice = "fullgraph=False may do. " if self.settings.fullgraph else ""
             raise CaptureError(
                 f"{type(self.model).__name__} could not be captured in one graph by torch.compile. "
@@ -198,6 +212,12 @@ class Runner:
                 f"no graph of {type(self.model).__name__} holds its block stack: it breaks into "
                 f"{session.graphs} graphs. {self.backend.summary()} Graph breaks inside the blocks "
                 f"are the usual cause: TORCH_LOGS=graph_breaks shows them"
+            )
+        if session.evaluations > before + 1:
+            session.say_once(
+                "two stacks",
+                "the model breaks into graphs in the midst of its block stack: the parts share one "
+                "state, and nothing is cached",
             )
         return outputs
 
@@ -219,20 +239,33 @@ class DenoiserMethods:
     __slots__ = ()
     _fxcache: Runner
     _fxcache_forward: Callable[..., Any]
+    _fxcache_override: Callable[..., Any] | None
 
     @property
     def forward(self) -> Callable[..., Any]:
-        """The model's forward through the cache. A property, so that it also precedes a forward
-        that somebody (accelerate's hooks) wrote on the instance: that one is called inside."""
-        return self._fxcache_forward
+        """The model's forward through the cache.
+
+        A property, so that it precedes a forward that somebody wrote on the model (that one is
+        called inside), and so that one written on the denoiser (accelerate's hooks, which call the
+        forward that they found) goes around the cache instead of into the model.
+        """
+        try:
+            return self._fxcache_override or self._fxcache_forward
+        except AttributeError:  # made by a classmethod (from_config): a plain model
+            return cast(Callable[..., Any], super().forward)  # type: ignore[misc]
 
     @forward.setter
     def forward(self, function: Callable[..., Any]) -> None:
-        self._fxcache.model.__dict__["forward"] = function
+        own = function is self._fxcache_forward
+        object.__setattr__(self, "_fxcache_override", None if own else function)
 
     @forward.deleter
     def forward(self) -> None:
-        del self._fxcache.model.__dict__["forward"]
+        object.__setattr__(self, "_fxcache_override", None)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the denoiser is compiled already, with transform's own options."""
+        raise OptionError("a denoiser is compiled already; pass mode and options to transform")
 
     @contextmanager
     def trajectory(self, num_steps: int | None = None) -> Iterator[None]:
@@ -279,7 +312,7 @@ class DenoiserMethods:
 def _denoiser_class(model_class: Any) -> Any:
     """A subclass of `model_class` that goes by its name: pipelines check and write class names."""
     names = {
-        "__slots__": ("_fxcache", "_fxcache_forward"),
+        "__slots__": ("_fxcache", "_fxcache_forward", "_fxcache_override"),
         "__module__": model_class.__module__,
         "__qualname__": model_class.__qualname__,
         "__doc__": model_class.__doc__,
@@ -300,4 +333,7 @@ def make_denoiser(model: nn.Module, settings: Settings) -> Any:
     object.__setattr__(denoiser, "__dict__", model.__dict__)
     object.__setattr__(denoiser, "_fxcache", runner)
     object.__setattr__(denoiser, "_fxcache_forward", forward)
+    object.__setattr__(denoiser, "_fxcache_override", None)
+    # Dynamo keeps compiled code, and with it the session, longer than the denoiser lives.
+    weakref.finalize(denoiser, runner.session.reset)
     return denoiser

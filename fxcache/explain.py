@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import fx, nn
 from fxcache.backend import Backend
 from fxcache.capture import graph_inputs, tensor_of
 from fxcache.denoiser import Runner, Settings
-from fxcache.errors import FxCacheError, PolicyError
+from fxcache.errors import FxCacheError, PolicyError, StackNotFoundError
 from fxcache.passes.branch import state_fakes
 from fxcache.passes.cut import Cut
 from fxcache.policy import Policy
@@ -128,7 +129,7 @@ def explain_model(
     names, weights = runner.backend.argument_names, runner.backend.list_weights
     analyst = _Analyst(runner.session, runner.compiler, argument_names=names, list_weights=weights)
     runner.use(analyst)
-    with torch.no_grad():
+    with torch.no_grad(), suppress(StackNotFoundError):  # no graph at all
         runner.evaluate(args, kwargs)
     refused = tuple(f"{reason} ({nodes} nodes)" for nodes, reason in sorted(analyst.refused)[::-1])
     if analyst.cut is None:

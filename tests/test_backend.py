@@ -73,6 +73,35 @@ def test_errors_name_their_cause(model):
         compiled(torch.nn.Sequential(torch.nn.Linear(4, 4)), ALWAYS)(torch.ones(2, 8, 4))
 
 
+class BreaksBefore(SequentialDiT):
+    def forward(self, x, t):
+        x = x + 1
+        torch._dynamo.graph_break()
+        return super().forward(x, t)
+
+
+class BreaksAfter(SequentialDiT):
+    def forward(self, x, t):
+        y = super().forward(x, t)
+        torch._dynamo.graph_break()
+        return y + 1
+
+
+@pytest.mark.parametrize("cls", [BreaksBefore, BreaksAfter])
+def test_graph_breaks_outside_the_stack(cls):
+    torch.manual_seed(0)
+    model = cls().eval()
+    always = compiled(model, ALWAYS)
+    assert_identical(always(*at(1.0)), model(*at(1.0)))
+    whole = count_products(lambda: model(*at(1.0)))
+    assert count_products(lambda: always(*at(1.0))) < whole / 2
+
+
+def test_policies_are_checked(model):
+    with pytest.raises(Exception, match="must be a policy"):
+        compiled(model, "first block")(*at(1.0))
+
+
 def test_a_callable_backend_compiles_the_pieces(model):
     seen = []
 

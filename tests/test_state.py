@@ -111,6 +111,39 @@ def test_steps_are_counted_by_timestep_not_by_calls(model):
     assert hits(denoiser) == [False] * 5 + [True] * 2
 
 
+def test_steps_go_on_when_guidance_ends(denoiser):
+    """The batch halves in the middle of an announced trajectory: its steps go on counting."""
+    with denoiser.trajectory(num_steps=4):
+        for i in range(4):
+            batch = 2 if i < 2 else 1
+            denoiser(sample(batch), times(1 - i / 4, batch))
+    assert [r.step for r in denoiser.report().records] == [0, 1, 2, 3]
+    assert hits(denoiser) == [False, True, False, True]
+
+
+def test_a_model_without_a_time_input_says_so(caplog):
+    class Timeless(SequentialDiT):
+        def forward(self, x):
+            return super().forward(x, torch.ones(x.shape[0]))
+
+    denoiser = fxcache.transform(Timeless().eval(), ALWAYS, backend="eager")
+    for _ in range(3):
+        denoiser(sample())
+    assert [r.step for r in denoiser.report().records] == [0, 1, 2]
+    assert caplog.text.count("shows no time input") == 1
+
+
+def test_an_integer_time_input_is_found_without_its_name():
+    class Indexed(SequentialDiT):
+        def forward(self, x, noise_index):
+            return super().forward(x, noise_index.float())
+
+    denoiser = fxcache.transform(Indexed().eval(), ALWAYS, backend="eager")
+    for index in (900, 800, 900):
+        denoiser(sample(), torch.full((2,), index))
+    assert hits(denoiser) == [False, True, False]
+
+
 def test_num_steps_reaches_the_policy(model):
     policy = FirstBlockCache(threshold=math.inf, start=0.5)
     denoiser = fxcache.transform(model, policy, backend="eager")
@@ -241,6 +274,15 @@ def test_nan_of_an_old_trajectory_does_not_reach_a_forecast(model):
     assert denoiser(sample(), times(0.9)).isfinite().all()
 
 
+def test_nan_within_a_trajectory_does_not_reach_a_forecast(model):
+    policy = FirstBlockCache(threshold=math.inf, forecast=Taylor(order=1))
+    denoiser = fxcache.transform(model, policy, backend="eager")
+    for x, t in ((sample(), 1.0), (sample() * math.nan, 0.9), (sample(), 0.8)):
+        denoiser(x, times(t))
+    assert denoiser(sample(), times(0.7)).isfinite().all()
+    assert hits(denoiser) == [False, False, False, True]
+
+
 def test_inputs_are_not_written_and_outputs_are_nobodys_view(denoiser):
     x, t = sample(), times(1.0)
     x_before, t_before = x.clone(), t.clone()
@@ -368,7 +410,33 @@ def test_inference_mode_and_no_grad_may_take_turns(denoiser):
     assert hits(denoiser) == [False, True, False, True]
 
 
+def test_gradients_through_cached_steps(model):
+    policy = FirstBlockCache(threshold=math.inf, in_training=True)
+    denoiser = fxcache.transform(model.train(), policy, backend="eager")
+    with torch.enable_grad():
+        for t in (1.0, 0.9, 0.8):
+            x = sample().requires_grad_()
+            denoiser(x, times(t)).sum().backward()
+            assert x.grad.abs().sum() > 0
+    assert hits(denoiser) == [False, True, True]
+
+
 # --- memory ---
+
+
+def test_finished_requests_and_dead_denoisers_give_their_memory_back(model):
+    denoiser = fxcache.transform(model, ALWAYS, backend="eager")
+    for request in range(3):
+        with denoiser.slot(request), denoiser.trajectory():
+            denoiser(sample(), times(1.0))
+            assert denoiser.report().cached_bytes > 0
+    assert denoiser.report().cached_bytes == 0
+    denoiser(sample(), times(1.0))
+    slots = denoiser._fxcache.session.slots
+    assert slots
+    del denoiser
+    gc.collect()
+    assert not slots
 
 
 def count_tensors():

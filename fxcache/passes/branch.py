@@ -4,13 +4,13 @@
 
     head(inputs, reference)          -> crossing values, [metric, timestep]
     hit(crossing, inputs, residuals) -> outputs                         predictor + tail
-    miss(crossing, inputs, residual slots, reference) -> outputs, sizes    span + refresh + tail
+    miss(crossing, inputs, residual slots, reference) -> outputs, constants  span + refresh + tail
 
 Which of hit and miss follows head is decided between them; how, is the runtime's choice. The
 pieces write nothing but the miss its residual slots and its reference.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 
-from fxcache.capture import tensor_of
+from fxcache.capture import fake_tensor, tensor_of
 from fxcache.dataflow import DataFlow, is_context, op_name
 from fxcache.kernels import forecast, residual_diff
 from fxcache.passes.cut import Cut, Probe
@@ -42,7 +42,7 @@ class Piece:
 
     `arguments` are keys, one a placeholder: nodes of the captured graph (an input, or a value that
     head computed), ``("snapshot", node)``, or names of state tensors. `results` are the keys of
-    what head returns first, and of the sizes that a miss returns last.
+    what head returns first, and of the constants that a miss returns last.
     """
 
     module: fx.GraphModule
@@ -74,7 +74,7 @@ class _Writer:
 
     def __init__(self, gm: fx.GraphModule, cut: Cut, flow: DataFlow) -> None:
         self.gm, self.cut, self.flow = gm, cut, flow
-        self.contexts = _contexts(gm.graph)
+        self.stages = _stages(gm.graph)
         befores = [stream.before for stream in cut.streams]
         kept = [node for node in (*befores, cut.probe.after, cut.probe.before) if node is not None]
         #: Tensors that are compared or added to after somebody overwrites them: copied in time.
@@ -83,9 +83,17 @@ class _Writer:
         for node in (*cut.span, *cut.tail, gm.graph.output_node()):
             used.update(node.all_input_nodes)
         self.crossing = tuple(node for node in cut.head if node in used)
+        #: An in-place operation returns its operand: both nodes are one tensor, and cross as one.
+        self.same: dict[fx.Node, fx.Node] = {}
+        first_of: dict[int, fx.Node] = {}
+        for node in (*gm.graph.find_nodes(op="placeholder"), *self.crossing):
+            if fake_tensor(node) is not None:
+                first = first_of.setdefault(id(fake_tensor(node)), node)
+                self.same |= {node: first} if first is not node else {}
+        self.crossing = tuple(node for node in self.crossing if node not in self.same)
 
     def head(self) -> Piece:
-        graph = _PieceGraph(self.gm, self.contexts, self.snapshots)
+        graph = _PieceGraph(self.gm, self.stages, self.snapshots)
         graph.emit(self.cut.head)
         probe, timestep = self.cut.probe, self.cut.timestep
         kept = {node: graph.read(node, snapshot=True) for node in _present(probe)}
@@ -104,7 +112,7 @@ class _Writer:
         return graph.finish([*crossing, *copies, measured.node], results)
 
     def hit(self, ring: int) -> Piece:
-        graph = _PieceGraph(self.gm, self.contexts, set())
+        graph = _PieceGraph(self.gm, self.stages, set(), self.same)
         weights = graph.argument(WEIGHTS) if ring > 1 else None
         for index, stream in enumerate(self.cut.streams):
             before = None if stream.before is None else self._kept(graph, stream.before)
@@ -114,30 +122,47 @@ class _Writer:
                 [graph.proxy(residual) for residual in residuals],
                 None if weights is None else graph.proxy(weights),
             )
+            if stream.before is not None and _loses_layout(stream.after, stream.before):
+                predicted = predicted.contiguous()
             graph.define(stream.after, predicted.node)
+        for node in self.cut.constants:
+            if fake_tensor(node) is not None:  # the tail may write into it, or return it
+                graph.define(node, graph.proxy(graph.read(node)).clone().node)
         graph.emit(self.cut.tail)
         return graph.finish(graph.outputs())
 
     def miss(self) -> Piece:
-        graph = _PieceGraph(self.gm, self.contexts, set())
+        graph = _PieceGraph(self.gm, self.stages, set(), self.same)
         graph.emit(self.cut.span)
         for index, stream in enumerate(self.cut.streams):
             value = graph.proxy(graph.read(stream.after))
             if stream.before is not None:
                 value = value - graph.proxy(self._kept(graph, stream.before))
-            graph.proxy(graph.argument(slot_key(index))).copy_(value)
+            graph.proxy(graph.argument(slot_key(index))).copy_(value.detach())
         probe = self.cut.probe
         residual = graph.proxy(self._kept(graph, probe.after))
         if probe.before is not None:
             residual = residual - graph.proxy(self._kept(graph, probe.before))
-        graph.proxy(graph.argument(REFERENCE)).copy_(residual)
+        graph.proxy(graph.argument(REFERENCE)).copy_(residual.detach())
+        constants = [graph.read(node) for node in self.cut.constants]
+        kept = [
+            value if fake_tensor(node) is None else graph.proxy(value).clone().node
+            for node, value in zip(self.cut.constants, constants, strict=True)
+        ]
         graph.emit(self.cut.tail)
-        sizes = [graph.read(node) for node in self.cut.sizes]
-        return graph.finish([*graph.outputs(), *sizes], self.cut.sizes)
+        return graph.finish([*graph.outputs(), *kept], self.cut.constants)
 
     def _kept(self, graph: "_PieceGraph", node: fx.Node) -> fx.Node:
         """Read `node` as it was before anybody overwrote it."""
         return graph.argument(("snapshot", node)) if node in self.snapshots else graph.read(node)
+
+
+def _loses_layout(after: fx.Node, before: fx.Node) -> bool:
+    """Whether `after` is contiguous but a sum with `before` would not be."""
+    values = tensor_of(after), tensor_of(before)
+    if not all(isinstance(size, int) for value in values for size in value.shape):
+        return False
+    return values[0].is_contiguous() and not values[1].is_contiguous()
 
 
 def _present(probe: Probe) -> list[fx.Node]:
@@ -155,17 +180,34 @@ def _decision_inputs(change: Any, timestep: Any) -> Any:
     return torch.stack([diff, time])
 
 
-def _contexts(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """For each node the contexts (autocast) that are open around it, outermost first."""
-    open_now: tuple[fx.Node, ...] = ()
-    contexts = {}
+@dataclass(frozen=True)
+class _Stage:
+    """The global state that a node was recorded in.
+
+    `entered` are the contexts that are open (autocast), outermost first; `settings` the setters in
+    force (attention backend), by name.
+    """
+
+    entered: tuple[fx.Node, ...] = ()
+    settings: tuple[tuple[str, fx.Node], ...] = ()
+
+
+def _stages(graph: fx.Graph) -> tuple[dict[fx.Node, _Stage], _Stage]:
+    """The stage of each node, and the one that the graph leaves behind."""
+    entered: tuple[fx.Node, ...] = ()
+    settings: dict[str, fx.Node] = {}
+    stages = {}
     for node in graph.nodes:
-        if is_context(node) and op_name(node).startswith("_enter_"):
-            open_now = (*open_now, node)
-        elif is_context(node) and op_name(node).startswith("_exit_"):
-            open_now = tuple(n for n in open_now if n is not node.args[0])
-        contexts[node] = open_now
-    return contexts
+        if is_context(node):
+            name = op_name(node)
+            if name.startswith("_enter_"):
+                entered = (*entered, node)
+            elif name.startswith("_exit_"):
+                entered = tuple(n for n in entered if n is not node.args[0])
+            else:
+                settings[name] = node
+        stages[node] = _Stage(entered, tuple(settings.items()))
+    return stages, _Stage((), tuple(settings.items()))
 
 
 class _PieceGraph:
@@ -174,16 +216,19 @@ class _PieceGraph:
     def __init__(
         self,
         gm: fx.GraphModule,
-        contexts: dict[fx.Node, tuple[fx.Node, ...]],
+        stages: tuple[dict[fx.Node, _Stage], _Stage],
         snapshots: set[fx.Node],
+        same: dict[fx.Node, fx.Node] | None = None,
     ) -> None:
-        self.gm, self.contexts, self.snapshots = gm, contexts, snapshots
+        self.gm, self.snapshots, self.same = gm, snapshots, same or {}
+        self.stages, self.last_stage = stages
         self.graph = fx.Graph()
         self.tracer = fx.proxy.GraphAppendingTracer(self.graph)
         self.defined: dict[fx.Node, fx.Node] = {}
         self.copies: dict[fx.Node, fx.Node] = {}
         self.arguments: dict[Hashable, fx.Node] = {}
         self.open: list[tuple[fx.Node, fx.Node]] = []
+        self.settings: dict[str, fx.Node] = {}
 
     def proxy(self, node: fx.Node) -> Any:
         return fx.Proxy(node, self.tracer)
@@ -207,6 +252,8 @@ class _PieceGraph:
 
     def read(self, node: fx.Node, *, snapshot: bool = False) -> fx.Node:
         """The node of this graph that holds `node`: computed here, or an argument."""
+        if node not in self.defined and node in self.same:
+            self.defined[node] = self.read(self.same[node])
         if node not in self.defined:
             if node.op == "get_attr":
                 self.defined[node] = self.graph.node_copy(node)
@@ -219,26 +266,35 @@ class _PieceGraph:
         return self.copies.get(node, self.defined[node]) if snapshot else self.defined[node]
 
     def emit(self, nodes: Iterable[fx.Node]) -> None:
-        """Copy `nodes`, in their order, each inside the contexts that it was recorded in."""
+        """Copy `nodes`, in their order, each on the stage that it was recorded on."""
         for node in nodes:
-            self._switch(self.contexts[node])
+            self._switch(self.stages[node])
             for operand in node.all_input_nodes:
                 self.read(operand)
             self.defined[node] = self.graph.node_copy(node, self.read)
             self._snapshot(node)
-        self._switch(())
+        self._switch(self.last_stage if self.settings else _Stage())
 
     def _snapshot(self, node: fx.Node) -> None:
         if node in self.snapshots:
             self.copies[node] = self.graph.call_method("clone", (self.defined[node],))
 
-    def _switch(self, contexts: Sequence[fx.Node]) -> None:
+    def _switch(self, stage: _Stage) -> None:
+        for name, setter in stage.settings:
+            if self.settings.get(name) is not setter:
+                self.settings[name] = setter
+                self.graph.node_copy(setter, self._constant)
+        contexts = stage.entered
         while self.open and [n for n, _ in self.open] != list(contexts[: len(self.open)]):
             entered, copy = self.open.pop()
             exits = next(user for user in entered.users if op_name(user).startswith("_exit_"))
             self.graph.call_function(cast(Callable[..., Any], exits.target), (copy,))
         for entered in contexts[len(self.open) :]:
             self.open.append((entered, self.graph.node_copy(entered, self.read)))
+
+    def _constant(self, node: fx.Node) -> fx.Node:
+        """A copy of `node`, an argument of a setter, and of what it is made of."""
+        return self.graph.node_copy(node, self._constant)
 
     def outputs(self) -> list[Any]:
         """What the captured graph returns, flat: Dynamo returns one flat tuple."""

@@ -65,7 +65,8 @@ class Probe:
 class Cut:
     """Roles of a graph's nodes (each in recorded order) and what crosses between them.
 
-    `sizes` are the numbers (not tensors) that leave the span.
+    `constants` leave the span but are no streams: numbers, and tensors that are not floating. They
+    are kept as they are.
     """
 
     stack: Stack
@@ -74,7 +75,7 @@ class Cut:
     span: tuple[fx.Node, ...]
     tail: tuple[fx.Node, ...]
     streams: tuple[Stream, ...]
-    sizes: tuple[fx.Node, ...]
+    constants: tuple[fx.Node, ...]
     probe: Probe
     timestep: fx.Node | None
 
@@ -115,8 +116,7 @@ def cut(
     span |= _absorbed(span, partner)
     leaving = [n for n in span if any(user not in span for user in n.users)]
     leaving.sort(key=flow.position.__getitem__)
-    tensors = [node for node in leaving if fake_tensor(node) is not None]
-    streams = tuple(Stream(node, partner(node)) for node in tensors)
+    streams = tuple(Stream(node, partner(node)) for node in leaving if _is_floating(node))
     tail = (after_core | flow.descendants(span)) - span
     _check_writes(flow, span, tail)
     if not streams:
@@ -130,10 +130,15 @@ def cut(
         span=_ordered(span | sunk, flow),
         tail=_ordered(tail | late, flow),
         streams=streams,
-        sizes=tuple(node for node in leaving if fake_tensor(node) is None),
+        constants=tuple(node for node in leaving if not _is_floating(node)),
         probe=probe,
         timestep=inputs.timestep,
     )
+
+
+def _is_floating(node: fx.Node) -> bool:
+    value = fake_tensor(node)
+    return value is not None and (value.is_floating_point() or value.is_complex())
 
 
 def _core(blocks: tuple[Block, ...]) -> set[fx.Node]:

@@ -4,6 +4,7 @@ This is the host lowering of the branch: an `if` between two compiled regions. A
 once, the metric and the timestep together.
 """
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -62,7 +63,7 @@ class StepExecutor:
         self.head_arguments = _picker(pieces.head, _extended(given, (REFERENCE,)))
         self.hit_arguments = _picker(pieces.hit, for_hit)
         self.miss_arguments = _picker(pieces.miss, _extended(after_head, (REFERENCE, *slots)))
-        self.num_sizes = len(pieces.miss.results)
+        self.num_constants = len(pieces.miss.results)
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         session = self.session
@@ -80,9 +81,12 @@ class StepExecutor:
             metric, timestep = _read_back(measured)
             decision = session.decide(slot, state, metric, timestep)
             values = (*inputs, *crossing)
-            outputs = self._hit(state, values) if decision.is_hit else self._miss(state, values)
+            if decision.is_hit:
+                outputs = self._hit(state, values)
+            else:
+                outputs = self._miss(state, values, metric)
         except BaseException:
-            state.begin()  # whatever was half written is never read
+            state.forget()  # whatever was half written is never read
             raise
         self._commit(slot, state, metric, decision)
         return outputs
@@ -93,17 +97,20 @@ class StepExecutor:
         places = [slot if slot in held else held[0] for slot in range(self.ring)]
         rings = (ring[place] for ring in state.allocated.rings for place in places)
         weights = self._weights(state) if self.ring > 1 else None
-        return self.compiled.hit(*self.hit_arguments((*values, *state.sizes, *rings, weights)))
+        return self.compiled.hit(*self.hit_arguments((*values, *state.constants, *rings, weights)))
 
-    def _miss(self, state: BranchState, values: tuple[Any, ...]) -> Sequence[Any]:
+    def _miss(self, state: BranchState, values: tuple[Any, ...], metric: float) -> Sequence[Any]:
+        if not math.isfinite(metric):
+            # Either this evaluation or the last computed one is broken: no forecast from the two.
+            state.forget()
         buffers, at = state.allocated, state.oldest_slot()
         slots = (ring[at] for ring in buffers.rings)
         # While the piece writes, the slot's old residual is no longer one.
         state.past = [entry for entry in state.past if entry[1] != at]
         outputs = self.compiled.miss(*self.miss_arguments((*values, buffers.reference, *slots)))
-        if self.num_sizes:
-            state.sizes = tuple(outputs[-self.num_sizes :])
-            outputs = outputs[: -self.num_sizes]
+        if self.num_constants:
+            state.constants = tuple(outputs[-self.num_constants :])
+            outputs = outputs[: -self.num_constants]
         state.refreshed(at)
         return outputs
 

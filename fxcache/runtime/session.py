@@ -65,12 +65,14 @@ class Session:
         """Announce a trajectory: it starts clean, and nothing of it is left afterwards."""
         if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
             raise OptionError(f"num_steps must be a positive integer or None, got {num_steps!r}")
-        slot = self.slot
+        key, slot = self._where.get()[0], self.slot
         slot.begin(announced=True, num_steps=num_steps)
         try:
             yield
         finally:
             slot.begin()
+            if key is not None:  # a request is over, and its name will not come back
+                self.slots.pop(key, None)
 
     def state(self) -> tuple[Slot, BranchState]:
         """The caller's slot and the state of the caller's branch in it."""
@@ -91,6 +93,12 @@ class Session:
         """Place the evaluation in its trajectory (or a new one) and ask the policy."""
         if timestep is None:
             timestep = _as_number(self.given_timestep.get())
+        if timestep is None and not slot.is_announced:
+            self.say_once(
+                "timestep",
+                "this model shows no time input: new trajectories are recognised by their shapes "
+                "only. Announce them: with denoiser.trajectory()",
+            )
         if timestep is not None and not slot.is_announced:
             if self.direction.turns_back(state, timestep):
                 slot.begin()

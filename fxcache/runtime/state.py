@@ -45,17 +45,21 @@ class BranchState:
     timestep: float | None = None
     accumulated: float = 0.0
     hits_in_a_row: int = 0
-    sizes: tuple[object, ...] = ()
+    constants: tuple[object, ...] = ()
+
+    def forget(self) -> None:
+        """Nothing cached means anything any more."""
+        self.past.clear()
+        self.accumulated, self.hits_in_a_row, self.constants = 0.0, 0, ()
 
     def begin(self) -> None:
-        """Start a trajectory: nothing cached means anything any more."""
-        self.past.clear()
+        """Start a trajectory."""
+        self.forget()
         self.step, self.timestep = -1, None
-        self.accumulated, self.hits_in_a_row, self.sizes = 0.0, 0, ()
 
     def allocate(self, signature: Hashable, make: Callable[[], Buffers]) -> None:
         """Get buffers for a new layout. The old ones are freed first."""
-        self.begin()
+        self.forget()
         self.signature = self.buffers = None
         self.buffers = make()
         self.signature = signature
