@@ -16,7 +16,7 @@ import torch
 import fxcache
 from fxcache import FirstBlockCache, Reuse, Taylor
 from fxcache.demo.metrics import psnr, ssim
-from fxcache.demo.sampler import load_denoiser, sample
+from fxcache.demo.sampler import load_denoiser, sample, trajectory
 from fxcache.policy import Forecast
 
 IMAGES = 32
@@ -106,17 +106,11 @@ def run_demo(
     rivals = [Run("", plain, max(1, round(run.cost * steps))) for run in cached]
 
     runs = [base, *cached, *rivals]
-    total = ROUNDS * sum(run.steps for run in runs)
-    with tqdm(total=total, desc="sampling", unit="step") as progress:
+    with tqdm(total=ROUNDS * sum(run.steps for run in runs), desc="sampling", unit="step") as bar:
         for _ in range(ROUNDS):
-            for run in runs:
-                if run in cached:
-                    run.denoiser.reset()
-                start = time.perf_counter()
-                run.pictures = sample(
-                    run.denoiser, labels, steps=run.steps, seed=seed, on_step=progress.update
-                )
-                run.seconds.append(time.perf_counter() - start)
+            for run in cached:
+                run.denoiser.reset()
+            take_turns(runs, labels, seed, bar.update)
     for run in runs[1:]:
         run.psnr, run.ssim = psnr(run.pictures, base.pictures), ssim(run.pictures, base.pictures)
 
@@ -127,6 +121,25 @@ def run_demo(
     cached[-1].denoiser.report().plot(output / "residual_diff.png")
     write(f"pictures: {output / 'comparison.png'}, {output / 'residual_diff.png'}")
     return output
+
+
+def take_turns(
+    runs: list[Run], labels: torch.Tensor, seed: int, on_step: Callable[[], object]
+) -> None:
+    """Sample all `runs` in lockstep, step by step, so that a noisy machine is unfair to none."""
+    longest = max(run.steps for run in runs)
+    paths = [trajectory(run.denoiser, labels, steps=run.steps, seed=seed) for run in runs]
+    seconds, done = [0.0] * len(runs), [0] * len(runs)
+    for tick in range(1, longest + 1):
+        for i, run in enumerate(runs):
+            while done[i] < round(tick * run.steps / longest):
+                start = time.perf_counter()
+                run.pictures = next(paths[i])
+                seconds[i] += time.perf_counter() - start
+                done[i] += 1
+                on_step()
+    for run, spent in zip(runs, seconds, strict=True):
+        run.seconds.append(spent)
 
 
 def table(base: Run, cached: list[Run], rivals: list[Run]) -> list[str]:

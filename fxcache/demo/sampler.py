@@ -1,7 +1,7 @@
 """The demo's trained denoiser and its sampler."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from importlib.resources import files
 from itertools import pairwise
 from typing import Any, cast
@@ -29,15 +29,7 @@ def load_denoiser() -> tuple[Any, tuple[str, ...]]:
     return model.eval(), classes
 
 
-@torch.no_grad()
-def sample(
-    denoiser: Any,
-    labels: torch.Tensor,
-    *,
-    steps: int,
-    seed: int,
-    on_step: Callable[[], object] = lambda: None,
-) -> torch.Tensor:
+def sample(denoiser: Any, labels: torch.Tensor, *, steps: int, seed: int) -> torch.Tensor:
     """Flow-matching Euler sampling with classifier-free guidance, both branches in one batch.
 
     Args:
@@ -45,20 +37,26 @@ def sample(
         labels: int64 [N].
         steps: Euler steps from t = 1 to 0.
         seed: of the noise.
-        on_step: called after each step.
 
     Returns:
         Pictures, float32 [N, 3, H, W] in [0, 1].
     """
+    *_, pictures = trajectory(denoiser, labels, steps=steps, seed=seed)
+    return pictures
+
+
+def trajectory(
+    denoiser: Any, labels: torch.Tensor, *, steps: int, seed: int
+) -> Iterator[torch.Tensor]:
+    """The pictures after each step of `sample`, so that samplers can take turns."""
     config = denoiser.config
     shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     both = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
-    times = torch.linspace(1, 0, steps + 1)
-    for now, after in pairwise(times):
+    for now, after in pairwise(torch.linspace(1, 0, steps + 1)):
         timestep = (now * 1000).expand(len(both))
-        velocity = denoiser(torch.cat([x, x]), timestep=timestep, class_labels=both).sample
-        cond, uncond = velocity.chunk(2)
-        x = x + (after - now) * (uncond + GUIDANCE * (cond - uncond))
-        on_step()
-    return (x.clamp(-1, 1) + 1) / 2
+        with torch.no_grad():
+            velocity = denoiser(torch.cat([x, x]), timestep=timestep, class_labels=both).sample
+            cond, uncond = velocity.chunk(2)
+            x = x + (after - now) * (uncond + GUIDANCE * (cond - uncond))
+        yield (x.clamp(-1, 1) + 1) / 2
