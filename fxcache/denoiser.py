@@ -58,6 +58,18 @@ _ISOLATED: dict[str, Any] = (
 )
 
 
+# Switches of Dynamo, as far as this torch has them, that leave more of a model in one graph.
+_CAPTURE_MORE: dict[str, Any] = {
+    name: value
+    for name, value in {
+        "capture_scalar_outputs": True,
+        "capture_dynamic_output_shape_ops": True,
+        "ignore_logging_functions": {warnings.warn},
+    }.items()
+    if hasattr(torch._dynamo.config, name)
+}
+
+
 def _evaluate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return model.forward(*args, **kwargs)
 
@@ -170,11 +182,7 @@ class Runner:
 
     def _run_patched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call with those switches of Dynamo on that avoid graph breaks, for this call only."""
-        with torch._dynamo.config.patch(
-            capture_scalar_outputs=True,
-            capture_dynamic_output_shape_ops=True,
-            ignore_logging_functions={warnings.warn},
-        ):
+        with torch._dynamo.config.patch(_CAPTURE_MORE):
             return self._run(args, kwargs)
 
     def _break_up(self) -> None:

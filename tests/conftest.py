@@ -8,6 +8,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from helpers import ALWAYS
+from zoo import SequentialDiT
+
+import fxcache
 
 
 @pytest.fixture(autouse=True)
@@ -18,3 +22,16 @@ def clean_dynamo():
     with torch.no_grad():
         yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def model():
+    """A small hand-written denoiser of four blocks."""
+    torch.manual_seed(0)
+    return SequentialDiT().eval()
+
+
+@pytest.fixture
+def denoiser(model):
+    """`model`, transformed: it hits whenever it may."""
+    return fxcache.transform(model, ALWAYS, backend="eager")

@@ -5,15 +5,9 @@ import math
 import pytest
 import torch
 from helpers import ALWAYS, NEVER, assert_close, assert_identical, count_products
-from zoo import SequentialDiT, token_inputs
+from zoo import BreaksAfter, BreaksBefore, token_inputs
 
 import fxcache
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return SequentialDiT().eval()
 
 
 def compiled(model, policy, **options):
@@ -71,20 +65,6 @@ def test_errors_name_their_cause(model):
         compiled(model, ALWAYS, backend="nonsense")(*at(1.0))
     with pytest.raises(Exception, match="no block stack"):
         compiled(torch.nn.Sequential(torch.nn.Linear(4, 4)), ALWAYS)(torch.ones(2, 8, 4))
-
-
-class BreaksBefore(SequentialDiT):
-    def forward(self, x, t):
-        x = x + 1
-        torch._dynamo.graph_break()
-        return super().forward(x, t)
-
-
-class BreaksAfter(SequentialDiT):
-    def forward(self, x, t):
-        y = super().forward(x, t)
-        torch._dynamo.graph_break()
-        return y + 1
 
 
 @pytest.mark.parametrize("cls", [BreaksBefore, BreaksAfter])

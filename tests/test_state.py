@@ -24,17 +24,6 @@ def times(t, batch=2):
     return torch.full((batch,), float(t))
 
 
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return SequentialDiT().eval()
-
-
-@pytest.fixture
-def denoiser(model):
-    return fxcache.transform(model, ALWAYS, backend="eager")
-
-
 def trajectory(denoiser, steps=4, seed=0, first=1.0, batch=2, tokens=8):
     """Outputs of a trajectory with falling timesteps."""
     x = sample(batch, tokens, seed)

@@ -10,21 +10,18 @@ import torch
 from helpers import ALWAYS, NEVER, assert_close, assert_identical, hits
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from zoo import Block, Denoiser, SequentialDiT, make, token_inputs
+from zoo import (
+    Block,
+    BreaksAfter,
+    BreaksBefore,
+    Denoiser,
+    SequentialDiT,
+    make,
+    token_inputs,
+)
 
 import fxcache
 from fxcache import FirstBlockCache, Taylor
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return SequentialDiT().eval()
-
-
-@pytest.fixture
-def denoiser(model):
-    return fxcache.transform(model, ALWAYS, backend="eager")
 
 
 def test_it_is_an_instance_of_the_models_class(model, denoiser):
@@ -316,25 +313,6 @@ def test_what_is_transformed_or_compiled_already_is_refused(model, denoiser):
 
 
 # --- graph breaks, dynamic shapes ---
-
-
-class BreaksBefore(SequentialDiT):
-    def __init__(self):
-        super().__init__()
-        # A list that is no stack: it lies before the break and does little.
-        self.prefix = nn.Sequential(Block(4), Block(4))
-
-    def forward(self, x, t):
-        x = self.prefix(x)
-        torch._dynamo.graph_break()
-        return super().forward(x, t)
-
-
-class BreaksAfter(SequentialDiT):
-    def forward(self, x, t):
-        y = super().forward(x, t)
-        torch._dynamo.graph_break()
-        return y + 1
 
 
 @pytest.mark.parametrize("cls", [BreaksBefore, BreaksAfter])

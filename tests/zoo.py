@@ -285,6 +285,28 @@ class SequentialDiT(Denoiser):
         return self.blocks(h)
 
 
+class BreaksBefore(SequentialDiT):
+    """A graph break before the stack, behind a list that is none: it does little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prefix = nn.Sequential(Block(4), Block(4))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        x = self.prefix(x)
+        torch._dynamo.graph_break()
+        return super().forward(x, t)
+
+
+class BreaksAfter(SequentialDiT):
+    """A graph break after the stack."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x, t)
+        torch._dynamo.graph_break()
+        return y + 1
+
+
 class UViT(Denoiser):
     """Long skips: the second half's blocks also read what the first half's left."""
 
