@@ -14,9 +14,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         return int(args.run(args))
-    except (FxCacheError, ImportError) as error:
+    except FxCacheError as error:
         print(f"fxcache: {error}", file=sys.stderr)
-        return 2
+    except ImportError as error:
+        print(f'fxcache: {error}; try pip install "fxcache[demo]"', file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:

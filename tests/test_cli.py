@@ -1,5 +1,7 @@
 """The command line, and the parts of the demo."""
 
+import sys
+
 import pytest
 import torch
 
@@ -35,6 +37,12 @@ def test_explain_with_head_and_tail_blocks(capsys):
 def test_mistakes_are_named(capsys, arguments, message):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert main(["demo"]) == 2
+    assert 'pip install "fxcache[demo]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["demo", "--steps", "2"], [], ["dance"]])
