@@ -313,6 +313,8 @@ def _probe(
             for node in sorted(inside - span - tail, key=flow.position.__getitem__)
             if is_stream_like(node) and any(user in span for user in node.users)
         ]
+    if not ends:
+        raise StackNotFoundError(f"no stream enters the span of the stack {stack}")
     sample = _sample_input(graph, inputs)
     noisy = flow.descendants([sample]) | {sample} if sample is not None else set()
     for starts in ([node for node in entering if node in noisy], entering):
