@@ -278,19 +278,33 @@ def _signature(
 ) -> Callable[[Sequence[Any]], Hashable]:
     """The layout of a call: of its inputs and of what is kept. Constant where all is static."""
     places = [placeholders.index(node) for node in inputs.data]
-    sizes = [placeholders.index(node) for node in inputs.sizes]
+    # Of the integers, those that the shapes are made of: others (a timestep) change every step.
+    symbols = set().union(*(_symbols(size) for tensor in state for size in tensor.shape))
+    sizes = [
+        placeholders.index(node) for node in inputs.sizes if _symbols(fake_value(node)) & symbols
+    ]
     kept = tuple(map(_layout, state))
-    static = tuple(map(_layout, filter(_is_tensor, map(fake_value, inputs.data))))
+    static = tuple(map(_layout, filter(_has_shape, map(fake_value, inputs.data))))
     if not inputs.sizes:
-        constant = (static, kept)
+        constant = (static, (), kept)
         return lambda values: constant
 
     def layout(values: Sequence[Any]) -> Hashable:
-        given = filter(_is_tensor, (values[place] for place in places))
+        given = filter(_has_shape, (values[place] for place in places))
         numbers = tuple(values[place] for place in sizes)
         return tuple(map(_layout, given)), numbers, kept
 
     return layout
+
+
+def _has_shape(value: Any) -> bool:
+    """Whether `value` is a tensor with dimensions (Dynamo makes some numbers scalar tensors)."""
+    return _is_tensor(value) and value.ndim > 0
+
+
+def _symbols(size: Any) -> set[Any]:
+    """The symbols that `size` is made of: none for a plain number."""
+    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
 
 
 def _layout(tensor: torch.Tensor) -> Hashable:
