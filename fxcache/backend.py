@@ -205,7 +205,7 @@ def rewrite(
         inputs=placeholders,
         streams=len(residuals),
         ring=ring,
-        signature=_signature(placeholders, inputs, (reference, *residuals)),
+        signature=_signature(placeholders, inputs, found, (reference, *residuals)),
         allocate=_allocator(placeholders, inputs, reference, residuals, ring),
     )
 
@@ -274,16 +274,21 @@ def _depends_on_data(value: Any) -> bool:
 
 
 def _signature(
-    placeholders: list[fx.Node], inputs: GraphInputs, state: tuple[FakeTensor, ...]
+    placeholders: list[fx.Node], inputs: GraphInputs, found: Cut, state: tuple[FakeTensor, ...]
 ) -> Callable[[Sequence[Any]], Hashable]:
-    """The layout of a call: of its inputs and of what is kept. Constant where all is static."""
+    """What a state belongs to: the span, the layouts of the inputs and of what is kept.
+
+    Constant where all is static. Recompiled graphs of one span share a state, those of two parts of
+    a broken stack never do.
+    """
     places = [placeholders.index(node) for node in inputs.data]
     # Of the integers, those that the shapes are made of: others (a timestep) change every step.
     symbols = set().union(*(_symbols(size) for tensor in state for size in tensor.shape))
     sizes = [
         placeholders.index(node) for node in inputs.sizes if _symbols(fake_value(node)) & symbols
     ]
-    kept = tuple(map(_layout, state))
+    span = tuple(block.path for block in found.span_blocks)
+    kept = (span, *map(_layout, state))
     static = tuple(map(_layout, filter(_has_shape, map(fake_value, inputs.data))))
     if not inputs.sizes:
         constant = (static, (), kept)

@@ -50,7 +50,7 @@ class Settings:
     fallback: bool = False
 
 
-# Where torch has it (2.12 on), frames behind a graph break are counted a compiled function, too.
+# Where torch has it, frames behind a graph break are counted a compiled function, too.
 _ISOLATED: dict[str, Any] = (
     {"isolate_recompiles": True}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters
@@ -97,7 +97,12 @@ class Runner:
         self.compiler = resolve_compiler(settings.backend, settings.mode, options, settings.dynamic)
         parameters = inspect.signature(model.forward).parameters.values()
         names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
-        self.timestep_places = [(i, n) for i, n in enumerate(names) if n in TIMESTEP_NAMES]
+        #: The time input's name and where it stands among positional arguments (None: nowhere).
+        self.timestep_places = {
+            p.name: names.index(p.name) if p.name in names else None
+            for p in parameters
+            if p.name in TIMESTEP_NAMES
+        }
         self.gave_up = False
         self.use(
             Backend(
@@ -193,8 +198,10 @@ class Runner:
 
     def _timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The caller's time input, for graphs that do not show it (cut off by a graph break)."""
-        for index, name in self.timestep_places:
-            value = args[index] if index < len(args) else kwargs.get(name)
+        for name, place in self.timestep_places.items():
+            if place is not None and place < len(args):
+                return args[place]
+            value = kwargs.get(name)
             if value is not None:
                 return value
         return None
@@ -221,7 +228,7 @@ class Runner:
                 f"{session.graphs} graphs. {self.backend.summary()} Graph breaks inside the blocks "
                 f"are the usual cause: TORCH_LOGS=graph_breaks shows them"
             )
-        if session.evaluations > before + 1:
+        if not self.is_whole and session.evaluations > before + 1:
             session.say_once(
                 "two stacks",
                 "the model breaks into graphs in the midst of its block stack: the parts share one "

@@ -126,6 +126,15 @@ def test_the_first_command_of_the_readme(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_the_readme_runs():
+    command = [sys.executable, ROOT / "examples" / "benchmark_overhead.py", "--calls", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"miss/uncached: [\d.]+ median", done.stdout)
+    assert "graphs 1, recompiles 0" in done.stdout
+
+
+@pytest.mark.slow
 def test_the_wheel_holds_everything(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", tmp_path, ROOT]
     subprocess.run(build, check=True, capture_output=True)

@@ -331,6 +331,48 @@ def test_graph_breaks_outside_the_stack(cls):
         strict(**given)
 
 
+class KeywordTime(BreaksBefore):
+    def forward(self, x, *, timestep):
+        return super().forward(x, timestep)
+
+
+def test_a_keyword_only_time_input_is_seen_behind_a_graph_break():
+    denoiser = fxcache.transform(KeywordTime().eval(), ALWAYS, backend="eager", fullgraph=False)
+    for t in (1.0, 0.9, 1.0):
+        denoiser(token_inputs()["x"], timestep=torch.full((2,), t))
+    assert [r.timestep for r in denoiser.report().records] == pytest.approx([1.0, 0.9, 1.0])
+    assert hits(denoiser) == [False, True, False]
+
+
+class BreaksInTheMiddle(SequentialDiT):
+    """Two lists of about the same weight, with a break between: same layouts on both sides."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.ModuleList(Block(4) for _ in range(4))
+        self.second = nn.ModuleList(Block(4) for _ in range(5))
+        del self.blocks
+
+    def forward(self, x):
+        for block in self.first:
+            x = block(x)
+        torch._dynamo.graph_break()
+        for block in self.second:
+            x = block(x)
+        return x
+
+
+def test_the_parts_of_a_broken_stack_never_share_a_residual(caplog):
+    torch.manual_seed(0)
+    model = BreaksInTheMiddle().eval()
+    denoiser = fxcache.transform(model, ALWAYS, backend="eager", fullgraph=False)
+    x = token_inputs()["x"]
+    for _ in range(3):
+        assert_close(denoiser(x), model(x))
+    assert not any(hits(denoiser))
+    assert "in the midst of its block stack" in caplog.text
+
+
 class BreaksInside(SequentialDiT):
     def stack(self, h):
         for block in self.blocks:
