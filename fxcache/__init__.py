@@ -13,7 +13,7 @@ from fxcache.errors import (
     StackNotFoundError,
 )
 from fxcache.explain import Explanation
-from fxcache.policy import FirstBlockCache, Reuse, Taylor
+from fxcache.policy import FirstBlockCache, Reuse, StepSchedule, Taylor
 from fxcache.report import Record, Report
 
 __version__ = "0.1.0"
@@ -29,6 +29,7 @@ __all__ = [
     "Report",
     "Reuse",
     "StackNotFoundError",
+    "StepSchedule",
     "Taylor",
     "explain",
     "restore",

@@ -22,6 +22,10 @@ def transform(
     options: dict[str, Any] | None = None,
     disable: bool = False,
     fallback: bool = False,
+    kernel: str = "auto",
+    outline: bool = True,
+    speculate: bool = False,
+    guards: str = "always",
 ) -> nn.Module:
     """Make a denoiser that skips its block stack where `policy` allows it.
 
@@ -34,6 +38,19 @@ def transform(
         mode, dynamic, fullgraph, options, disable: as in torch.compile.
         fallback: run a model that cannot be rewritten uncached, with one warning, instead of
             raising.
+        kernel: who measures: "aten" (plain operations, which the compiler fuses with what is around
+            them), "triton" (the kernels of `fxcache.kernels`) or "auto" (what measurements favour).
+        outline: compile equal blocks once, so that compile time hardly grows with depth. False
+            compiles each piece as a whole, which takes minutes for deep models and may save the
+            last percent of a call.
+        speculate: queue the work of a hit before the decision is known, and drop it on a miss: on a
+            GPU that hides the wait for the decision, and costs a hit's time on every miss.
+        guards: "always" checks at each call what torch.compile checks: that weights, modules and
+            attributes of the model are those that were compiled. "trajectory" checks it at the
+            first evaluation of a branch in a trajectory, and of the others only the arguments. A
+            call then costs some microseconds instead of some for each weight. At your risk: do not
+            replace weights or modules, load or switch adapters, or change attributes of the model
+            amid a trajectory (weights may be written in place).
 
     Returns:
         A module of the model's own class with the same call signature, outputs, parameter names
@@ -50,7 +67,20 @@ def transform(
         policy = FirstBlockCache()
     if not isinstance(policy, Policy):
         raise PolicyError(f"policy must be a policy like FirstBlockCache(...), got {policy!r}")
-    settings = Settings(policy, backend, mode, dynamic, fullgraph, options, disable, fallback)
+    settings = Settings(
+        policy,
+        backend,
+        mode,
+        dynamic,
+        fullgraph,
+        options,
+        disable,
+        fallback,
+        kernel,
+        outline,
+        speculate,
+        guards,
+    )
     denoiser: nn.Module = make_denoiser(model, settings)
     return denoiser
 

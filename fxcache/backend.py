@@ -7,71 +7,32 @@
 import logging
 import sys
 import types
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import TracingContext, tracing
-from torch._subclasses import FakeTensor
 
-from fxcache.capture import GraphInputs, fake_value, graph_inputs, is_unbacked, tensor_of
+from fxcache.capture import GraphInputs, fake_value, graph_inputs, tensor_of
 from fxcache.dataflow import DataFlow, data_flow, op_name, storages
-from fxcache.errors import CaptureError, OptionError, PolicyError, StackNotFoundError
+from fxcache.errors import CaptureError, PolicyError, StackNotFoundError
+from fxcache.layout import allocator, signature_of
+from fxcache.lower import Lowering, compile_pieces, resolve_lowering
 from fxcache.passes.branch import (
-    REFERENCE,
-    WEIGHTS,
-    Piece,
     Pieces,
     build_pieces,
-    ring_key,
-    slot_key,
     state_fakes,
 )
 from fxcache.passes.cut import Cut, cut
 from fxcache.policy import FirstBlockCache, Policy
-from fxcache.runtime.executor import Compiled, StepExecutor
+from fxcache.runtime.device import graph_device
+from fxcache.runtime.executor import StepExecutor
+from fxcache.runtime.graphs import GraphedRegions
+from fxcache.runtime.regions import Regions, Wiring
 from fxcache.runtime.session import Session
-from fxcache.runtime.state import Buffers
 from fxcache.stack import Stack, find_stack
 
 log = logging.getLogger("fxcache")
-
-# What torch.compile itself makes of `mode` and `options`.
-_inductor: Any = torch._TorchCompileInductorWrapper
-_other: Any = torch._TorchCompileWrapper
-
-#: Takes a graph module and example inputs, gives a function of the same inputs.
-Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Sequence[Any]]]
-
-
-def resolve_compiler(
-    backend: str | Callable[..., Any], mode: str | None, options: Any, dynamic: bool | None
-) -> Compiler:
-    """The compiler that `backend`, `mode` and `options` mean to torch.compile.
-
-    Raises OptionError for an unknown backend, mode or option, and for mode with options.
-    """
-    if mode is not None and options:
-        raise OptionError(
-            f"either mode or options can be given, not both: mode={mode!r}, options={options!r}"
-        )
-    try:
-        if backend == "inductor":
-            return cast(Compiler, _inductor(mode, options, dynamic))
-        if isinstance(backend, str):
-            if backend == "fxcache":
-                raise OptionError("backend='fxcache' cannot compile its own pieces; try 'inductor'")
-            known = torch._dynamo.list_backends(exclude_tags=())
-            if backend not in known:
-                raise OptionError(f"unknown backend {backend!r}; torch.compile knows {known}")
-        elif not callable(backend):
-            raise OptionError(f"backend must be a name or a callable, got {backend!r}")
-        return cast(Compiler, _other(backend, mode, options, dynamic))
-    except (RuntimeError, AttributeError) as error:
-        if isinstance(error, OptionError):
-            raise
-        raise OptionError(f"mode={mode!r}, options={options!r}: {error}") from error
 
 
 class Backend:
@@ -79,7 +40,7 @@ class Backend:
 
     Args:
         session: where state and records are kept.
-        compiler: compiles the pieces.
+        lowering: compiles the pieces, and graphs without a stack.
         argument_names: the names of the model's positional arguments.
         list_weights: how many elements the parameters of the model's heaviest list have. In a model
             captured in pieces, a stack with at most half of them lies beside the real one. None:
@@ -89,12 +50,12 @@ class Backend:
     def __init__(
         self,
         session: Session,
-        compiler: Compiler,
+        lowering: Lowering,
         *,
         argument_names: tuple[str, ...] = (),
         list_weights: int | None = None,
     ) -> None:
-        self.session, self.compiler = session, compiler
+        self.session, self.lowering = session, lowering
         self.argument_names, self.list_weights = argument_names, list_weights
         #: The model is one graph. If it is not, graphs without the stack are compiled as they are.
         self.fullgraph = True
@@ -118,7 +79,7 @@ class Backend:
     def _compiled(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if self.list_weights is None and (torch.is_grad_enabled() or _has_dropout(gm.graph)):
             log.warning("gradients are enabled, or dropout is on: this graph is not cached")
-            return self.compiler(gm, example_inputs)
+            return self.lowering.compiler(gm, example_inputs)
         inputs = graph_inputs(gm.graph, self.argument_names)
         try:
             found = self.analyse(gm, inputs)
@@ -127,8 +88,8 @@ class Backend:
                 raise
             log.info("compiled as it is: %s", error)
             self.refused.append((len(gm.graph.nodes), str(error)))
-            return self.compiler(gm, example_inputs)
-        return rewrite(gm, found, inputs, self.session, self.compiler)
+            return self.lowering.compiler(gm, example_inputs)
+        return rewrite(gm, found, inputs, self.session, self.lowering)
 
     def analyse(self, gm: fx.GraphModule, inputs: GraphInputs) -> Cut:
         """Find the model's stack in `gm` and cut it as the policy asks."""
@@ -148,6 +109,7 @@ class Backend:
             inputs,
             head_blocks=policy.head_blocks,
             tail_blocks=policy.tail_blocks,
+            measured=policy.measures,
         )
 
 
@@ -186,28 +148,60 @@ def _has_dropout(graph: fx.Graph) -> bool:
 
 
 def rewrite(
-    gm: fx.GraphModule, found: Cut, inputs: GraphInputs, session: Session, compiler: Compiler
+    gm: fx.GraphModule, found: Cut, inputs: GraphInputs, session: Session, lowering: Lowering
 ) -> StepExecutor:
     """`gm`, which is not changed, becomes a step executor that runs it as `found` cuts it."""
     ring = session.policy.forecast.ring
     log.info("stack %s; %d of %d blocks in the span", found.stack,
              len(found.span_blocks), len(found.stack.blocks))  # fmt: skip
     flow = data_flow(gm.graph)
-    pieces = build_pieces(gm, found, flow, ring=ring)
-    if getattr(compiler, "compiler_name", None) != "eager":
-        _check_aliases(pieces, found, flow)
     reference, residuals = state_fakes(found)
+    device = residuals[0].device
+    kernels = lowering.kernels(device)
+    pieces = build_pieces(gm, found, flow, ring=ring, kernels=kernels)
+    if not lowering.is_eager:
+        _check_aliases(pieces, found, flow)
     placeholders = gm.graph.find_nodes(op="placeholder")
-    return StepExecutor(
-        session,
+    place = {node: index for index, node in enumerate(placeholders)}
+    wiring = Wiring(
         pieces,
-        _compile_pieces(pieces, reference, residuals, ring, compiler),
+        compile_pieces(pieces, reference, residuals, ring, lowering),
         inputs=placeholders,
         streams=len(residuals),
         ring=ring,
-        signature=_signature(placeholders, inputs, found, (reference, *residuals)),
-        allocate=_allocator(placeholders, inputs, reference, residuals, ring),
     )
+    graphs = graph_device(device) if lowering.graphs else None
+    if graphs is not None and (why := _not_graphable(pieces, inputs, device)):
+        log.warning("no CUDA graphs: %s", why)
+        graphs = None
+    weights, data = ([place[node] for node in nodes] for nodes in (inputs.weights, inputs.data))
+
+    def make_regions() -> Regions:
+        if graphs is None:
+            return Regions(wiring)
+        return GraphedRegions(wiring, graphs, weights, data)
+
+    return StepExecutor(
+        session,
+        make_regions,
+        data=data,
+        has_numbers=bool(inputs.sizes),
+        timestep=None if found.timestep is None else place[found.timestep],
+        ring=ring,
+        signature=signature_of(placeholders, inputs, found, (reference, *residuals)),
+        allocate=allocator(placeholders, inputs, reference, residuals, ring),
+        speculate=lowering.speculate,
+    )
+
+
+def _not_graphable(pieces: Pieces, inputs: GraphInputs, device: torch.device) -> str | None:
+    """Why the pieces cannot be captured, None if they can."""
+    if pieces.miss.results:
+        return f"{pieces.miss.results[0]} leaves the span and is no stream"
+    for node, name in inputs.data.items():
+        if tensor_of(node).device != device:
+            return f"the input {name} is on {tensor_of(node).device}, the model on {device}"
+    return None
 
 
 def _check_aliases(pieces: Pieces, found: Cut, flow: DataFlow) -> None:
@@ -229,135 +223,6 @@ def _check_aliases(pieces: Pieces, found: Cut, flow: DataFlow) -> None:
             seen[storage] = node
 
 
-def _compile_pieces(
-    pieces: Pieces,
-    reference: FakeTensor,
-    residuals: list[FakeTensor],
-    ring: int,
-    compiler: Compiler,
-) -> Compiled:
-    mode = reference.fake_mode
-    with mode:
-        fakes: dict[Hashable, Any] = {
-            REFERENCE: reference,
-            WEIGHTS: torch.empty(ring, device=reference.device),
-        }
-    for stream, residual in enumerate(residuals):
-        fakes[slot_key(stream)] = residual
-        fakes |= {ring_key(stream, j): residual for j in range(ring)}
-
-    def fake_of(key: Any) -> Any:
-        if isinstance(key, tuple) and key not in fakes:
-            with mode:  # a snapshot is a tensor of its own
-                fakes[key] = tensor_of(key[1]).clone()
-        return fakes[key] if key in fakes else fake_value(key)
-
-    def compiled(piece: Piece) -> Callable[..., Sequence[Any]]:
-        given = [fake_of(key) for key in piece.arguments]
-        try:
-            # A context of its own: the one that is open belongs to the whole graph.
-            with tracing(TracingContext(mode)):
-                return compiler(piece.module, given)
-        except Exception as error:
-            if not any(_depends_on_data(value) for value in given):
-                raise
-            raise CaptureError(
-                "the compiler fails on tensors whose sizes depend on data, and such tensors cross "
-                f'the cut of this model; backend="eager" runs it. The compiler says: {error}'
-            ) from error
-
-    return Compiled(*map(compiled, (pieces.head, pieces.hit, pieces.miss)))
-
-
-def _depends_on_data(value: Any) -> bool:
-    return _is_tensor(value) and any(is_unbacked(size) for size in value.shape)
-
-
-def _signature(
-    placeholders: list[fx.Node], inputs: GraphInputs, found: Cut, state: tuple[FakeTensor, ...]
-) -> Callable[[Sequence[Any]], Hashable]:
-    """What a state belongs to: the span, the layouts of the inputs and of what is kept.
-
-    Constant where all is static. Recompiled graphs of one span share a state, those of two parts of
-    a broken stack never do.
-    """
-    places = [placeholders.index(node) for node in inputs.data]
-    # Of the integers, those that the shapes are made of: others (a timestep) change every step.
-    symbols = set().union(*(_symbols(size) for tensor in state for size in tensor.shape))
-    sizes = [
-        placeholders.index(node) for node in inputs.sizes if _symbols(fake_value(node)) & symbols
-    ]
-    span = tuple(block.path for block in found.span_blocks)
-    kept = (span, *map(_layout, state))
-    static = tuple(map(_layout, filter(_has_shape, map(fake_value, inputs.data))))
-    if not inputs.sizes:
-        constant = (static, (), kept)
-        return lambda values: constant
-
-    def layout(values: Sequence[Any]) -> Hashable:
-        given = filter(_has_shape, (values[place] for place in places))
-        numbers = tuple(values[place] for place in sizes)
-        return tuple(map(_layout, given)), numbers, kept
-
-    return layout
-
-
-def _has_shape(value: Any) -> bool:
-    """Whether `value` is a tensor with dimensions (Dynamo makes some numbers scalar tensors)."""
-    return _is_tensor(value) and value.ndim > 0
-
-
-def _symbols(size: Any) -> set[Any]:
-    """The symbols that `size` is made of: none for a plain number."""
-    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
-
-
-def _layout(tensor: torch.Tensor) -> Hashable:
-    return str(tuple(tensor.shape)), tensor.dtype, tensor.device
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
-
-
-def _allocator(
-    placeholders: list[fx.Node],
-    inputs: GraphInputs,
-    reference: FakeTensor,
-    residuals: list[FakeTensor],
-    ring: int,
-) -> Callable[[Sequence[Any]], Buffers]:
-    """Makes buffers like the fakes, symbolic sizes taken from the inputs of a call."""
-    places = {placeholders.index(node): fake_value(node) for node in inputs.sizes}
-
-    def allocate(values: Sequence[Any]) -> Buffers:
-        sizes = {
-            fake.node.expr: values[place]
-            for place, fake in places.items()
-            if isinstance(fake, torch.SymInt)
-        }
-
-        def make(fake: torch.Tensor) -> torch.Tensor:
-            shape = [_concrete(size, sizes) for size in fake.shape]
-            return torch.zeros(shape, dtype=fake.dtype, device=fake.device)
-
-        # Plain tensors even under inference_mode, so that later calls outside may write them.
-        with torch.inference_mode(False), torch.no_grad():
-            rings = tuple(tuple(make(r) for _ in range(ring)) for r in residuals)
-            return Buffers(make(reference), rings)
-
-    return allocate
-
-
-def _concrete(size: int | torch.SymInt, known: dict[Any, int]) -> int:
-    if isinstance(size, int):
-        return size
-    number = size.node.expr.subs(known)
-    if number.free_symbols:
-        raise CaptureError(f"a stream of the block stack has a size that depends on data: {size}")
-    return int(number)
-
-
 def fxcache_backend(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -368,12 +233,15 @@ def fxcache_backend(
     """``torch.compile(model, backend="fxcache", options={"policy": FirstBlockCache(...)})``.
 
     `options` may hold ``policy`` (default ``FirstBlockCache()``), ``backend`` (which compiles the
-    pieces, default "inductor") and that backend's own options. Each compiled graph keeps its own
-    state; trajectories are recognised by their timesteps. A graph without a block stack raises.
+    pieces, default "inductor"), ``outline``, ``kernel`` and ``speculate`` (as in
+    `fxcache.transform`) and that backend's own options. Each compiled graph keeps its own state;
+    trajectories are recognised by their timesteps. A graph without a block stack raises.
     """
     rest = dict(options or {})
     policy = rest.pop("policy", None) or FirstBlockCache()
     if not isinstance(policy, Policy):
         raise PolicyError(f"policy must be a policy like FirstBlockCache(...), got {policy!r}")
-    compiler = resolve_compiler(rest.pop("backend", "inductor"), mode, rest or None, None)
-    return Backend(Session(policy), compiler)(gm, example_inputs)
+    own = {name: rest.pop(name) for name in ("outline", "kernel", "speculate") if name in rest}
+    backend = rest.pop("backend", "inductor")
+    lowering = resolve_lowering(backend, mode, rest or None, None, **own)
+    return Backend(Session(policy), lowering)(gm, example_inputs)

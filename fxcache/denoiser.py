@@ -26,14 +26,20 @@ from torch._dynamo.exc import (
     UserError,
 )
 
-from fxcache.backend import Backend, resolve_compiler
+from fxcache.backend import Backend
 from fxcache.capture import TIMESTEP_NAMES
 from fxcache.errors import CaptureError, FxCacheError, OptionError, StackNotFoundError
+from fxcache.lower import resolve_lowering
 from fxcache.policy import Policy
 from fxcache.report import Report
 from fxcache.runtime.session import Session
+from fxcache.runtime.shortcut import NOT_TAKEN, Shortcut
 
 log = logging.getLogger("fxcache")
+
+
+#: What `guards` may be: Dynamo's guards at every call, or once a trajectory and branch.
+GUARDS = ("always", "trajectory")
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,10 @@ class Settings:
     options: dict[str, Any] | None = field(default=None)
     disable: bool = False
     fallback: bool = False
+    kernel: str = "auto"
+    outline: bool = True
+    speculate: bool = False
+    guards: str = "always"
 
 
 # Where torch has it, frames behind a graph break are counted a compiled function, too.
@@ -94,7 +104,15 @@ class Runner:
         guard_filter = options.pop("guard_filter_fn", None)
         #: What of the options is Dynamo's and not the compiler's.
         self.dynamo_options = {"guard_filter_fn": guard_filter} if guard_filter else None
-        self.compiler = resolve_compiler(settings.backend, settings.mode, options, settings.dynamic)
+        self.lowering = resolve_lowering(
+            settings.backend,
+            settings.mode,
+            options,
+            settings.dynamic,
+            outline=settings.outline,
+            kernel=settings.kernel,
+            speculate=settings.speculate,
+        )
         parameters = inspect.signature(model.forward).parameters.values()
         names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         #: The time input's name and where it stands among positional arguments (None: nowhere).
@@ -104,16 +122,21 @@ class Runner:
             if p.name in TIMESTEP_NAMES
         }
         self.gave_up = False
+        if settings.guards not in GUARDS:
+            raise OptionError(f"guards must be one of {GUARDS}, got {settings.guards!r}")
+        self.shortcut = Shortcut(self.session) if settings.guards == "trajectory" else None
         self.use(
             Backend(
                 self.session,
-                self.compiler,
+                self.lowering,
                 argument_names=names,
                 list_weights=_heaviest_list(model),
             )
         )
         is_eager = settings.backend == "eager"
-        self.uncached = _evaluate if is_eager else self.compile(self.compiler, fullgraph=False)
+        self.uncached = (
+            _evaluate if is_eager else self.compile(self.lowering.compiler, fullgraph=False)
+        )
 
     def use(self, backend: Backend) -> None:
         """Capture anew, for `backend`."""
@@ -145,6 +168,12 @@ class Runner:
             self.gave_up = True
             return self.uncached(self.model, args, kwargs)
 
+    def reset(self) -> None:
+        """Forget all state and every learned path."""
+        self.session.reset()
+        if self.shortcut is not None:
+            self.shortcut.forget()
+
     def _may_cache(self) -> bool:
         if self.settings.policy.in_training:
             return True
@@ -168,22 +197,33 @@ class Runner:
         """
         token = self.session.given_timestep.set(self._timestep(args, kwargs))
         try:
-            if not self.is_whole:
-                return self._run_patched(args, kwargs)
-            try:
-                return self._run(args, kwargs)
-            except CaptureError as error:
-                log.info("trying again with more captured: %s", error)
-            try:
-                return self._run_patched(args, kwargs)
-            except CaptureError as error:
-                if self.settings.fullgraph:
-                    raise
-                log.info("capturing in pieces: %s", error)
-            self._break_up()
-            return self._run_patched(args, kwargs)
+            if self.shortcut is None or not self.is_whole:
+                return self._evaluate_checked(args, kwargs)
+            outputs = self.shortcut.evaluate(args, kwargs)
+            if outputs is NOT_TAKEN:
+                self.session.last_call.set(None)
+                outputs = self._evaluate_checked(args, kwargs)
+                self.shortcut.learn(args, kwargs, outputs)
+            return outputs
         finally:
             self.session.given_timestep.reset(token)
+
+    def _evaluate_checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One evaluation through Dynamo, which checks its guards."""
+        if not self.is_whole:
+            return self._run_patched(args, kwargs)
+        try:
+            return self._run(args, kwargs)
+        except CaptureError as error:
+            log.info("trying again with more captured: %s", error)
+        try:
+            return self._run_patched(args, kwargs)
+        except CaptureError as error:
+            if self.settings.fullgraph:
+                raise
+            log.info("capturing in pieces: %s", error)
+        self._break_up()
+        return self._run_patched(args, kwargs)
 
     def _run_patched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call with those switches of Dynamo on that avoid graph breaks, for this call only."""
@@ -312,7 +352,7 @@ class DenoiserMethods:
 
     def reset(self) -> None:
         """Forget everything, records included, and free the memory."""
-        self._fxcache.session.reset()
+        self._fxcache.reset()
 
     def report(self) -> Report:
         """What happened since the start or the last reset."""
@@ -350,5 +390,5 @@ def make_denoiser(model: nn.Module, settings: Settings) -> Any:
     object.__setattr__(denoiser, "_fxcache_forward", forward)
     object.__setattr__(denoiser, "_fxcache_override", None)
     # Dynamo keeps compiled code, and with it the session, longer than the denoiser lives.
-    weakref.finalize(denoiser, runner.session.reset)
+    weakref.finalize(denoiser, runner.reset)
     return denoiser

@@ -14,7 +14,7 @@ from fxcache.capture import graph_inputs, tensor_of
 from fxcache.denoiser import Runner, Settings
 from fxcache.errors import FxCacheError, PolicyError, StackNotFoundError
 from fxcache.passes.branch import state_fakes
-from fxcache.passes.cut import Cut
+from fxcache.passes.cut import Cut, Probe
 from fxcache.policy import Policy
 from fxcache.stack import node_flops
 
@@ -79,7 +79,7 @@ class Explanation:
             f"  head   {_run(self.head_blocks)}",
             f"  span   {_run(self.span_blocks)}",
             f"  tail   {_run(self.tail_blocks)}",
-            f"  probe  {self.probe}",
+            f"  probe  {self.probe or 'nothing is measured'}",
             *(f"  stream {stream}" for stream in self.streams),
             f"  time   {self.timestep or 'not found: steps are counted by evaluations'}",
             f"  a hit skips {self.skipped_share:.1%} of {self.flops / 1e9:.3g} GFLOP and needs "
@@ -127,7 +127,7 @@ def explain_model(
     """Run the model once through Dynamo, look at its graphs and describe what was found."""
     runner = Runner(model, Settings(policy, backend="eager", fullgraph=False))
     names, weights = runner.backend.argument_names, runner.backend.list_weights
-    analyst = _Analyst(runner.session, runner.compiler, argument_names=names, list_weights=weights)
+    analyst = _Analyst(runner.session, runner.lowering, argument_names=names, list_weights=weights)
     runner.use(analyst)
     with torch.no_grad(), suppress(StackNotFoundError):  # no graph at all
         runner.evaluate(args, kwargs)
@@ -155,7 +155,6 @@ def _describe(
         for stream, residual in zip(found.streams, residuals, strict=True)
     ]
     probe = found.probe
-    measured = probe.after.name if probe.before is None else f"{probe.after} - {probe.before}"
     return Explanation(
         model,
         stack=str(found.stack),
@@ -163,12 +162,17 @@ def _describe(
         span_blocks=tuple(paths[first:last]),
         tail_blocks=tuple(paths[last:]),
         streams=tuple(streams),
-        probe=f"{measured} {list(tensor_of(probe.after).shape)}",
+        probe=None if probe is None else _measured(probe),
         timestep=timestep,
         flops=found.stack.graph_flops,
         skipped_flops=sum(node_flops(node) for node in found.span),
         refused=refused,
     )
+
+
+def _measured(probe: Probe) -> str:
+    names = " - ".join(node.name for node in probe.nodes)
+    return f"{names} {list(tensor_of(probe.after).shape)}"
 
 
 def _nbytes(fake: torch.Tensor) -> int:

@@ -72,9 +72,14 @@ _HEAVY = {
 }  # fmt: skip
 
 
+def is_heavy(node: fx.Node) -> bool:
+    """Whether `node` is a matrix product, a convolution or an attention."""
+    return node.op in ("call_function", "call_method") and op_name(node) in _HEAVY
+
+
 def node_flops(node: fx.Node) -> int:
     """FLOPs of one node (matrix products, convolutions, attention), counted by torch on fakes."""
-    if node.op not in ("call_function", "call_method") or op_name(node) not in _HEAVY:
+    if not is_heavy(node):
         return 0
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), fake_value)
     mode = next((v.fake_mode for v in _fakes((args, kwargs))), None)

@@ -1,5 +1,10 @@
-"""The measuring kernels of fxcache. Installed as `fxcache.kernels`; imports nothing but torch."""
+"""The kernels of fxcache: measure, forecast, refresh. Installed as `fxcache.kernels`.
 
-from .reference import forecast, residual_diff
+Imports nothing but torch; Triton when a kernel is first used. `reference` holds the same functions
+in plain tensor operations (fx proxies pass through those), `ops` registers ``torch.ops.fxcache``.
+"""
 
-__all__ = ["forecast", "residual_diff"]
+from . import reference
+from .api import forecast, refresh, residual_diff
+
+__all__ = ["forecast", "reference", "refresh", "residual_diff"]

@@ -38,7 +38,8 @@ def forecast(
     Args:
         before: the stream before the span, or None for a stream that is cached as it is.
         ring: past residuals (or past values), each of the shape of the result.
-        weights: float32 [len(ring)], or None to add the only residual unweighted.
+        weights: float32 [len(ring)], or None to add the only residual unweighted. A residual of
+            weight 0 counts for nothing, whatever it holds.
 
     Returns:
         A new tensor in the dtype of `before` (of the ring where there is none); never a view.
@@ -46,9 +47,25 @@ def forecast(
     if weights is None:
         (residual,) = ring
         return residual.clone() if before is None else before + residual
-    total = weights[0] * ring[0].float()
+    total = _weighted(weights[0], ring[0])
     for index, residual in enumerate(ring[1:], start=1):
-        total = total + weights[index] * residual.float()
+        total = total + _weighted(weights[index], residual)
     if before is None:
         return total.to(ring[0].dtype)
     return (before.float() + total).to(before.dtype)
+
+
+def _weighted(weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """Their product in float32; a ring slot without a weight may hold anything, even NaN."""
+    return torch.where(weight == 0, 0.0, weight * residual.float())
+
+
+def refresh(after: torch.Tensor, before: torch.Tensor | None, slot: torch.Tensor) -> None:
+    """Store the residual of a computed span: ``slot.copy_(after - before)``.
+
+    Args:
+        after, before: the stream after and before the span; with ``before=None`` the stream is
+            cached as it is.
+        slot: the buffer that is overwritten, of the same shape.
+    """
+    slot.copy_(after if before is None else after - before)

@@ -1,4 +1,4 @@
-"""Write the three pieces of a cut graph: head, hit and miss.
+"""Write the pieces of a cut graph: head, hit and miss.
 
 ::
 
@@ -6,7 +6,8 @@
     hit(crossing, inputs, residuals) -> outputs                         predictor + tail
     miss(crossing, inputs, residual slots, reference) -> outputs, constants  span + refresh + tail
 
-Which of hit and miss follows head is decided between them; how, is the runtime's choice. The
+Which of hit and miss follows head is decided between them; how, is the runtime's choice. Where
+nothing is measured there is no head: hit and miss hold all of it, and a step is one region. The
 pieces write nothing but the miss its residual slots and its reference.
 """
 
@@ -20,10 +21,12 @@ from torch._subclasses import FakeTensor
 
 from fxcache.capture import fake_tensor, tensor_of
 from fxcache.dataflow import DataFlow, is_context, op_name
-from fxcache.kernels import forecast, residual_diff
-from fxcache.passes.cut import Cut, Probe
+from fxcache.kernels import reference
+from fxcache.passes.cut import Cut
 
 REFERENCE, WEIGHTS = "fxcache_reference", "fxcache_weights"
+#: Scratch of the kernel that measures.
+TICKETS = "fxcache_tickets"
 
 
 def slot_key(stream: int) -> str:
@@ -54,29 +57,33 @@ class Piece:
 class Pieces:
     """The rewritten graph."""
 
-    head: Piece
+    head: Piece | None
     hit: Piece
     miss: Piece
 
 
-def build_pieces(gm: fx.GraphModule, cut: Cut, flow: DataFlow, *, ring: int) -> Pieces:
+def build_pieces(
+    gm: fx.GraphModule, cut: Cut, flow: DataFlow, *, ring: int, kernels: Any = reference
+) -> Pieces:
     """Write the pieces of `gm` as `cut` divides it, with `ring` past residuals a stream.
 
     With ``ring=1`` the residual is added as it is; with more, a weight vector is one more input.
-    `gm` is not changed.
+    `kernels` measures, predicts and refreshes: `fxcache.kernels.reference` or
+    `fxcache.kernels.ops`. `gm` is not changed.
     """
-    writer = _Writer(gm, cut, flow)
-    return Pieces(writer.head(), writer.hit(ring), writer.miss())
+    writer = _Writer(gm, cut, flow, kernels)
+    return Pieces(writer.head() if cut.probe is not None else None, writer.hit(ring), writer.miss())
 
 
 class _Writer:
     """What writing the three pieces shares: the cut, what crosses, and the open contexts."""
 
-    def __init__(self, gm: fx.GraphModule, cut: Cut, flow: DataFlow) -> None:
-        self.gm, self.cut, self.flow = gm, cut, flow
+    def __init__(self, gm: fx.GraphModule, cut: Cut, flow: DataFlow, kernels: Any) -> None:
+        self.gm, self.cut, self.flow, self.kernels = gm, cut, flow, kernels
         self.stages = _stages(gm.graph)
-        befores = [stream.before for stream in cut.streams]
-        kept = [node for node in (*befores, cut.probe.after, cut.probe.before) if node is not None]
+        self.measured = cut.probe.nodes if cut.probe is not None else []
+        befores = [stream.before for stream in cut.streams if stream.before is not None]
+        kept = [*befores, *self.measured]
         #: Tensors that are compared or added to after somebody overwrites them: copied in time.
         self.snapshots = {node for node in kept if flow.overwritten_after(node)}
         used = set(kept)
@@ -95,14 +102,12 @@ class _Writer:
     def head(self) -> Piece:
         graph = _PieceGraph(self.gm, self.stages, self.snapshots)
         graph.emit(self.cut.head)
-        probe, timestep = self.cut.probe, self.cut.timestep
-        kept = {node: graph.read(node, snapshot=True) for node in _present(probe)}
-        reference = graph.argument(REFERENCE)
-        change = residual_diff(
-            graph.proxy(kept[probe.after]),
-            None if probe.before is None else graph.proxy(kept[probe.before]),
-            graph.proxy(reference),
-        )
+        timestep = self.cut.timestep
+        after, *before = (graph.proxy(graph.read(n, snapshot=True)) for n in self.measured)
+        operands = [after, before[0] if before else None, graph.proxy(graph.argument(REFERENCE))]
+        if self.kernels is not reference:
+            operands.append(graph.proxy(graph.argument(TICKETS)))
+        change = self.kernels.residual_diff(*operands)
         time = None if timestep is None else graph.proxy(graph.read(timestep))
         measured = _decision_inputs(change, time)
         crossing = [graph.read(node) for node in self.crossing]
@@ -111,19 +116,28 @@ class _Writer:
         results = (*self.crossing, *(("snapshot", node) for node in copied))
         return graph.finish([*crossing, *copies, measured.node], results)
 
+    def _after_head(self) -> "_PieceGraph":
+        """A graph that goes on behind the head, or that begins with it if it is no piece."""
+        if self.cut.probe is not None:
+            return _PieceGraph(self.gm, self.stages, set(), self.same)
+        graph = _PieceGraph(self.gm, self.stages, self.snapshots, self.same)
+        graph.emit(self.cut.head)
+        return graph
+
     def hit(self, ring: int) -> Piece:
-        graph = _PieceGraph(self.gm, self.stages, set(), self.same)
+        graph = self._after_head()
         weights = graph.argument(WEIGHTS) if ring > 1 else None
         for index, stream in enumerate(self.cut.streams):
             before = None if stream.before is None else self._kept(graph, stream.before)
             residuals = [graph.argument(ring_key(index, j)) for j in range(ring)]
-            predicted = forecast(
+            predicted = self.kernels.forecast(
                 None if before is None else graph.proxy(before),
                 [graph.proxy(residual) for residual in residuals],
                 None if weights is None else graph.proxy(weights),
             )
             if stream.before is not None and _loses_layout(stream.after, stream.before):
                 predicted = predicted.contiguous()
+            predicted.node.meta = dict(stream.after.meta)
             graph.define(stream.after, predicted.node)
         for node in self.cut.constants:
             if fake_tensor(node) is not None:  # the tail may write into it, or return it
@@ -132,18 +146,16 @@ class _Writer:
         return graph.finish(graph.outputs())
 
     def miss(self) -> Piece:
-        graph = _PieceGraph(self.gm, self.stages, set(), self.same)
+        graph = self._after_head()
         graph.emit(self.cut.span)
         for index, stream in enumerate(self.cut.streams):
-            value = graph.proxy(graph.read(stream.after))
-            if stream.before is not None:
-                value = value - graph.proxy(self._kept(graph, stream.before))
-            graph.proxy(graph.argument(slot_key(index))).copy_(value.detach())
-        probe = self.cut.probe
-        residual = graph.proxy(self._kept(graph, probe.after))
-        if probe.before is not None:
-            residual = residual - graph.proxy(self._kept(graph, probe.before))
-        graph.proxy(graph.argument(REFERENCE)).copy_(residual.detach())
+            after = graph.proxy(graph.read(stream.after))
+            before = None if stream.before is None else self._kept(graph, stream.before)
+            self._refresh(graph, after, before, slot_key(index))
+        if self.cut.probe is not None:
+            after, *before_probe = (self._kept(graph, node) for node in self.measured)
+            before = before_probe[0] if before_probe else None
+            self._refresh(graph, graph.proxy(after), before, REFERENCE)
         constants = [graph.read(node) for node in self.cut.constants]
         kept = [
             value if fake_tensor(node) is None else graph.proxy(value).clone().node
@@ -152,9 +164,19 @@ class _Writer:
         graph.emit(self.cut.tail)
         return graph.finish([*graph.outputs(), *kept], self.cut.constants)
 
+    def _refresh(self, graph: "_PieceGraph", after: Any, before: fx.Node | None, key: str) -> None:
+        """Store the residual ``after - before``, without its gradients."""
+        slot = graph.proxy(graph.argument(key))
+        base = None if before is None else graph.proxy(before).detach()
+        self.kernels.refresh(after.detach(), base, slot)
+
     def _kept(self, graph: "_PieceGraph", node: fx.Node) -> fx.Node:
         """Read `node` as it was before anybody overwrote it."""
-        return graph.argument(("snapshot", node)) if node in self.snapshots else graph.read(node)
+        if node not in self.snapshots:
+            return graph.read(node)
+        if self.cut.probe is None:
+            return graph.read(node, snapshot=True)
+        return graph.argument(("snapshot", node))
 
 
 def _loses_layout(after: fx.Node, before: fx.Node) -> bool:
@@ -163,10 +185,6 @@ def _loses_layout(after: fx.Node, before: fx.Node) -> bool:
     if not all(isinstance(size, int) for value in values for size in value.shape):
         return False
     return values[0].is_contiguous() and not values[1].is_contiguous()
-
-
-def _present(probe: Probe) -> list[fx.Node]:
-    return [node for node in (probe.after, probe.before) if node is not None]
 
 
 def _decision_inputs(change: Any, timestep: Any) -> Any:
@@ -268,18 +286,19 @@ class _PieceGraph:
     def emit(self, nodes: Iterable[fx.Node]) -> None:
         """Copy `nodes`, in their order, each on the stage that it was recorded on."""
         for node in nodes:
-            self._switch(self.stages[node])
+            self._switch(self.stages[node], node.meta)
             for operand in node.all_input_nodes:
                 self.read(operand)
             self.defined[node] = self.graph.node_copy(node, self.read)
             self._snapshot(node)
-        self._switch(self.last_stage if self.settings else _Stage())
+        self._switch(self.last_stage if self.settings else _Stage(), {})
 
     def _snapshot(self, node: fx.Node) -> None:
         if node in self.snapshots:
             self.copies[node] = self.graph.call_method("clone", (self.defined[node],))
 
-    def _switch(self, stage: _Stage) -> None:
+    def _switch(self, stage: _Stage, meta: dict[str, Any]) -> None:
+        """Set the stage for a node with `meta`; what opens a context gets its module stack."""
         for name, setter in stage.settings:
             if self.settings.get(name) is not setter:
                 self.settings[name] = setter
@@ -288,9 +307,12 @@ class _PieceGraph:
         while self.open and [n for n, _ in self.open] != list(contexts[: len(self.open)]):
             entered, copy = self.open.pop()
             exits = next(user for user in entered.users if op_name(user).startswith("_exit_"))
-            self.graph.call_function(cast(Callable[..., Any], exits.target), (copy,))
+            leave = self.graph.call_function(cast(Callable[..., Any], exits.target), (copy,))
+            leave.meta = dict(copy.meta)
         for entered in contexts[len(self.open) :]:
-            self.open.append((entered, self.graph.node_copy(entered, self.read)))
+            copy = self.graph.node_copy(entered, self.read)
+            copy.meta["nn_module_stack"] = meta.get("nn_module_stack")
+            self.open.append((entered, copy))
 
     def _constant(self, node: fx.Node) -> fx.Node:
         """A copy of `node`, an argument of a setter, and of what it is made of."""
@@ -309,8 +331,10 @@ class _PieceGraph:
         return Piece(module, tuple(self.arguments), results)
 
 
-def state_fakes(cut: Cut) -> tuple[FakeTensor, list[FakeTensor]]:
-    """Fake tensors like the reference, and like each stream's residual (contiguous)."""
+def state_fakes(cut: Cut) -> tuple[FakeTensor | None, list[FakeTensor]]:
+    """Fake tensors like the reference (None if nothing is measured), and like each stream's
+    residual (contiguous).
+    """
 
     def like(after: fx.Node, before: fx.Node | None) -> Any:
         value = tensor_of(after)
@@ -319,6 +343,7 @@ def state_fakes(cut: Cut) -> tuple[FakeTensor, list[FakeTensor]]:
         base = tensor_of(before)
         return value.new_empty(base.shape, dtype=torch.promote_types(value.dtype, base.dtype))
 
-    with tensor_of(cut.probe.after).fake_mode, torch.no_grad():
-        reference = like(cut.probe.after, cut.probe.before)
+    probe = cut.probe
+    with tensor_of(cut.streams[0].after).fake_mode, torch.no_grad():
+        reference = None if probe is None else like(probe.after, probe.before)
         return reference, [like(stream.after, stream.before) for stream in cut.streams]

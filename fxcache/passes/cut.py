@@ -60,13 +60,17 @@ class Probe:
     after: fx.Node
     before: fx.Node | None
 
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return [self.after] if self.before is None else [self.after, self.before]
+
 
 @dataclass(frozen=True)
 class Cut:
     """Roles of a graph's nodes (each in recorded order) and what crosses between them.
 
     `constants` leave the span but are no streams: numbers, and tensors that are not floating. They
-    are kept as they are.
+    are kept as they are. `probe` is None if nothing is measured.
     """
 
     stack: Stack
@@ -76,7 +80,7 @@ class Cut:
     tail: tuple[fx.Node, ...]
     streams: tuple[Stream, ...]
     constants: tuple[fx.Node, ...]
-    probe: Probe
+    probe: Probe | None
     timestep: fx.Node | None
 
 
@@ -88,8 +92,11 @@ def cut(
     *,
     head_blocks: int,
     tail_blocks: int,
+    measured: bool = True,
 ) -> Cut:
     """Divide `graph` at `stack`, with `head_blocks` and `tail_blocks` blocks left outside the span.
+
+    If nothing is `measured`, the head is only what the predictor and the tail need.
 
     Raises PolicyError if that leaves no span, CaptureError if the span writes in place into a
     tensor of the head that the tail reads.
@@ -121,7 +128,9 @@ def cut(
     _check_writes(flow, span, tail)
     if not streams:
         raise StackNotFoundError(f"the stack {stack} was found, but nothing reads its result")
-    probe = _probe(graph, stack, streams, flow, inputs, head_blocks, span, tail)
+    probe = (
+        _probe(graph, stack, streams, flow, inputs, head_blocks, span, tail) if measured else None
+    )
     head, sunk, late = _place_rest(graph, flow, span, tail, streams, probe)
     return Cut(
         stack=stack,
@@ -261,12 +270,12 @@ def _place_rest(
     span: set[fx.Node],
     tail: set[fx.Node],
     streams: tuple[Stream, ...],
-    probe: Probe,
+    probe: Probe | None,
 ) -> tuple[set[fx.Node], set[fx.Node], set[fx.Node]]:
     """Sort the nodes that do not depend on the span: head, only for the span, only for the tail."""
     rest = set(graph.nodes) - span - tail
-    kept = [probe.after, probe.before, *(stream.before for stream in streams)]
-    needed = {node for node in kept if node is not None}
+    needed = {stream.before for stream in streams if stream.before is not None}
+    needed |= set(probe.nodes) if probe is not None else set()
     needed |= {node for node in rest if _has_effect(node, flow)}
 
     def feeding(nodes: set[fx.Node]) -> set[fx.Node]:

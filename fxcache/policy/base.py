@@ -39,6 +39,11 @@ class Policy(Protocol):
     """The interface between policies and the runtime. Policies are frozen and hold no state."""
 
     @property
+    def measures(self) -> bool:
+        """Whether `decide` needs a metric. If not, a step is one region and nothing is read back;
+        `decide` is given NaN."""
+
+    @property
     def head_blocks(self) -> int:
         """Blocks at the start of the stack that always run."""
 

@@ -65,6 +65,10 @@ class FirstBlockCache:
                 f"got {self.forecast!r}"
             )
 
+    @property
+    def measures(self) -> bool:
+        return True
+
     def decide(self, metric: float, history: History) -> Decision:
         """Hit if the metric and every limit allow it; a miss names the first that does not."""
         if not history.past:

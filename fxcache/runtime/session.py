@@ -2,10 +2,10 @@
 
 import logging
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,6 +18,13 @@ log = logging.getLogger("fxcache")
 
 #: How many evaluations a report goes back.
 MAX_RECORDS = 10_000
+
+
+class NewTrajectory(Exception):  # noqa: N818 - a signal between executor and shortcut
+    """A new trajectory begins: its first evaluation must be called with all checks."""
+
+
+LastCall = tuple[Any, Slot, tuple[Any, ...], Sequence[Any]]
 
 
 class Session:
@@ -33,6 +40,11 @@ class Session:
         self.recompiles = 0
         #: The caller's time input, for graphs that do not show it: a tensor, a number or None.
         self.given_timestep: ContextVar[Any] = ContextVar("fxcache_timestep", default=None)
+        #: Whether the caller skipped the checks that a trajectory begins with.
+        self.trusts_trajectory: ContextVar[bool] = ContextVar("fxcache_trusts", default=False)
+        #: The last evaluation of this thread: executor, slot, flat inputs and outputs.
+        self.last_call: ContextVar[LastCall | None] = ContextVar("fxcache_call", default=None)
+        self.keeps_calls = False
         self._warned: set[str] = set()
         # A ContextVar, so that threads and coroutines that serve other requests do not mix.
         self._where: ContextVar[tuple[Hashable, Hashable]] = ContextVar(
@@ -40,6 +52,11 @@ class Session:
         )
 
     # --- where an evaluation belongs ---
+
+    @property
+    def where(self) -> tuple[Hashable, Hashable]:
+        """The caller's slot and branch, by name."""
+        return self._where.get()
 
     @property
     def slot(self) -> Slot:
@@ -90,9 +107,12 @@ class Session:
     def decide(
         self, slot: Slot, state: BranchState, metric: float, timestep: float | None
     ) -> Decision:
-        """Place the evaluation in its trajectory (or a new one) and ask the policy."""
+        """Place the evaluation in its trajectory (or a new one) and ask the policy.
+
+        Raises NewTrajectory if one begins and the caller trusted that it does not.
+        """
         if timestep is None:
-            timestep = _as_number(self.given_timestep.get())
+            timestep = self.number_of(self.given_timestep.get(), slot)
         if timestep is None and not slot.is_announced:
             self.say_once(
                 "timestep",
@@ -102,6 +122,8 @@ class Session:
         if timestep is not None and not slot.is_announced:
             if self.direction.turns_back(state, timestep):
                 slot.begin()
+                if self.trusts_trajectory.get():
+                    raise NewTrajectory
             elif timestep == state.timestep and self._where.get()[1] is None:
                 self.say_once(
                     "repeat",
@@ -110,6 +132,18 @@ class Session:
                 )
         state.advance(timestep)
         return self.policy.decide(metric, state.history(slot.num_steps))
+
+    def number_of(self, timestep: Any, slot: Slot) -> float | None:
+        """A time input as one number (the largest of a batch), None if it is not known.
+
+        A tensor on a GPU costs a read-back, so it is looked at only to recognise a trajectory that
+        was not announced.
+        """
+        if not isinstance(timestep, torch.Tensor):
+            return float(timestep) if isinstance(timestep, int | float) else None
+        if not timestep.numel() or (slot.is_announced and timestep.device.type != "cpu"):
+            return None
+        return float(timestep.max())
 
     def record(
         self, slot: Slot, state: BranchState, metric: float | None, decision: Decision
@@ -129,6 +163,11 @@ class Session:
             )
         )
 
+    def note_call(self, *call: Any) -> None:
+        """Remember an evaluation (a `LastCall`) for somebody who learns how to repeat it."""
+        if self.keeps_calls:
+            self.last_call.set(cast(LastCall, call))
+
     def say_once(self, key: str, message: str) -> None:
         """Log a warning the first time that `key` comes up."""
         if key not in self._warned:
@@ -139,10 +178,3 @@ class Session:
         """Everything noted since the start or the last reset."""
         cached = sum(slot.nbytes for slot in self.slots.values())
         return Report(tuple(self.records), cached, self.graphs, self.recompiles)
-
-
-def _as_number(timestep: Any) -> float | None:
-    """The time input as one number (the largest of a batch); a second read-back if a tensor."""
-    if isinstance(timestep, torch.Tensor):
-        return float(timestep.max()) if timestep.numel() else None
-    return float(timestep) if isinstance(timestep, int | float) else None

@@ -16,15 +16,23 @@ from fxcache.policy import History
 log = logging.getLogger("fxcache")
 
 
-@dataclass
+@dataclass(eq=False)
 class Buffers:
-    """Tensors that fxcache owns: the reference probe, and for each stream its ring of residuals."""
+    """Tensors that fxcache owns: the reference probe and the scratch of the kernel that measures
+    (None if nothing is measured), and for each stream its ring of residuals.
+    """
 
-    reference: torch.Tensor
+    reference: torch.Tensor | None
+    tickets: torch.Tensor | None
     rings: tuple[tuple[torch.Tensor, ...], ...]
 
     def tensors(self) -> list[torch.Tensor]:
-        return [self.reference, *(slot for ring in self.rings for slot in ring)]
+        residuals = [slot for ring in self.rings for slot in ring]
+        return residuals if self.reference is None else [self.reference, *residuals]
+
+    @property
+    def device(self) -> torch.device:
+        return self.rings[0][0].device
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,105 @@
+"""What a state belongs to, and how its buffers are made."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses import FakeTensor
+
+from fxcache.capture import GraphInputs, fake_value
+from fxcache.errors import CaptureError
+from fxcache.passes.cut import Cut
+from fxcache.runtime.state import Buffers
+
+
+def signature_of(
+    placeholders: list[fx.Node],
+    inputs: GraphInputs,
+    found: Cut,
+    state: tuple[FakeTensor | None, ...],
+) -> Callable[[Sequence[Any]], Hashable]:
+    """What a state belongs to: the span, the layouts of the inputs and of what is kept.
+
+    Constant where all is static. Recompiled graphs of one span share a state, those of two parts of
+    a broken stack never do.
+    """
+    places = [placeholders.index(node) for node in inputs.data]
+    # Of the integers, those that the shapes are made of: others (a timestep) change every step.
+    kept_fakes = [fake for fake in state if fake is not None]
+    symbols = set().union(*(_symbols(size) for fake in kept_fakes for size in fake.shape))
+    sizes = [
+        placeholders.index(node) for node in inputs.sizes if _symbols(fake_value(node)) & symbols
+    ]
+    span = tuple(block.path for block in found.span_blocks)
+    kept = (span, *map(_layout, kept_fakes))
+    static = tuple(map(_layout, filter(_has_shape, map(fake_value, inputs.data))))
+    if not inputs.sizes:
+        constant = (static, (), kept)
+        return lambda values: constant
+
+    def layout(values: Sequence[Any]) -> Hashable:
+        given = filter(_has_shape, (values[place] for place in places))
+        numbers = tuple(values[place] for place in sizes)
+        return tuple(map(_layout, given)), numbers, kept
+
+    return layout
+
+
+def _has_shape(value: Any) -> bool:
+    """Whether `value` is a tensor with dimensions (Dynamo makes some numbers scalar tensors)."""
+    return _is_tensor(value) and value.ndim > 0
+
+
+def _symbols(size: Any) -> set[Any]:
+    """The symbols that `size` is made of: none for a plain number."""
+    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
+
+
+def _layout(tensor: torch.Tensor) -> Hashable:
+    return str(tuple(tensor.shape)), tensor.dtype, tensor.device
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def allocator(
+    placeholders: list[fx.Node],
+    inputs: GraphInputs,
+    reference: FakeTensor | None,
+    residuals: list[FakeTensor],
+    ring: int,
+) -> Callable[[Sequence[Any]], Buffers]:
+    """Makes buffers like the fakes, symbolic sizes taken from the inputs of a call."""
+    places = {placeholders.index(node): fake_value(node) for node in inputs.sizes}
+
+    def allocate(values: Sequence[Any]) -> Buffers:
+        sizes = {
+            fake.node.expr: values[place]
+            for place, fake in places.items()
+            if isinstance(fake, torch.SymInt)
+        }
+
+        def make(fake: torch.Tensor) -> torch.Tensor:
+            shape = [_concrete(size, sizes) for size in fake.shape]
+            return torch.zeros(shape, dtype=fake.dtype, device=fake.device)
+
+        # Plain tensors even under inference_mode, so that later calls outside may write them.
+        with torch.inference_mode(False), torch.no_grad():
+            rings = tuple(tuple(make(r) for _ in range(ring)) for r in residuals)
+            if reference is None:
+                return Buffers(None, None, rings)
+            probe = make(reference)
+            return Buffers(probe, probe.new_zeros(len(probe), dtype=torch.int32), rings)
+
+    return allocate
+
+
+def _concrete(size: int | torch.SymInt, known: dict[Any, int]) -> int:
+    if isinstance(size, int):
+        return size
+    number = size.node.expr.subs(known)
+    if number.free_symbols:
+        raise CaptureError(f"a stream of the block stack has a size that depends on data: {size}")
+    return int(number)

@@ -1,0 +1,193 @@
+"""Hand the pieces to a compiler: each as a whole, or its blocks one of a kind."""
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensor
+
+from fxcache.capture import fake_value, is_unbacked, tensor_of
+from fxcache.errors import CaptureError, OptionError
+from fxcache.kernels import reference
+from fxcache.passes.branch import REFERENCE, TICKETS, WEIGHTS, Piece, Pieces, ring_key, slot_key
+from fxcache.passes.outline import Outline, outline
+from fxcache.runtime.calls import CallSequence, Function
+from fxcache.runtime.regions import Compiled
+
+log = logging.getLogger("fxcache")
+
+#: What `kernel` may be; "auto" chooses by what was measured.
+KERNELS = ("auto", "triton", "aten")
+
+# What torch.compile itself makes of `mode` and `options`.
+_inductor: Any = torch._TorchCompileInductorWrapper
+_other: Any = torch._TorchCompileWrapper
+
+#: Takes a graph module and example inputs, gives a function of the same inputs.
+Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Sequence[Any]]]
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How pieces become code.
+
+    `compiler` compiles a graph. With `outline`, equal blocks are compiled once. `kernel` says who
+    measures. With `graphs`, what is compiled is captured into CUDA graphs where there is a GPU.
+    With `speculate`, the hit is queued before the decision is known.
+    """
+
+    compiler: Compiler
+    outline: bool = True
+    kernel: str = "auto"
+    graphs: bool = False
+    speculate: bool = False
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether nothing is compiled: pieces run as they were written."""
+        return getattr(self.compiler, "compiler_name", None) == "eager"
+
+    def kernels(self, device: torch.device) -> Any:
+        """The module that measures, predicts and refreshes on `device`.
+
+        "auto" leaves it to Inductor, which fuses plain operations with the blocks around them.
+        Where nothing is compiled, plain operations would make many passes over memory, so on a GPU
+        the kernels take over.
+        """
+        on_its_own = self.is_eager and device.type == "cuda"
+        if self.kernel == "aten" or (self.kernel == "auto" and not on_its_own):
+            return reference
+        if torch.is_grad_enabled():  # the kernels have no backward
+            return reference
+        from fxcache.kernels import ops  # imports triton, which takes a while
+
+        return ops
+
+
+def resolve_lowering(
+    backend: str | Callable[..., Any],
+    mode: str | None,
+    options: Any,
+    dynamic: bool | None,
+    *,
+    outline: bool = True,
+    kernel: str = "auto",
+    speculate: bool = False,
+) -> Lowering:
+    """What `backend`, `mode` and `options` mean to torch.compile, and our own options.
+
+    Raises OptionError for an unknown backend, mode or option, and for mode with options.
+    """
+    if kernel not in KERNELS:
+        raise OptionError(f"kernel must be one of {KERNELS}, got {kernel!r}")
+    for name, value in (("outline", outline), ("speculate", speculate)):
+        if not isinstance(value, bool):
+            raise OptionError(f"{name} must be True or False, got {value!r}")
+    if mode is not None and options:
+        raise OptionError(
+            f"either mode or options can be given, not both: mode={mode!r}, options={options!r}"
+        )
+    compiler = _resolve_compiler(backend, mode, options, dynamic)
+    graphs = False
+    if backend == "inductor" and compiler.config.get("triton.cudagraphs"):
+        # The step executor captures the pieces itself: its buffers must lie outside of the pool,
+        # and Inductor's own graphs would copy them.
+        compiler.config["triton.cudagraphs"] = False
+        graphs = True
+    return Lowering(compiler, outline and backend != "eager", kernel, graphs, speculate)
+
+
+def _resolve_compiler(
+    backend: str | Callable[..., Any], mode: str | None, options: Any, dynamic: bool | None
+) -> Any:
+    try:
+        if backend == "inductor":
+            return _inductor(mode, options, dynamic)
+        if isinstance(backend, str):
+            if backend == "fxcache":
+                raise OptionError("backend='fxcache' cannot compile its own pieces; try 'inductor'")
+            known = torch._dynamo.list_backends(exclude_tags=())
+            if backend not in known:
+                raise OptionError(f"unknown backend {backend!r}; torch.compile knows {known}")
+        elif not callable(backend):
+            raise OptionError(f"backend must be a name or a callable, got {backend!r}")
+        return _other(backend, mode, options, dynamic)
+    except (RuntimeError, AttributeError) as error:
+        if isinstance(error, OptionError):
+            raise
+        raise OptionError(f"mode={mode!r}, options={options!r}: {error}") from error
+
+
+def compile_pieces(
+    pieces: Pieces,
+    probe: FakeTensor | None,
+    residuals: list[FakeTensor],
+    ring: int,
+    lowering: Lowering,
+) -> Compiled:
+    """Compile the pieces for state tensors like `probe` (the reference) and `residuals`."""
+    mode = residuals[0].fake_mode
+    with mode:
+        fakes: dict[Hashable, Any] = {
+            REFERENCE: probe,
+            TICKETS: None if probe is None else probe.new_empty(probe.shape[:1], dtype=torch.int32),
+            WEIGHTS: torch.empty(ring, device=residuals[0].device),
+        }
+        for stream, residual in enumerate(residuals):
+            fakes[slot_key(stream)] = residual
+            fakes |= {ring_key(stream, j): torch.empty_like(residual) for j in range(ring)}
+
+    def fake_of(key: Any) -> Any:
+        if isinstance(key, tuple) and key not in fakes:
+            with mode:  # a snapshot is a tensor of its own
+                fakes[key] = tensor_of(key[1]).clone()
+        return fakes[key] if key in fakes else fake_value(key)
+
+    def compiled(module: fx.GraphModule, given: Sequence[Any]) -> Function:
+        try:
+            # A context of its own: the one that is open belongs to the whole graph.
+            with tracing(TracingContext(mode)):
+                return lowering.compiler(module, given)
+        except Exception as error:
+            if not any(_depends_on_data(value) for value in given):
+                raise
+            raise CaptureError(
+                "the compiler fails on tensors whose sizes depend on data, and such tensors cross "
+                f'the cut of this model; backend="eager" runs it. The compiler says: {error}'
+            ) from error
+
+    kinds: dict[Hashable, Function] = {}
+
+    def lowered(name: str, piece: Piece) -> Function:
+        given = [fake_of(key) for key in piece.arguments]
+        plan = outline(piece.module, given) if lowering.outline else "nothing is outlined"
+        if isinstance(plan, str):
+            log.info("%s is one call: %s", name, plan)
+            return compiled(piece.module, given)
+        return _call_sequence(plan, kinds, compiled)
+
+    head = None if pieces.head is None else lowered("head", pieces.head)
+    return Compiled(head, lowered("hit", pieces.hit), lowered("miss", pieces.miss))
+
+
+def _call_sequence(
+    plan: Outline,
+    kinds: dict[Hashable, Function],
+    compiled: Callable[[fx.GraphModule, Sequence[Any]], Function],
+) -> CallSequence:
+    """`plan` with every kind compiled that is not in `kinds` yet."""
+    functions = []
+    for call in plan.calls:
+        if call.kind.key not in kinds:
+            kinds[call.kind.key] = compiled(call.kind.module, call.kind.fakes)
+        functions.append(kinds[call.kind.key])
+    log.info("%d calls of %d kinds", len(plan.calls), len(set(map(id, functions))))
+    return CallSequence(plan, functions)
+
+
+def _depends_on_data(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and any(is_unbacked(size) for size in value.shape)

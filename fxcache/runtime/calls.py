@@ -1,0 +1,46 @@
+"""Run an outlined piece: compiled functions called one after the other."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fxcache.passes.outline import Outline, Place
+
+Function = Callable[..., Sequence[Any]]
+
+
+class CallSequence:
+    """Callable like the piece that was outlined.
+
+    Args:
+        outline: what is called on what.
+        functions: the compiled function of each of its calls.
+    """
+
+    def __init__(self, outline: Outline, functions: Sequence[Function]) -> None:
+        kept = {result.index for result in outline.results if isinstance(result, Place)}
+        last_use = {
+            place: number
+            for number, call in enumerate(outline.calls)
+            for place in (*call.writes, *call.reads)
+        }
+        arguments = outline.num_places - sum(len(call.writes) for call in outline.calls)
+        self.num_computed = outline.num_places - arguments
+        self.results = outline.results
+        self.steps = []
+        for number, (call, function) in enumerate(zip(outline.calls, functions, strict=True)):
+            # The values that nobody reads any more: their memory is free for the next call.
+            dead = [
+                place
+                for place, last in last_use.items()
+                if last == number and place >= arguments and place not in kept
+            ]
+            first = call.writes[0] if call.writes else 0
+            self.steps.append((function, call.reads, first, first + len(call.writes), dead))
+
+    def __call__(self, *args: Any) -> list[Any]:
+        values = [*args, *[None] * self.num_computed]
+        for function, reads, first, end, dead in self.steps:
+            values[first:end] = function(*[values[place] for place in reads])
+            for place in dead:
+                values[place] = None
+        return [values[r.index] if isinstance(r, Place) else r for r in self.results]

@@ -1,0 +1,84 @@
+"""What CUDA graphs need of a device, small enough to be stood in for where there is no GPU."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+Replay = Callable[[], None]
+#: Gives the numbers of a tensor that is being copied; waits for the copy, not for later work.
+Reading = Callable[[], list[float]]
+
+
+class GraphDevice(Protocol):
+    """Captures work into graphs, replays them, and reads small results back."""
+
+    def capture(self, work: Callable[[], Any]) -> tuple[Replay, Any]:
+        """Record `work`; replaying writes into the very tensors that are returned here.
+
+        `work` need not have run when this returns: replay before using the results.
+        """
+
+    def read(self, source: torch.Tensor) -> Reading:
+        """Begin to copy `source` to the host, behind the work queued so far."""
+
+
+class CudaDevice:
+    """CUDA graphs in one memory pool, and reads through pinned memory and an event."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool: Any = None
+        self.pinned: torch.Tensor | None = None
+        self.event: Any = None
+
+    def capture(self, work: Callable[[], Any]) -> tuple[Replay, Any]:
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.device)
+        # Other threads (data loaders, other requests) may go on using the device meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            results = work()
+        return graph.replay, results
+
+    def read(self, source: torch.Tensor) -> Reading:
+        if self.pinned is None:
+            self.pinned = torch.empty(8, dtype=torch.float32, pin_memory=True)
+            self.event = torch.cuda.Event()
+        host, event = self.pinned[: source.numel()], self.event
+        host.copy_(source, non_blocking=True)
+        event.record()
+
+        def numbers() -> list[float]:
+            event.synchronize()
+            return host.tolist()
+
+        return numbers
+
+
+class EagerDevice:
+    """The same interface by running the work again: what a replay would do, on any device."""
+
+    def capture(self, work: Callable[[], Any]) -> tuple[Replay, Any]:
+        results = work()
+
+        def replay() -> None:
+            for static, new in zip(_tensors(results), _tensors(work()), strict=True):
+                static.copy_(new)
+
+        return replay, results
+
+    def read(self, source: torch.Tensor) -> Reading:
+        copied = source.clone()
+        return copied.tolist
+
+
+def _tensors(tree: Any) -> Sequence[torch.Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(tree)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def graph_device(device: torch.device) -> GraphDevice | None:
+    """What captures graphs on `device`, None where nothing can."""
+    return CudaDevice(device) if device.type == "cuda" else None

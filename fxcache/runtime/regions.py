@@ -1,0 +1,138 @@
+"""Evaluate a rewritten graph: which compiled region takes which values.
+
+`Regions` belongs to one compiled graph and the buffers of one branch. Its `begin` runs what an
+evaluation needs before the decision and gives an `Evaluation`, which then runs the hit or the miss.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, Protocol
+
+import torch
+
+from fxcache.passes.branch import REFERENCE, TICKETS, WEIGHTS, Piece, Pieces, ring_key, slot_key
+from fxcache.runtime.state import Buffers
+
+Call = Callable[..., Sequence[Any]]
+Values = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The compiled pieces, in the places of `Pieces`."""
+
+    head: Call | None
+    hit: Call
+    miss: Call
+
+
+class Evaluation(Protocol):
+    """One evaluation between its head and its decision."""
+
+    def read(self) -> list[float]:
+        """What was measured: [residual diff], or [residual diff, timestep]. The one read-back."""
+
+    def hit(self, constants: Values, weights: Sequence[float]) -> Sequence[Any]:
+        """Run the predictor and the tail; `weights` are the forecast's, by ring slot."""
+
+    def miss(self, slot: int) -> tuple[Sequence[Any], Values]:
+        """Run span, refresh (of ring slot `slot`) and tail: the outputs, and the constants."""
+
+
+class Wiring:
+    """Where the arguments of the compiled pieces come from; the same for all buffers.
+
+    Args:
+        inputs: keys of the captured graph's placeholders, in order.
+        streams: how many streams the state caches.
+        ring: how many past residuals a stream.
+    """
+
+    def __init__(
+        self,
+        pieces: Pieces,
+        compiled: Compiled,
+        *,
+        inputs: Sequence[Hashable],
+        streams: int,
+        ring: int,
+    ) -> None:
+        self.compiled, self.ring = compiled, ring
+        given = {key: i for i, key in enumerate(inputs)}
+        slots = [slot_key(s) for s in range(streams)]
+        rings = [ring_key(s, j) for s in range(streams) for j in range(ring)]
+        after_head = given
+        if pieces.head is not None:
+            self.for_head = _picker(pieces.head, _extended(given, (REFERENCE, TICKETS)))
+            after_head = _extended(given, pieces.head.results)
+        for_hit = _extended(after_head, (*pieces.miss.results, *rings, WEIGHTS))
+        self.for_hit = _picker(pieces.hit, for_hit)
+        self.for_miss = _picker(pieces.miss, _extended(after_head, (REFERENCE, *slots)))
+        self.num_constants = len(pieces.miss.results)
+
+    def head(self, inputs: Values, buffers: Buffers) -> tuple[Values, torch.Tensor | None]:
+        """What crosses to hit and miss, and what was measured (None: nothing is)."""
+        if self.compiled.head is None:
+            return (), None
+        values = (*inputs, buffers.reference, buffers.tickets)
+        *crossing, measured = self.compiled.head(*self.for_head(values))
+        return tuple(crossing), measured
+
+    def hit(
+        self, values: Values, buffers: Buffers, constants: Values, weights: torch.Tensor | None
+    ) -> Sequence[Any]:
+        rings = (residual for ring in buffers.rings for residual in ring)
+        return self.compiled.hit(*self.for_hit((*values, *constants, *rings, weights)))
+
+    def miss(self, values: Values, buffers: Buffers, slot: int) -> tuple[Sequence[Any], Values]:
+        slots = (ring[slot] for ring in buffers.rings)
+        outputs = self.compiled.miss(*self.for_miss((*values, buffers.reference, *slots)))
+        if not self.num_constants:
+            return outputs, ()
+        return outputs[: -self.num_constants], tuple(outputs[-self.num_constants :])
+
+
+class Regions:
+    """The compiled pieces, called as they are."""
+
+    def __init__(self, wiring: Wiring) -> None:
+        self.wiring = wiring
+
+    def begin(self, inputs: Values, buffers: Buffers) -> Evaluation:
+        """Run the head."""
+        crossing, measured = self.wiring.head(inputs, buffers)
+        return _Direct(self.wiring, buffers, (*inputs, *crossing), measured)
+
+
+class _Direct:
+    """An evaluation by direct calls. See `Evaluation`."""
+
+    def __init__(
+        self, wiring: Wiring, buffers: Buffers, values: Values, measured: torch.Tensor | None
+    ) -> None:
+        self.wiring, self.buffers, self.values, self.measured = wiring, buffers, values, measured
+
+    def read(self) -> list[float]:
+        return [] if self.measured is None else self.measured.tolist()
+
+    def hit(self, constants: Values, weights: Sequence[float]) -> Sequence[Any]:
+        device = self.buffers.device
+        vector = torch.tensor(weights, device=device) if self.wiring.ring > 1 else None
+        return self.wiring.hit(self.values, self.buffers, constants, vector)
+
+    def miss(self, slot: int) -> tuple[Sequence[Any], Values]:
+        return self.wiring.miss(self.values, self.buffers, slot)
+
+
+def _extended(given: Mapping[Hashable, int], keys: Sequence[Hashable]) -> dict[Hashable, int]:
+    return {**given, **{key: len(given) + i for i, key in enumerate(keys)}}
+
+
+def _picker(piece: Piece, places: Mapping[Hashable, int]) -> Callable[[Values], Any]:
+    """A function that picks the arguments of `piece` out of all values, by their places."""
+    indices = [places[key] for key in piece.arguments]
+    if len(indices) == 1:
+        (index,) = indices
+        return lambda values: (values[index],)
+    return itemgetter(*indices) if indices else lambda values: ()
