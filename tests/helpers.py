@@ -10,6 +10,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._pytree import tree_leaves
 
 from fxcache import FirstBlockCache
+from fxcache.runtime.device import EagerDevice
+from fxcache.runtime.device import EagerDevice
 
 NEVER = FirstBlockCache(threshold=0.0)
 ALWAYS = FirstBlockCache(threshold=math.inf)
@@ -87,3 +89,45 @@ class Marked:
     def __exit__(self, *error: object) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def sample(batch: int = 2, tokens: int = 8, seed: int = 0) -> torch.Tensor:
+    """A sample for the hand-written models of the zoo."""
+    return torch.randn(batch, tokens, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def times(t: float, batch: int = 2) -> torch.Tensor:
+    return torch.full((batch,), float(t))
+
+
+def solve(denoiser: nn.Module, steps: int = 4, seed: int = 0, **shape: int) -> list[torch.Tensor]:
+    """The outputs of a trajectory on slowly moving samples, with falling timesteps."""
+    x = sample(seed=seed, **shape)
+    return [denoiser(x + 0.05 * i, times(1 - i / steps, len(x))) for i in range(steps)]
+
+
+class CountingDevice(EagerDevice):
+    """Stands in for a GPU and counts what it is asked for."""
+
+    def __init__(self) -> None:
+        self.captures = self.replays = self.reads = 0
+
+    def capture(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        self.captures += 1
+        replay, results = super().capture(work)
+
+        def counted() -> None:
+            self.replays += 1
+            replay()
+
+        return counted, results
+
+    def read(self, source: torch.Tensor) -> Callable[[], list[float]]:
+        self.reads += 1
+        return super().read(source)
+
+    def counts(self) -> tuple[int, int, int]:
+        """Captures, replays and reads since the last time."""
+        counted = self.captures, self.replays, self.reads
+        self.captures = self.replays = self.reads = 0
+        return counted

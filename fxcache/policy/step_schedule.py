@@ -1,7 +1,8 @@
 """A fixed schedule: which steps may be hits is known before the trajectory starts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fxcache.errors import PolicyError
 from fxcache.policy.base import HIT, Decision, History
@@ -32,8 +33,8 @@ class StepSchedule:
     in_training: bool = False
 
     def __post_init__(self) -> None:
-        mask = tuple(self.mask)
-        if not mask or not all(value in (True, False) for value in mask):
+        mask = tuple(self.mask) if isinstance(self.mask, Iterable) else ()
+        if not mask or not all(_is_boolean(value) for value in mask):
             raise PolicyError(f"mask must hold one boolean a step, got {self.mask!r}")
         object.__setattr__(self, "mask", tuple(map(bool, mask)))
         if not isinstance(self.forecast, Forecast):
@@ -61,3 +62,11 @@ class StepSchedule:
         if history.step >= len(self.mask):
             return Decision(False, "beyond the mask")
         return HIT if self.mask[history.step] else Decision(False, "scheduled")
+
+
+def _is_boolean(value: Any) -> bool:
+    """Whether `value` is True, False, 0 or 1, also as a scalar of numpy or torch."""
+    try:
+        return bool(value in (True, False))
+    except (TypeError, ValueError, RuntimeError):  # something of many elements
+        return False

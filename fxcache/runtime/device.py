@@ -29,8 +29,8 @@ class CudaDevice:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pool: Any = None
-        self.pinned: torch.Tensor | None = None
-        self.event: Any = None
+        #: Pinned memory and its event, free to use: one a thread that reads at the same time.
+        self.free: list[tuple[torch.Tensor, Any]] = []
 
     def capture(self, work: Callable[[], Any]) -> tuple[Replay, Any]:
         if self.pool is None:
@@ -43,18 +43,25 @@ class CudaDevice:
         return graph.replay, results
 
     def read(self, source: torch.Tensor) -> Reading:
-        if self.pinned is None:
-            self.pinned = torch.empty(8, dtype=torch.float32, pin_memory=True)
-            self.event = torch.cuda.Event()
-        host, event = self.pinned[: source.numel()], self.event
+        pinned, event = self._pinned()
+        host = pinned[: source.numel()]
         host.copy_(source, non_blocking=True)
         event.record()
 
         def numbers() -> list[float]:
             event.synchronize()
-            return host.tolist()
+            result: list[float] = host.tolist()
+            self.free.append((pinned, event))
+            return result
 
         return numbers
+
+    def _pinned(self) -> tuple[torch.Tensor, Any]:
+        try:
+            return self.free.pop()
+        except IndexError:
+            with torch.inference_mode(False):  # later calls outside of inference_mode write it
+                return torch.empty(8, dtype=torch.float32, pin_memory=True), torch.cuda.Event()
 
 
 class EagerDevice:
@@ -63,6 +70,7 @@ class EagerDevice:
     def capture(self, work: Callable[[], Any]) -> tuple[Replay, Any]:
         results = work()
 
+        @torch.inference_mode()  # for a replay, it does not matter where the results came from
         def replay() -> None:
             for static, new in zip(_tensors(results), _tensors(work()), strict=True):
                 static.copy_(new)

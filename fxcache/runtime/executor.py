@@ -70,7 +70,8 @@ class StepExecutor:
             state.forget()  # whatever was half written is never read
             raise
         self._commit(slot, state, metric, decision)
-        session.note_call(self, slot, inputs, outputs)
+        if not session.trusts_trajectory.get():  # else nobody asks, and the tensors would live on
+            session.note_call(self, slot, inputs, outputs)
         return outputs
 
     def _regions(self, buffers: Buffers) -> Regions:

@@ -4,14 +4,16 @@ Head, hit and miss are captured when they run for the second time; the first tim
 Graphs read the caller's data from static tensors and weights where these lie; residuals and
 reference are the buffers that fxcache owns. So a graph belongs to the buffers of one branch, to one
 layout of the inputs and to one set of weights: weights that moved or were replaced cause a new
-capture.
+capture. With gradients enabled nothing is replayed: a replay leaves no trace for autograd.
 """
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxcache.runtime.device import GraphDevice, Reading, Replay
 from fxcache.runtime.regions import Evaluation, Regions, Values, Wiring
@@ -41,26 +43,33 @@ class GraphedRegions(Regions):
         self.captures = self.restarts = 0
         self.graphs: dict[Any, tuple[Replay, Any] | None] = {}
         self.static: Values = ()
+        #: The memory of the static tensors, one a place of the data.
+        self.memory: list[torch.Tensor] = []
         self.fixed: tuple[Any, ...] = ()
         self.vector: torch.Tensor | None = None
         self.vector_values: list[float] = []
 
     def begin(self, inputs: Values, buffers: Buffers) -> Evaluation:
         """Stage the inputs and replay the head."""
+        if torch.is_grad_enabled():
+            return super().begin(inputs, buffers)
         self._stage(inputs)
-        crossing, measured = self.run("head", lambda: self.wiring.head(self.static, buffers))
+        head, static = self.wiring.head, self.static
+        if self.wiring.compiled.head is None:  # an empty graph would be replayed, too
+            return _Replayed(self, buffers, static, None)
+        crossing, measured = self.run("head", lambda given: head(static, given), buffers)
         reading = None if measured is None else self.device.read(measured)
-        return _Replayed(self, buffers, (*self.static, *crossing), reading)
+        return _Replayed(self, buffers, (*static, *crossing), reading)
 
-    def run(self, key: Any, work: Callable[[], Any]) -> Any:
+    def run(self, key: Any, work: Callable[[Buffers], Any], buffers: Buffers) -> Any:
         """Run `work` (the first time), capture it (the second time), and replay its graph."""
         if key not in self.graphs:
             self.graphs[key] = None
-            return work()
+            return work(buffers)
         graph = self.graphs[key]
         if graph is None:
+            graph = self.graphs[key] = self.device.capture(_bound_weakly(work, buffers))
             self.captures += 1
-            graph = self.graphs[key] = self.device.capture(work)
         replay, results = graph
         replay()
         return results
@@ -71,22 +80,26 @@ class GraphedRegions(Regions):
         fixed = self._fixed(inputs, data)
         if fixed == self.fixed:
             if data:
-                torch._foreach_copy_([self.static[place] for place in self.data], data)
+                torch._foreach_copy_(self.memory, [_memory(value) for value in data])
             return
         if self.graphs:
             self._restarted()
         self.graphs.clear()
-        self.fixed = fixed
+        self.fixed = ()  # in case memory runs out below
         static = list(inputs)
-        for place, value in zip(self.data, data, strict=True):
-            static[place] = value.clone()  # keeps the strides, which the compiled pieces assume
-        self.static = tuple(static)
+        # Plain tensors even under inference_mode, so that later calls outside may write them.
+        with torch.inference_mode(False), torch.no_grad():
+            self.memory = [_memory(value).clone() for value in data]
+            for place, value, memory in zip(self.data, data, self.memory, strict=True):
+                # The compiled pieces assume the strides; a clone has them if all is dense.
+                static[place] = memory.as_strided(value.shape, value.stride())
+        self.static, self.fixed = tuple(static), fixed
 
     def _fixed(self, inputs: Values, data: list[torch.Tensor]) -> tuple[Any, ...]:
         """What is part of a graph: where the weights lie, numbers, and the layouts of the data."""
         own = {*self.weights, *self.data}
         return (
-            [inputs[place].data_ptr() for place in self.weights],
+            [inputs[place].data_ptr() or _address(inputs[place]) for place in self.weights],
             [value for place, value in enumerate(inputs) if place not in own],
             [(value.shape, value.stride(), value.dtype) for value in data],
         )
@@ -106,10 +119,12 @@ class GraphedRegions(Regions):
         if self.wiring.ring == 1:
             return None
         if self.vector is None:
-            self.vector = torch.zeros(self.wiring.ring, device=buffers.device)
+            with torch.inference_mode(False):
+                self.vector = torch.zeros(self.wiring.ring, device=buffers.device)
         if list(weights) != self.vector_values:
             self.vector_values = list(weights)
-            self.vector.copy_(torch.tensor(weights))
+            # Not blocking: a copy that waited would wait for all that is queued.
+            self.vector.copy_(torch.tensor(weights), non_blocking=True)
         return self.vector
 
 
@@ -126,17 +141,50 @@ class _Replayed:
         return [] if self.reading is None else self.reading()
 
     def hit(self, constants: Values, weights: Sequence[float]) -> Sequence[Any]:
-        regions, buffers = self.regions, self.buffers
-        vector = regions.weights_vector(weights, buffers)
-        work = regions.wiring.hit
-        return _owned(regions.run("hit", lambda: work(self.values, buffers, constants, vector)))
+        regions, values = self.regions, self.values
+        hit, vector = regions.wiring.hit, regions.weights_vector(weights, self.buffers)
+        return _owned(
+            regions.run("hit", lambda given: hit(values, given, constants, vector), self.buffers)
+        )
 
     def miss(self, slot: int) -> tuple[Sequence[Any], Values]:
-        work = self.regions.wiring.miss
+        miss, values = self.regions.wiring.miss, self.values
         outputs, constants = self.regions.run(
-            ("miss", slot), lambda: work(self.values, self.buffers, slot)
+            ("miss", slot), lambda given: miss(values, given, slot), self.buffers
         )
         return _owned(outputs), constants
+
+
+def _bound_weakly(work: Callable[[Buffers], Any], buffers: Buffers) -> Callable[[], Any]:
+    """`work` on `buffers`, which it does not keep alive: graphs go when their buffers go."""
+    alive = weakref.ref(buffers)
+
+    def bound() -> Any:
+        given = alive()
+        assert given is not None
+        return work(given)
+
+    return bound
+
+
+def _address(weight: torch.Tensor) -> Any:
+    """Where `weight` lies; of a subclass without memory of its own (quantized weights), where the
+    tensors inside it lie.
+    """
+    if not is_traceable_wrapper_subclass(weight):
+        return weight.data_ptr()
+    names, _ = weight.__tensor_flatten__()
+    return tuple(_address(getattr(weight, name)) for name in names)
+
+
+def _memory(value: torch.Tensor) -> torch.Tensor:
+    """`value`, or as a vector the memory it spans, if its elements are not all of that once
+    (slices, expanded dimensions).
+    """
+    if value.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(value):
+        return value
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return value.as_strided((last + 1,), (1,))
 
 
 def _owned(outputs: Sequence[Any]) -> list[Any]:

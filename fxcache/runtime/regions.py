@@ -118,7 +118,9 @@ class _Direct:
 
     def hit(self, constants: Values, weights: Sequence[float]) -> Sequence[Any]:
         device = self.buffers.device
-        vector = torch.tensor(weights, device=device) if self.wiring.ring > 1 else None
+        vector = None
+        if self.wiring.ring > 1:  # not blocking: a copy that waited would wait for all queued work
+            vector = torch.tensor(weights).to(device, non_blocking=True)
         return self.wiring.hit(self.values, self.buffers, constants, vector)
 
     def miss(self, slot: int) -> tuple[Sequence[Any], Values]:

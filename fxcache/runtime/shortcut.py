@@ -6,6 +6,7 @@ complete first evaluation of a branch the others go straight to its step executo
 arguments have the same structure, layouts and constants.
 """
 
+import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from fxcache.runtime.state import Slot
 NOT_TAKEN = object()
 
 _CONSTANTS = (int, float, str, bool, type(None), torch.dtype, torch.device)
+_FIXED_RESULTS = (str, bool, type(None), torch.dtype, torch.device)
 _MAX_PATHS = 64
 
 
@@ -29,11 +31,11 @@ class _Path:
 
     `values` are the executor's inputs, with None at the places of the caller's tensors; `places`
     maps leaves of the arguments to such places; `results` are the leaves of what the model returns:
-    a place among the executor's outputs, or a constant.
+    a place among the executor's outputs, or a constant. Each output is one of them.
     """
 
     executor: Any
-    slot: Slot
+    slot: weakref.ref[Slot]  # a finished request is not kept alive
     trajectory: int
     ambient: Hashable
     spec: Any
@@ -45,7 +47,8 @@ class _Path:
 
     @property
     def is_current(self) -> bool:
-        return self.slot.trajectory == self.trajectory
+        slot = self.slot()
+        return slot is not None and slot.trajectory == self.trajectory
 
 
 class Shortcut:
@@ -87,6 +90,8 @@ class Shortcut:
         path = None if call is None else _path(call, args, kwargs, result)
         if path is not None:
             if len(self.paths) >= _MAX_PATHS:
+                self.paths = {at: old for at, old in self.paths.items() if old.is_current}
+            if len(self.paths) >= _MAX_PATHS:
                 self.paths.clear()
             self.paths[where] = path
 
@@ -101,6 +106,8 @@ def _path(
     """The path of `call`, None if its inputs or results are not simply the caller's."""
     executor, slot, inputs, outputs = call
     leaves, spec = pytree.tree_flatten((args, kwargs))
+    if _shares(leaves):
+        return None  # the next call may not
     values = list(inputs)
     places = []
     for place in executor.data:
@@ -117,9 +124,11 @@ def _path(
     if None in layouts or None in results:
         return None
     known = tuple(result for result in results if result is not None)
+    if {place for computed, place in known if computed} != set(range(len(outputs))):
+        return None  # an output that is not returned becomes something else after the graph
     return _Path(
         executor,
-        slot,
+        weakref.ref(slot),
         slot.trajectory,
         _ambient(),
         spec,
@@ -131,9 +140,16 @@ def _path(
     )
 
 
+def _shares(leaves: list[Any]) -> bool:
+    """Whether a tensor stands at two places of the arguments."""
+    tensors = [id(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return len(set(tensors)) < len(tensors)
+
+
 def _result(leaf: Any, outputs: Any) -> tuple[bool, Any] | None:
     if not isinstance(leaf, torch.Tensor):
-        return (False, leaf) if isinstance(leaf, _CONSTANTS) else None
+        # Numbers are refused: they may be counted or read from tensors at each call.
+        return (False, leaf) if isinstance(leaf, _FIXED_RESULTS) else None
     found = [index for index, output in enumerate(outputs) if output is leaf]
     return (True, found[0]) if found else None
 
