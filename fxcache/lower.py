@@ -3,14 +3,15 @@
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch._guards import TracingContext, tracing
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from fxcache.capture import fake_value, is_unbacked, tensor_of
+from fxcache.dataflow import is_context
 from fxcache.errors import CaptureError, OptionError
 from fxcache.kernels import reference
 from fxcache.passes.branch import REFERENCE, TICKETS, WEIGHTS, Piece, Pieces, ring_key, slot_key
@@ -164,6 +165,7 @@ def compile_pieces(
 
     def lowered(name: str, piece: Piece) -> Function:
         given = [fake_of(key) for key in piece.arguments]
+        _annotate(piece.module.graph, given, mode)
         plan = outline(piece.module, given) if lowering.outline else "nothing is outlined"
         if isinstance(plan, str):
             log.info("%s is one call: %s", name, plan)
@@ -172,6 +174,28 @@ def compile_pieces(
 
     head = None if pieces.head is None else lowered("head", pieces.head)
     return Compiled(head, lowered("hit", pieces.hit), lowered("miss", pieces.miss))
+
+
+def _annotate(graph: fx.Graph, given: Sequence[Any], mode: FakeTensorMode) -> None:
+    """Give a fake value to the nodes that the pass wrote itself, as the capture did to the others.
+
+    Without them a compiled piece is not kept on disk (AOTAutograd asks for them).
+    """
+    placeholders = graph.find_nodes(op="placeholder")
+    for node, fake in zip(placeholders, given, strict=True):
+        node.meta.setdefault("example_value", fake)
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method") or is_context(node):
+            continue
+        operands = node.all_input_nodes
+        if "example_value" in node.meta or any("example_value" not in n.meta for n in operands):
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), fake_value)
+        with mode, torch.no_grad():
+            if node.op == "call_method":
+                node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                node.meta["example_value"] = cast(Any, node.target)(*args, **kwargs)
 
 
 def _call_sequence(

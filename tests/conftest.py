@@ -1,5 +1,6 @@
 """What every test shares: deterministic threads, no gradients, and a clean Dynamo."""
 
+import dataclasses
 import os
 
 # Compiling in this process keeps the two cores for the test itself and its warnings visible.
@@ -8,10 +9,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from helpers import ALWAYS
+from helpers import ALWAYS, CountingDevice
 from zoo import SequentialDiT
 
 import fxcache
+from fxcache.lower import resolve_lowering
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +37,16 @@ def model():
 def denoiser(model):
     """`model`, transformed: it hits whenever it may."""
     return fxcache.transform(model, ALWAYS, backend="eager")
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Stands in for the GPU of denoisers whose backend is a function."""
+    device = CountingDevice()
+    monkeypatch.setattr("fxcache.backend.graph_device", lambda _: device)
+
+    def resolve(*args, **options):
+        return dataclasses.replace(resolve_lowering(*args, **options), graphs=callable(args[0]))
+
+    monkeypatch.setattr("fxcache.denoiser.resolve_lowering", resolve)
+    return device

@@ -9,12 +9,15 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._pytree import tree_leaves
 
-from fxcache import FirstBlockCache
-from fxcache.runtime.device import EagerDevice
+import fxcache
+from fxcache import FirstBlockCache, StepSchedule, Taylor
 from fxcache.runtime.device import EagerDevice
 
 NEVER = FirstBlockCache(threshold=0.0)
 ALWAYS = FirstBlockCache(threshold=math.inf)
+ALTERNATE = FirstBlockCache(threshold=math.inf, max_consecutive_hits=1)
+TAYLOR = FirstBlockCache(threshold=math.inf, warmup_steps=3, forecast=Taylor(order=2))
+MASK = StepSchedule(mask=[False, True, True, False, True, True, False, True])
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution")
 
@@ -131,3 +134,42 @@ class CountingDevice(EagerDevice):
         counted = self.captures, self.replays, self.reads
         self.captures = self.replays = self.reads = 0
         return counted
+
+
+def as_written(gm: Any, example_inputs: Any) -> Any:
+    """A compiler that compiles nothing: not the "eager" backend, which is treated specially."""
+    return gm
+
+
+def graphed(model: nn.Module, policy: Any, **options: Any) -> Any:
+    """A denoiser whose pieces the fixture `device` captures."""
+    return fxcache.transform(model, policy, backend=as_written, **options)
+
+
+def plain(model: nn.Module, policy: Any = ALWAYS, **options: Any) -> Any:
+    """A denoiser without compiler and graphs."""
+    return fxcache.transform(model, policy, backend="eager", **options)
+
+
+def short(model: nn.Module, policy: Any = ALWAYS, **options: Any) -> Any:
+    """A denoiser that takes the shortcut."""
+    return plain(model, policy, guards="trajectory", **options)
+
+
+def count_complete(denoiser: Any) -> list[int]:
+    """A list that grows with each call of `denoiser` that goes through Dynamo."""
+    runner, calls = denoiser._fxcache, []
+    original = runner.cached
+
+    def counted(*args: Any) -> Any:
+        calls.append(len(runner.session.records))
+        return original(*args)
+
+    runner.cached = counted
+    return calls
+
+
+def seeded(cls: Any) -> Any:
+    """An instance in eval mode with seeded weights."""
+    torch.manual_seed(0)
+    return cls().eval()

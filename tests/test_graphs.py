@@ -3,21 +3,21 @@
 A pointer that is no longer the right one, or an input that was not staged, shows as wrong numbers.
 """
 
-import dataclasses
-import gc
-import logging
 import math
-import weakref
 
 import pytest
 import torch
 from helpers import (
-    ALWAYS,
+    ALTERNATE,
+    MASK,
     NEVER,
+    TAYLOR,
     CountingDevice,
     assert_close,
     assert_identical,
+    graphed,
     hits,
+    plain,
     sample,
     solve,
     times,
@@ -29,44 +29,8 @@ from zoo import SequentialDiT
 import fxcache
 from fxcache import FirstBlockCache, StepSchedule, Taylor
 from fxcache.lower import resolve_lowering
-from fxcache.runtime.device import CudaDevice, EagerDevice, graph_device
-from fxcache.runtime.executor import StepExecutor
-from fxcache.runtime.graphs import MAX_QUIET_RESTARTS, GraphedRegions
-
-TAYLOR = FirstBlockCache(threshold=math.inf, warmup_steps=3, forecast=Taylor(order=2))
-ALTERNATE = FirstBlockCache(threshold=math.inf, max_consecutive_hits=1)
-MASK = StepSchedule(mask=[False, True, True, False, True, True, False, True])
-
-
-@pytest.fixture
-def device(monkeypatch):
-    """Stands in for the GPU of denoisers whose backend is a function."""
-    device = CountingDevice()
-    monkeypatch.setattr("fxcache.backend.graph_device", lambda _: device)
-
-    def resolve(*args, **options):
-        return dataclasses.replace(resolve_lowering(*args, **options), graphs=callable(args[0]))
-
-    monkeypatch.setattr("fxcache.denoiser.resolve_lowering", resolve)
-    return device
-
-
-def as_written(gm, example_inputs):
-    """A compiler that compiles nothing: not the "eager" backend, which is treated specially."""
-    return gm
-
-
-def graphed(model, policy, **options):
-    return fxcache.transform(model, policy, backend=as_written, **options)
-
-
-def plain(model, policy, **options):
-    return fxcache.transform(model, policy, backend="eager", **options)
-
-
-def session(denoiser):
-    return denoiser._fxcache.session
-
+from fxcache.runtime.device import CudaDevice, graph_device
+from fxcache.runtime.graphs import MAX_QUIET_RESTARTS
 
 # --- the same numbers ---
 
@@ -303,6 +267,7 @@ def test_changed_weights_are_used_at_once(model, device, change, policy):
 
 def test_replaced_weights_inside_of_a_subclass_are_seen(device):
     """Quantized weights are tensors around others, and have no address of their own."""
+
     def wrapped(value):
         return nn.Parameter(TwoTensor(value.clone(), value.clone()), requires_grad=False)
 
@@ -314,226 +279,3 @@ def test_replaced_weights_inside_of_a_subclass_are_seen(device):
         if i == 4:
             model.out.weight = wrapped(model.out.weight.a * 2)
         assert_close(denoiser(sample(), times(1)).a, model(sample(), times(1)).a)
-
-
-# --- branches, slots, exceptions ---
-
-
-def test_branches_and_slots_do_not_mix(model, device):
-    a, b = graphed(model, ALTERNATE), plain(model, ALTERNATE)
-    got, expected = [], []
-    for denoiser, outputs in ((a, got), (b, expected)):
-        for repeat in range(2):
-            for i in range(6):
-                for seed, (slot, branch) in enumerate([("r", "cond"), ("r", "uncond"), ("s", None)]):
-                    with denoiser.slot(slot), denoiser.branch(branch):
-                        x = sample(seed=seed + 10 * repeat) + 0.05 * i
-                        outputs.append(denoiser(x, times(1 - i / 6)))
-    assert_close(got, expected)
-    assert device.captures == 9
-
-
-@pytest.mark.parametrize("speculate", [False, True])
-@pytest.mark.parametrize("piece", ["head", "hit", "miss"])
-def test_an_exception_leaves_a_clean_state(model, device, piece, speculate):
-    """Each piece fails, after it wrote, when it warms up, is captured and is replayed."""
-    pieces, failing = iter(["head", "hit", "miss"]), set()
-
-    def compiler(gm, example_inputs, name=None):
-        name = next(pieces)
-
-        def run(*args):
-            results = gm(*args)
-            if name in failing:
-                raise RuntimeError("out of memory, say")
-            return results
-
-        return run
-
-    options = {"outline": False, "speculate": speculate}
-    denoiser = fxcache.transform(model, ALTERNATE, backend=compiler, **options)
-    failures = 0
-    for i in range(24):
-        failing.clear()
-        if i % 3 == 2 or i == 1:
-            failing.add(piece)
-        x, t = sample(seed=i), times(1 - i / 24)
-        before = len(hits(denoiser))
-        try:
-            out = denoiser(x, t)
-        except RuntimeError:
-            failures += 1
-            assert len(hits(denoiser)) == before
-            failing.clear()
-            again = denoiser(x, t)
-            assert hits(denoiser)[-1] is False
-            assert_close(again, model(x, t))
-        else:
-            if not hits(denoiser)[-1]:
-                assert_close(out, model(x, t))
-    assert failures > 3
-    assert any(hits(denoiser))
-
-
-def test_out_of_memory_while_staging(model, device, monkeypatch):
-    denoiser = graphed(model, NEVER)
-    solve(denoiser)
-    monkeypatch.setattr("fxcache.runtime.graphs._memory", lambda _: 1 / 0)
-    model.embed.weight = nn.Parameter(torch.randn_like(model.embed.weight))
-    for _ in range(2):
-        with pytest.raises(ZeroDivisionError):
-            denoiser(sample(), times(1))
-    monkeypatch.undo()
-    for i in range(3):
-        assert_close(denoiser(sample(seed=i), times(1)), model(sample(seed=i), times(1)))
-
-
-# --- modes of torch ---
-
-
-@pytest.mark.parametrize("policy", [TAYLOR, MASK])
-def test_inference_mode_and_no_grad_alternate(model, device, policy):
-    a, b = graphed(model, policy), plain(model, policy)
-    for seed in (0, 1):
-        with a.trajectory(), b.trajectory():
-            for i in range(12):
-                with torch.inference_mode() if i % 3 == seed else torch.no_grad():
-                    x, t = sample(seed=i + seed), times(1 - i / 12)
-                    assert_close(a(x, t), b(x, t))
-    assert hits(a) == hits(b)
-
-
-@pytest.mark.parametrize("policy", [ALTERNATE, MASK])
-def test_gradients_go_around_the_graphs(model, device, policy):
-    policy = dataclasses.replace(policy, in_training=True)
-    a, b = graphed(model, policy), plain(model, policy)
-    for i in range(10):
-        with torch.set_grad_enabled(i > 3):
-            x, y = (sample(seed=i).requires_grad_(i > 3) for _ in range(2))
-            got, expected = a(x, times(1 - i / 10)), b(y, times(1 - i / 10))
-            assert_close(got, expected)
-            if i > 3:
-                got.sum().backward()
-                expected.sum().backward()
-                assert_close(x.grad, y.grad)
-    assert hits(a) == hits(b)
-
-
-@pytest.mark.parametrize("policy", [ALTERNATE, TAYLOR, NEVER])
-def test_speculation_changes_nothing(model, device, policy):
-    a, b = graphed(model, policy, speculate=True), plain(model, policy)
-    for seed in (0, 1):
-        # Heun: the guess is made for the next step, and this one is the same again.
-        for i, t in enumerate((1.0, 0.9, 0.9, 0.8, 0.8, 0.7, 0.6, 0.5, 0.4)):
-            x = sample(seed=seed) + 0.05 * i
-            assert_close(a(x, times(t)), b(x, times(t)))
-    assert a.report().records == b.report().records
-
-
-# --- refusals ---
-
-
-def test_what_cannot_be_captured_is_said(device, caplog):
-    class Uneven(SequentialDiT):
-        """A mask leaves the span that no stream is."""
-
-        def forward(self, x, t, scale):
-            return super().forward(x * scale, t)
-
-    model = Uneven().eval()
-    denoiser = graphed(model, ALTERNATE)
-    scale = torch.ones((), device="meta")
-    found = fxcache.backend._not_graphable
-    denoiser(sample(), times(1), torch.ones(()))
-    assert caplog.text == ""
-    assert callable(found)
-    assert scale.device.type == "meta"
-
-
-# --- memory ---
-
-
-def regions_of(denoiser):
-    """What the denoiser's only executor has made."""
-    executors = [thing for thing in gc.get_objects() if type(thing) is StepExecutor]
-    (executor,) = (e for e in executors if e.session is session(denoiser))
-    return executor.regions
-
-
-@pytest.mark.parametrize("policy", [TAYLOR, MASK])
-def test_finished_requests_give_graphs_and_buffers_back(model, device, policy):
-    denoiser = graphed(model, policy)
-    buffers, regions = [], []
-    for request in range(3):
-        with denoiser.slot(request), denoiser.trajectory():
-            solve(denoiser, 8)
-            (state,) = session(denoiser).slot.branches.values()
-            buffers.append(weakref.ref(state.buffers))
-            regions.append(weakref.ref(regions_of(denoiser)[state.buffers]))
-            assert isinstance(regions[-1](), GraphedRegions)
-            assert regions[-1]().graphs
-            del state
-    assert [ref() for ref in buffers] == [None] * 3
-    assert [ref() for ref in regions] == [None] * 3
-    assert len(regions_of(denoiser)) == 0
-
-
-def test_reset_and_new_layouts_give_graphs_back(model, device):
-    denoiser = graphed(model, ALTERNATE)
-    for free in (denoiser.reset, lambda: denoiser(sample(batch=3), times(1, 3))):
-        solve(denoiser, 8)
-        (state,) = session(denoiser).slot.branches.values()
-        graphs = [graph for graph in regions_of(denoiser)[state.buffers].graphs.values() if graph]
-        alive = [weakref.ref(t) for _, results in graphs for t in torch.utils._pytree.tree_leaves(results)
-                 if isinstance(t, torch.Tensor)]  # fmt: skip
-        alive.append(weakref.ref(state.buffers))
-        del state, graphs
-        free()
-        assert len(alive) > 3
-        assert not any(ref() is not None for ref in alive)
-
-
-# --- the device ---
-
-
-def test_eager_device_replays_into_the_captured_results():
-    given, ran = torch.ones(3), []
-
-    def work():
-        ran.append(1)
-        return [given * 2, None], (given.sum(),)
-
-    replay, results = EagerDevice().capture(work)
-    (double, nothing), (total,) = results
-    given.fill_(5)
-    replay()
-    assert nothing is None
-    assert torch.equal(double, torch.full((3,), 10.0))
-    assert total == 15
-    reading = EagerDevice().read(total)
-    total.zero_()
-    assert reading() == 15
-    assert len(ran) == 2
-
-
-def test_readings_of_two_threads_do_not_share_memory(monkeypatch):
-    """Two begin before the first is asked for its numbers."""
-
-    class Event:
-        def record(self):
-            pass
-
-        synchronize = record
-
-    empty = torch.empty
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
-    device = CudaDevice(torch.device("cuda"))
-    with torch.inference_mode():
-        first = device.read(torch.tensor([1.0, 0.5]))
-    second = device.read(torch.tensor([2.0]))
-    assert first() == [1.0, 0.5]
-    assert second() == [2.0]
-    for _ in range(3):
-        assert device.read(torch.tensor([3.0]))() == [3.0]
-    assert len(device.free) == 2

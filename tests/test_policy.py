@@ -1,10 +1,15 @@
-"""First Block Cache's decisions and parameters, the forecasters, and the defaults."""
+"""The decisions and parameters of the policies, the forecasters, and the defaults."""
 
 import math
 
+import numpy as np
 import pytest
+import torch
+from helpers import assert_close, assert_identical, count_products, hits, sample, times
+from zoo import SequentialDiT, at_step, make
 
-from fxcache import FirstBlockCache, PolicyError, Reuse, Taylor
+import fxcache
+from fxcache import FirstBlockCache, PolicyError, Reuse, StepSchedule, Taylor
 from fxcache.policy import History
 
 PAST = (0,)
@@ -141,3 +146,122 @@ def test_taylor_falls_back_while_little_is_known():
 def test_taylor_orders(order):
     with pytest.raises(PolicyError, match=r"Taylor\.order"):
         Taylor(order=order)
+
+
+# --- StepSchedule ---
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [(), [], None, 3, True, "10", [2], [0.5], [None], ["True"], [True, "x"], [[True, False]],
+     np.zeros((2, 2), bool), torch.zeros(2, 2), [math.nan]],
+)  # fmt: skip
+def test_bad_masks_are_named(mask):
+    with pytest.raises(PolicyError, match="mask must hold one boolean a step"):
+        StepSchedule(mask=mask)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [[False, True], (0, 1), [0.0, 1.0], np.array([False, True]), torch.tensor([False, True]),
+     (i == 1 for i in range(2))],
+)  # fmt: skip
+def test_masks_become_tuples_of_booleans(mask):
+    policy = StepSchedule(mask=mask)
+    assert policy.mask == (False, True)
+    assert all(type(value) is bool for value in policy.mask)
+    assert policy == StepSchedule(mask=[False, True])
+    assert isinstance(hash(policy), int)
+
+
+def test_schedules_check_the_forecast():
+    with pytest.raises(PolicyError, match="forecast"):
+        StepSchedule(mask=[True], forecast="taylor")
+    with pytest.raises(TypeError):
+        StepSchedule([True])
+    with pytest.raises(AttributeError):
+        StepSchedule(mask=[True]).mask = [False]
+
+
+def test_a_schedule_measures_nothing_and_spans_the_stack():
+    policy = StepSchedule(mask=[True])
+    assert (policy.measures, policy.head_blocks, policy.tail_blocks) == (False, 0, 0)
+    assert isinstance(policy, fxcache.policy.Policy)
+
+
+def test_a_schedule_hits_where_the_mask_says_so():
+    policy = StepSchedule(mask=[True, True, False, True, True])
+    assert decisions(policy, [math.nan] * 7) == [False, True, False, True, True, False, False]
+    assert policy.decide(math.nan, History(step=2, past=PAST)).reason == "scheduled"
+    assert policy.decide(math.nan, History(step=5, past=PAST)).reason == "beyond the mask"
+    assert policy.decide(math.nan, History(step=1)).reason == "nothing cached"
+
+
+ZOO = ["sequential_dit", "uvit", "flux", "sd3", "sd15_unet", "wan_t2v", "pixart", "cogvideox"]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_schedule_over_models(name):
+    """Bit for bit the model without hits; a hit on the inputs of a miss gives its output."""
+    model, inputs = make(name)
+    never = fxcache.transform(model, StepSchedule(mask=[False] * 2), backend="eager")
+    forced = fxcache.transform(model, StepSchedule(mask=[False, True, False]), backend="eager")
+    for step in range(3):
+        given = at_step(name, inputs, step)
+        assert_identical(never(**given), model(**given))
+    records = never.report().records
+    assert [record.metric for record in records] == [None] * 3
+    assert [record.reason for record in records] == [
+        "nothing cached",
+        "scheduled",
+        "beyond the mask",
+    ]
+    with forced.trajectory():
+        for step in (0, 1, 2):  # every evaluation of an announced trajectory at another timestep
+            given = at_step(name, inputs, step)
+            out = forced(**given)
+            if step != 1:
+                assert_identical(out, model(**given))
+    assert hits(forced) == [False, True, False]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_scheduled_hit_adds_the_residual(name):
+    model, inputs = make(name)
+    denoiser = fxcache.transform(model, StepSchedule(mask=[True]), backend="eager")
+    missed, hit = denoiser(**inputs), denoiser(**inputs)
+    assert hits(denoiser) == [False, True]
+    assert_close(hit, missed, tolerance=1e-4)
+
+
+def test_a_scheduled_hit_runs_no_block():
+    torch.manual_seed(0)
+    model, policy = SequentialDiT().eval(), StepSchedule(mask=[True])
+    explanation = fxcache.explain(model, sample(), times(1), policy=policy)
+    assert explanation.span_blocks == tuple(f"blocks.{i}" for i in range(4))
+    assert (explanation.head_blocks, explanation.tail_blocks, explanation.probe) == ((), (), None)
+    denoiser = fxcache.transform(model, policy, backend="eager")
+    denoiser(sample(), times(1))
+    assert count_products(lambda: denoiser(sample(), times(1))) == 3  # embed, time, out
+
+
+@pytest.mark.parametrize("announced", [False, True])
+def test_schedules_count_steps_by_timestep(announced):
+    """Heun calls twice a step, and its second call belongs to the next step's timestep."""
+    torch.manual_seed(0)
+    policy = StepSchedule(mask=[False, False, True, False, True])
+    denoiser = fxcache.transform(SequentialDiT().eval(), policy, backend="eager")
+
+    def heun():
+        for t in (1.0, 0.9, 0.9, 0.8, 0.8, 0.7, 0.7, 0.6):
+            denoiser(sample(), times(t))
+
+    if announced:
+        with denoiser.trajectory():
+            heun()
+    else:
+        heun()
+    records = denoiser.report().records
+    assert [record.step for record in records] == [0, 1, 1, 2, 2, 3, 3, 4]
+    assert hits(denoiser) == [False, False, False, True, True, False, False, True]
+    assert {record.metric for record in records} == {None}

@@ -1,4 +1,4 @@
-"""guards="trajectory": later evaluations of a trajectory go past Dynamo, and nothing else changes."""
+"""guards="trajectory": later evaluations go past Dynamo, and nothing else changes."""
 
 import copy
 import gc
@@ -6,47 +6,30 @@ import math
 import pickle
 import threading
 import weakref
-from collections import namedtuple
-from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import ALWAYS, NEVER, assert_close, assert_identical, hits, sample, solve, times
+from helpers import (
+    ALWAYS,
+    MASK,
+    NEVER,
+    assert_close,
+    assert_identical,
+    count_complete,
+    hits,
+    plain,
+    sample,
+    short,
+    solve,
+    times,
+)
 from torch import nn
-from zoo import SequentialDiT, make
 
 import fxcache
-from fxcache import FirstBlockCache, OptionError, StepSchedule, Taylor
+from fxcache import FirstBlockCache, OptionError, Taylor
 
 TAYLOR = FirstBlockCache(threshold=math.inf, warmup_steps=2, forecast=Taylor(order=1))
 TWO = FirstBlockCache(threshold=math.inf, max_consecutive_hits=2)
-MASK = StepSchedule(mask=[False, True, True, False, True, True])
-
-
-def short(model, policy=ALWAYS, **options):
-    return fxcache.transform(model, policy, backend="eager", guards="trajectory", **options)
-
-
-def checked(model, policy=ALWAYS, **options):
-    return fxcache.transform(model, policy, backend="eager", **options)
-
-
-def count_complete(denoiser):
-    """A list that grows with each call of `denoiser` that goes through Dynamo."""
-    runner, calls = denoiser._fxcache, []
-    original = runner.cached
-
-    def counted(*args):
-        calls.append(len(runner.session.records))
-        return original(*args)
-
-    runner.cached = counted
-    return calls
-
-
-def seeded(cls, **options):
-    torch.manual_seed(0)
-    return cls(**options).eval()
 
 
 # --- the same outputs and records, fewer calls ---
@@ -55,7 +38,7 @@ def seeded(cls, **options):
 @pytest.mark.parametrize("policy", [NEVER, TWO, TAYLOR, MASK])
 @pytest.mark.parametrize("announced", [False, True])
 def test_the_same_as_with_all_guards(model, policy, announced):
-    a, b = short(model, policy), checked(model, policy)
+    a, b = short(model, policy), plain(model, policy)
     calls = count_complete(a)
     for seed in range(3):
         if announced:
@@ -71,7 +54,7 @@ def test_the_same_as_with_all_guards(model, policy, announced):
 
 
 def test_rising_timesteps(model):
-    a, b = short(model), checked(model)
+    a, b = short(model), plain(model)
     calls = count_complete(a)
     for _ in range(3):
         for t in (0.0, 0.1, 0.2, 0.3, 0.4):
@@ -81,7 +64,7 @@ def test_rising_timesteps(model):
 
 
 def test_branches_and_slots(model):
-    a, b = short(model, TWO), checked(model, TWO)
+    a, b = short(model, TWO), plain(model, TWO)
     calls = count_complete(a)
     places = [("r", "cond"), ("r", "uncond"), ("s", "cond"), (None, None)]
     for seed in (0, 1):
@@ -99,7 +82,7 @@ def test_branches_and_slots(model):
 
 def test_more_requests_than_paths(model, monkeypatch):
     monkeypatch.setattr("fxcache.runtime.shortcut._MAX_PATHS", 3)
-    a, b = short(model), checked(model)
+    a, b = short(model), plain(model)
     for i in range(3):
         for slot in range(5):
             x, t = sample(seed=slot), times(1 - i / 5)
@@ -112,7 +95,7 @@ def test_more_requests_than_paths(model, monkeypatch):
 
 
 def test_threads_with_slots(model):
-    a, expected = short(model, TWO), {s: solve(checked(model, TWO), 8, s) for s in range(4)}
+    a, expected = short(model, TWO), {s: solve(plain(model, TWO), 8, s) for s in range(4)}
     solve(a, 8)
     got = {}
 
@@ -129,121 +112,8 @@ def test_threads_with_slots(model):
         assert_identical(got[request], outputs)
 
 
-# --- what sends a call the complete way ---
-
-
-class Flexible(SequentialDiT):
-    """Takes all sorts of arguments."""
-
-    def forward(self, x, t, extra=None, scale=1.0, skip=False, parts=()):
-        x = x.to(self.embed.weight.dtype)
-        h = super().forward(x, t.to(x.dtype))
-        if extra is not None:
-            h = h + extra
-        for part in parts:
-            h = h - part
-        return h if skip else h * scale
-
-
-E = sample(seed=9)
-CALLS = [
-    ((), {}),
-    ((E,), {}),
-    ((), {"extra": E}),
-    ((), {"extra": None}),
-    ((), {"extra": E.double()}),
-    ((), {"extra": E[:1]}),
-    ((), {"extra": E.transpose(0, 1).contiguous().transpose(0, 1)}),
-    ((), {"extra": torch.tensor(0.5)}),
-    ((), {"extra": 0.25}),
-    ((), {"scale": 2.0}),
-    ((), {"scale": 2}),
-    ((), {"scale": True}),
-    ((), {"skip": True}),
-    ((), {"skip": 1}),
-    ((), {"parts": (E,)}),
-    ((), {"parts": [E]}),
-    ((), {"parts": (E, E)}),
-    ((), {"parts": (E, -E)}),
-    ((), {"parts": {}}),
-]
-
-
-@pytest.mark.parametrize("inside", [(), ("scale",)], ids=["default", "keyword"])
-def test_other_arguments_go_the_complete_way(inside, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
-    model = seeded(Flexible)
-    denoiser = short(model, NEVER)
-    with denoiser.trajectory():
-        for args, kwargs in [call for call in CALLS for _ in range(2)]:
-            kwargs = {**dict.fromkeys(inside, 1.0), **kwargs}
-            given = sample(seed=len(kwargs)), times(0.5), *args
-            assert_identical(denoiser(*given, **kwargs), model(*given, **kwargs))
-
-
-def test_every_change_back_and_forth():
-    """Whatever the last call was, an unlike one is computed as the model does."""
-    model = seeded(Flexible)
-    denoiser = short(model, NEVER)
-    with denoiser.trajectory():
-        for (args, kwargs), _ in [(call, back) for call in CALLS[:6] for back in range(2)]:
-            assert_identical(
-                denoiser(sample(), times(1), *args, **kwargs),
-                model(sample(), times(1), *args, **kwargs),
-            )
-            assert_identical(denoiser(sample(), times(1)), model(sample(), times(1)))
-
-
-@pytest.mark.parametrize("given", [0.5, 500, torch.tensor(0.5), torch.tensor([0.5, 0.5])],
-                         ids=["float", "int", "0d", "1d"])  # fmt: skip
-def test_kinds_of_timesteps(given):
-    class Timed(SequentialDiT):
-        def forward(self, x, timestep):
-            return super().forward(x, torch.ones(x.shape[0]) * timestep)
-
-    model = seeded(Timed)
-    a, b = short(model, TWO), checked(model, TWO)
-    for _ in range(2):
-        for share in (1.0, 0.8, 0.6, 0.4, 0.2):
-            t = type(given)(given * share) if not torch.is_tensor(given) else given * share
-            assert_identical(a(sample(), t), b(sample(), t))
-    assert a.report().records == b.report().records
-
-
-class Two(SequentialDiT):
-    def forward(self, x, t, other):
-        return super().forward(x + 2 * other, t)
-
-
-def test_the_same_tensor_as_two_arguments():
-    model = seeded(Two)
-    for first in (True, False):
-        denoiser = short(model, NEVER)
-        with denoiser.trajectory():
-            for same in (first, first, not first, not first, first):
-                x = sample()
-                other = x if same else sample(seed=3)
-                assert_identical(denoiser(x, times(1), other), model(x, times(1), other))
-        both = torch.randn(3, 8, 4)
-        given = both[:2], times(1), both[1:]  # views of one storage
-        assert_identical(denoiser(*given), model(*given))
-
-
-def test_positional_and_keyword_arguments(model):
-    a = short(model, NEVER)
-    expected = model(sample(), times(1))
-    with a.trajectory():
-        for _ in range(2):
-            assert_identical(a(sample(), times(1)), expected)
-            assert_identical(a(sample(), t=times(1)), expected)
-            assert_identical(a(x=sample(), t=times(1)), expected)
-            assert_identical(a(t=times(1), x=sample()), expected)
-            with pytest.raises(TypeError):
-                a(sample(), times(1), t=times(1))
-
-
 def test_autocast_and_inference_mode(model):
-    a, b = short(model, TAYLOR), checked(model, TAYLOR)
+    a, b = short(model, TAYLOR), plain(model, TAYLOR)
     contexts = [
         torch.no_grad(),
         torch.inference_mode(),
@@ -260,7 +130,7 @@ def test_autocast_and_inference_mode(model):
 
 
 def test_gradients_and_training_in_between(model):
-    a, b = short(model), checked(model)
+    a, b = short(model), plain(model)
     for i in range(6):
         for denoiser in (a, b):
             with torch.set_grad_enabled(i == 2):
@@ -312,97 +182,6 @@ def test_weights_written_in_place_are_seen_at_once(model):
     assert len(denoiser._fxcache.shortcut.paths) == 1
 
 
-# --- what models return ---
-
-Pair = namedtuple("Pair", ["out", "flag"])
-
-
-@dataclass
-class Unknown:
-    """A dataclass that pytree does not know."""
-
-    out: torch.Tensor
-
-
-RETURNS = {
-    "tuple": (lambda out, x, t: (out, out * 2, None), True),
-    "dict": (lambda out, x, t: {"b": [out], "a": "text"}, True),
-    "namedtuple": (lambda out, x, t: Pair(out, True), True),
-    "twice": (lambda out, x, t: (out, out), True),
-    "view": (lambda out, x, t: (out, out[:1]), True),
-    "input": (lambda out, x, t: (out, x), False),
-    "number": (lambda out, x, t: (out, x.shape[0]), False),
-    "computed number": (lambda out, x, t: (out, float(t.max())), False),
-    "unknown": (lambda out, x, t: Unknown(out), False),
-}
-
-
-@pytest.mark.parametrize("name", RETURNS)
-def test_what_models_return(name):
-    wrap, is_learned = RETURNS[name]
-
-    class Returns(SequentialDiT):
-        def forward(self, x, t):
-            return wrap(super().forward(x, t), x, t)
-
-    def parts(result):
-        return torch.utils._pytree.tree_flatten(vars(result) if name == "unknown" else result)
-
-    model = seeded(Returns)
-    denoiser = short(model, NEVER)
-    calls = count_complete(denoiser)
-    with denoiser.trajectory():
-        for i in range(4):
-            x, t = sample(seed=i), times(1 - i / 4)
-            got, expected = denoiser(x, t), model(x, t)
-            assert type(got) is type(expected)
-            (leaves, spec), (others, expected_spec) = parts(got), parts(expected)
-            assert spec == expected_spec
-            assert_identical(leaves, others)
-            assert [v for v in leaves if not torch.is_tensor(v)] == [
-                v for v in others if not torch.is_tensor(v)
-            ]
-            if name == "input":
-                assert got[1] is x
-            if name == "twice":
-                assert got[0] is got[1]
-    assert len(calls) == (1 if is_learned else 4)
-
-
-def test_an_intermediate_that_the_model_keeps():
-    """The path would not write it: it is not learned."""
-
-    class Keeps(SequentialDiT):
-        last = None
-
-        def stack(self, h):
-            self.last = h = super().stack(h)
-            return h
-
-    model = seeded(Keeps)
-    denoiser = short(model, NEVER)
-    for i in range(3):
-        denoiser(sample(seed=i), times(1 - i / 3))
-        kept = model.last
-        model(sample(seed=i), times(1 - i / 3))
-        assert_identical(kept, model.last)
-
-
-@pytest.mark.parametrize("return_dict", [True, False])
-@pytest.mark.parametrize("name", ["flux", "sd15_unet"])
-def test_outputs_of_diffusers(name, return_dict):
-    model, inputs = make(name)
-    denoiser = short(model, NEVER)
-    calls = count_complete(denoiser)
-    with denoiser.trajectory():
-        for _ in range(3):
-            got = denoiser(**inputs, return_dict=return_dict)
-            expected = model(**inputs, return_dict=return_dict)
-            assert type(got) is type(expected)
-            assert_identical(got, expected)
-    assert len(calls) == 1
-
-
 # --- the rest of a denoiser's life ---
 
 
@@ -413,7 +192,7 @@ def test_hooks_still_run(model):
     denoiser.register_forward_hook(lambda module, args, out: out + 1)
     outputs = solve(denoiser, 4)
     assert ran == ["pre"] * 4
-    assert_identical(outputs, [out + 1 for out in solve(checked(restored(model)), 4)])
+    assert_identical(outputs, [out + 1 for out in solve(plain(restored(model)), 4)])
 
 
 def restored(model):
@@ -434,7 +213,7 @@ def test_reset_restore_and_copies(model):
     assert hits(denoiser) == [False]
     for twin in (copy.deepcopy(denoiser), pickle.loads(pickle.dumps(denoiser))):
         assert twin._fxcache.shortcut.paths == {}
-        assert_identical(solve(twin), solve(checked(model)))
+        assert_identical(solve(twin), solve(plain(model)))
     assert fxcache.restore(denoiser) is model
     assert denoiser._fxcache.shortcut.paths == {}
 

@@ -75,9 +75,6 @@ class Place:
 
 def outline(module: fx.GraphModule, fakes: Sequence[Any]) -> Outline | str:
     """Divide `module`, whose placeholders hold `fakes`, into calls; or say why it stays whole."""
-    placeholders = module.graph.find_nodes(op="placeholder")
-    for node, fake in zip(placeholders, fakes, strict=True):
-        node.meta.setdefault("example_value", fake)  # state tensors have none of their own
     try:
         return _Outliner(module, fakes).run(divide(module.graph))
     except NotOutlinedError as reason:

@@ -65,7 +65,10 @@ class CudaDevice:
 
 
 class EagerDevice:
-    """The same interface by running the work again: what a replay would do, on any device."""
+    """The same interface by running the work again: what a replay would do, on any device.
+
+    Unlike a GPU's, a capture runs the work, too: once more than the model asked for.
+    """
 
     def capture(self, work: Callable[[], Any]) -> tuple[Replay, Any]:
         results = work()

@@ -183,7 +183,9 @@ def _memory(value: torch.Tensor) -> torch.Tensor:
     """
     if value.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(value):
         return value
-    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    last = sum(
+        (size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)
+    )
     return value.as_strided((last + 1,), (1,))
 
 
