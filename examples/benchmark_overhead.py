@@ -1,11 +1,12 @@
 """What the cache itself costs: a miss against the uncached model, a hit against the floor.
 
 The *floor* is the same model built with the head block only: what a hit could not have skipped.
-All four are compiled by Inductor and called in turn in one process, so the ratios hold on a noisy
+All are compiled by Inductor and called in turn in one process, so the ratios hold on a noisy
 machine; medians and 10th percentiles are printed.
 
     python examples/benchmark_overhead.py --size host-bound
     python examples/benchmark_overhead.py --size compute-bound
+    python examples/benchmark_overhead.py --size host-bound --blocks 57    # guards of 800 weights
 """
 
 import argparse
@@ -21,6 +22,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 import fxcache
+from fxcache.denoiser import DenoiserMethods
 
 SIZES = {
     # heads, width of a head, image tokens, text tokens, calls
@@ -90,62 +92,82 @@ def measure(calls: dict[str, object], size: str, repeats: int) -> dict[str, dict
     }
 
 
+def contestants(size: str, blocks: int, *, whole: bool) -> dict[str, Callable[..., object]]:
+    """Everybody who is measured, by name; names begin with what they are compared to."""
+    model, head = build(size, blocks), build(size, 1)
+    # The floor: embeddings, the head block and the output projection, nothing else.
+    head.single_transformer_blocks = torch.nn.ModuleList()
+    never, always = (fxcache.FirstBlockCache(threshold=t) for t in (0.0, math.inf))
+    made: dict[str, Callable[..., object]] = {
+        "uncached": torch.compile(separate(model), fullgraph=True),
+        "floor": torch.compile(separate(head), fullgraph=True),
+    }
+    for name, policy in (("miss", never), ("hit", always)):
+        made[name] = fxcache.transform(model, policy)
+        made[f"{name}, guards a trajectory"] = fxcache.transform(model, policy, guards="trajectory")
+        skip = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        made[f"{name}, no module guards"] = fxcache.transform(model, policy, options=skip)
+    if whole:
+        made["miss, not outlined"] = fxcache.transform(model, never, outline=False)
+        made["miss, not outlined, guards a trajectory"] = fxcache.transform(
+            model, never, outline=False, guards="trajectory"
+        )
+    return made
+
+
+def ratios(figures: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Each miss against the uncached model, each hit against the floor."""
+    compared = {}
+    for name, row in figures.items():
+        if name not in ("uncached", "floor"):
+            base = "uncached" if name.startswith("miss") else "floor"
+            compared[f"{name} / {base}"] = {k: row[k] / figures[base][k] for k in row}
+    return compared
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--size", choices=SIZES, default="host-bound")
+    parser.add_argument("--blocks", type=int, default=BLOCKS)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--skip-guards",
-        action="store_true",
-        help="for all four, torch.compiler.skip_guard_on_all_nn_modules_unsafe: Dynamo then does "
-        "not notice weights or modules that were replaced",
-    )
+    parser.add_argument("--whole", action="store_true", help="also without outlining (slow)")
     parser.add_argument("--calls", type=int, help="calls of each (default: by size)")
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    model, head = build(args.size, BLOCKS), build(args.size, 1)
-    # The floor: embeddings, the head block and the output projection, nothing else.
-    head.single_transformer_blocks = torch.nn.ModuleList()
-    skip = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    options = skip if args.skip_guards else {}
-    never, always = (fxcache.FirstBlockCache(threshold=t) for t in (0.0, math.inf))
-    hit = fxcache.transform(model, always, options=dict(options))
-    calls = {
-        "uncached": torch.compile(separate(model), fullgraph=True, options=dict(options)),
-        "miss": fxcache.transform(model, never, options=dict(options)),
-        "hit": hit,
-        "floor": torch.compile(separate(head), fullgraph=True, options=dict(options)),
-    }
-    for step in range(3):
-        for call in calls.values():
+    calls = contestants(args.size, args.blocks, whole=args.whole)
+    for name, call in calls.items():
+        start = time.perf_counter()
+        for step in range(3):
             call(**inputs(args.size, step))
-    hit.reset()
-    hit(**inputs(args.size, 0))
+        print(f"{name}: ready in {time.perf_counter() - start:.0f} s", flush=True)
     figures = measure(calls, args.size, args.calls or SIZES[args.size][-1])
-    report = hit.report()
+    compared = ratios(figures)
 
-    guards = "skipped" if args.skip_guards else "all"
-    print(f"module guards: {guards}")
-    print(f"{args.size}, {BLOCKS} blocks, {args.threads} thread(s), torch {torch.__version__}")
-    print(f"{'':10} {'median ms':>10} {'p10 ms':>10}")
+    weights = len(list(build(args.size, args.blocks).parameters()))
+    print(f"{args.size}, {args.blocks} blocks, {weights} weights, {args.threads} thread(s), "
+          f"torch {torch.__version__}")  # fmt: skip
+    print(f"{'':40} {'median ms':>10} {'p10 ms':>10}")
     for name, row in figures.items():
-        print(f"{name:10} {row['median']:10.3f} {row['p10']:10.3f}")
-    ratios = {}
-    for a, b in (("miss", "uncached"), ("hit", "floor")):
-        ratios[f"{a}/{b}"] = {k: figures[a][k] / figures[b][k] for k in ("median", "p10")}
-        print(f"{a}/{b}: {ratios[f'{a}/{b}']['median']:.3f} median, "
-              f"{ratios[f'{a}/{b}']['p10']:.3f} p10")  # fmt: skip
-    print(f"graphs {report.graphs}, recompiles {report.recompiles}, hit rate {report.hit_rate:.2f}")
+        print(f"{name:40} {row['median']:10.3f} {row['p10']:10.3f}")
+    for name, row in compared.items():
+        print(f"{name:50} {row['median']:.3f} median, {row['p10']:.3f} p10")
+    for name, call in calls.items():
+        if isinstance(call, DenoiserMethods):
+            report = call.report()
+            assert report.recompiles == 0, name
+            assert all(r.is_hit == name.startswith("hit") for r in report.records[1:]), name
     if args.output:
         versions = {"torch": torch.__version__, "python": platform.python_version()}
         result = {
             "size": args.size,
-            "module_guards": guards,
+            "blocks": args.blocks,
+            "weights": weights,
+            "threads": args.threads,
             "ms": figures,
-            "ratios": ratios,
+            "ratios": compared,
             "versions": versions,
         }
         args.output.write_text(json.dumps(result, indent=2) + "\n")

@@ -50,7 +50,9 @@ def transform(
             first evaluation of a branch in a trajectory, and of the others only the arguments. A
             call then costs some microseconds instead of some for each weight. At your risk: do not
             replace weights or modules, load or switch adapters, or change attributes of the model
-            amid a trajectory (weights may be written in place).
+            amid a trajectory (weights may be written in place), do not rely on what ``forward``
+            does besides computing (counters), and announce trajectories: of an aborted one that is
+            followed by another from a lower timestep, nobody can tell.
 
     Returns:
         A module of the model's own class with the same call signature, outputs, parameter names

@@ -9,6 +9,7 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -25,11 +26,12 @@ from fxcache.passes.branch import (
 )
 from fxcache.passes.cut import Cut, cut
 from fxcache.policy import FirstBlockCache, Policy
-from fxcache.runtime.device import graph_device
+from fxcache.runtime.device import GraphDevice, graph_device
 from fxcache.runtime.executor import StepExecutor
 from fxcache.runtime.graphs import GraphedRegions
 from fxcache.runtime.regions import Regions, Wiring
 from fxcache.runtime.session import Session
+from fxcache.runtime.state import Slot
 from fxcache.stack import Stack, find_stack
 
 log = logging.getLogger("fxcache")
@@ -79,7 +81,7 @@ class Backend:
     def _compiled(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if self.list_weights is None and (torch.is_grad_enabled() or _has_dropout(gm.graph)):
             log.warning("gradients are enabled, or dropout is on: this graph is not cached")
-            return self.lowering.compiler(gm, example_inputs)
+            return self.lowering.whole(gm, example_inputs)
         inputs = graph_inputs(gm.graph, self.argument_names)
         try:
             found = self.analyse(gm, inputs)
@@ -88,7 +90,7 @@ class Backend:
                 raise
             log.info("compiled as it is: %s", error)
             self.refused.append((len(gm.graph.nodes), str(error)))
-            return self.lowering.compiler(gm, example_inputs)
+            return self.lowering.whole(gm, example_inputs)
         return rewrite(gm, found, inputs, self.session, self.lowering)
 
     def analyse(self, gm: fx.GraphModule, inputs: GraphInputs) -> Cut:
@@ -170,13 +172,17 @@ def rewrite(
         streams=len(residuals),
         ring=ring,
     )
-    graphs = graph_device(device) if lowering.graphs else None
-    if graphs is not None and (why := _not_graphable(pieces, inputs, device)):
+    has_graphs = lowering.graphs and graph_device(device) is not None
+    if has_graphs and (why := _not_graphable(pieces, inputs, device, flow)):
         log.warning("no CUDA graphs: %s", why)
-        graphs = None
+        has_graphs = False
+    # One a slot, for its pool: branches of a slot take turns, but another slot's graphs, replayed
+    # by another thread amid an evaluation, must not share memory with it.
+    devices: WeakKeyDictionary[Slot, GraphDevice | None] = WeakKeyDictionary()
     weights, data = ([place[node] for node in nodes] for nodes in (inputs.weights, inputs.data))
 
-    def make_regions() -> Regions:
+    def make_regions(slot: Slot) -> Regions:
+        graphs = devices.setdefault(slot, graph_device(device)) if has_graphs else None
         if graphs is None:
             return Regions(wiring)
         return GraphedRegions(wiring, graphs, weights, data)
@@ -194,13 +200,17 @@ def rewrite(
     )
 
 
-def _not_graphable(pieces: Pieces, inputs: GraphInputs, device: torch.device) -> str | None:
+def _not_graphable(
+    pieces: Pieces, inputs: GraphInputs, device: torch.device, flow: DataFlow
+) -> str | None:
     """Why the pieces cannot be captured, None if they can."""
     if pieces.miss.results:
         return f"{pieces.miss.results[0]} leaves the span and is no stream"
     for node, name in inputs.data.items():
         if tensor_of(node).device != device:
             return f"the input {name} is on {tensor_of(node).device}, the model on {device}"
+        if not storages(node).isdisjoint(flow.writers):
+            return f"the model writes into its input {name}"
     return None
 
 

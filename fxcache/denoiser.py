@@ -201,11 +201,11 @@ class Runner:
                 return self._evaluate_checked(args, kwargs)
             outputs = self.shortcut.evaluate(args, kwargs)
             if outputs is NOT_TAKEN:
-                self.session.last_call.set(None)
                 outputs = self._evaluate_checked(args, kwargs)
                 self.shortcut.learn(args, kwargs, outputs)
             return outputs
         finally:
+            self.session.last_call.set(None)  # it holds the caller's tensors
             self.session.given_timestep.reset(token)
 
     def _evaluate_checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -257,6 +257,9 @@ class Runner:
                 raise error.inner_exception from None
             raise
         except (Unsupported, UserError, FailOnRecompileLimitHit) as error:
+            inspect.signature(self.model.forward).bind(
+                *args, **kwargs
+            )  # a TypeError is the caller's
             advice = "fullgraph=False may do. " if self.settings.fullgraph else ""
             raise CaptureError(
                 f"{type(self.model).__name__} could not be captured in one graph by torch.compile. "

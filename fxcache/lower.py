@@ -36,12 +36,14 @@ Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Sequence[Any]
 class Lowering:
     """How pieces become code.
 
-    `compiler` compiles a graph. With `outline`, equal blocks are compiled once. `kernel` says who
-    measures. With `graphs`, what is compiled is captured into CUDA graphs where there is a GPU.
-    With `speculate`, the hit is queued before the decision is known.
+    `compiler` compiles a piece, `whole` a graph that is not cached. With `outline`, equal blocks
+    are compiled once. `kernel` says who measures. With `graphs`, what is compiled is captured into
+    CUDA graphs where there is a GPU. With `speculate`, the hit is queued before the decision is
+    known.
     """
 
     compiler: Compiler
+    whole: Compiler
     outline: bool = True
     kernel: str = "auto"
     graphs: bool = False
@@ -92,14 +94,14 @@ def resolve_lowering(
         raise OptionError(
             f"either mode or options can be given, not both: mode={mode!r}, options={options!r}"
         )
-    compiler = _resolve_compiler(backend, mode, options, dynamic)
+    compiler, whole = (_resolve_compiler(backend, mode, options, dynamic) for _ in range(2))
     graphs = False
     if backend == "inductor" and compiler.config.get("triton.cudagraphs"):
         # The step executor captures the pieces itself: its buffers must lie outside of the pool,
         # and Inductor's own graphs would copy them.
         compiler.config["triton.cudagraphs"] = False
         graphs = True
-    return Lowering(compiler, outline and backend != "eager", kernel, graphs, speculate)
+    return Lowering(compiler, whole, outline and backend != "eager", kernel, graphs, speculate)
 
 
 def _resolve_compiler(

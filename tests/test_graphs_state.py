@@ -211,8 +211,8 @@ def test_an_input_on_another_device_is_said(device, caplog, monkeypatch):
     """A scalar on the host beside a model on the GPU: played with a device that does not match."""
     original = fxcache.backend._not_graphable
 
-    def with_another_device(pieces, inputs, device):
-        return original(pieces, inputs, torch.device("cuda"))
+    def with_another_device(pieces, inputs, device, flow):
+        return original(pieces, inputs, torch.device("cuda"), flow)
 
     monkeypatch.setattr("fxcache.backend._not_graphable", with_another_device)
     model = OnTheHost().eval()
@@ -221,6 +221,25 @@ def test_an_input_on_another_device_is_said(device, caplog, monkeypatch):
         given = sample(seed=i), times(1), torch.tensor(2.0)
         assert_close(denoiser(*given), model(*given))
     assert "the input x is on cpu, the model on cuda" in caplog.text
+    assert device.counts() == (0, 0, 0)
+
+
+class WritesItsInput(SequentialDiT):
+    """Changes the caller's tensor, as it would without the cache."""
+
+    def forward(self, x, t):
+        x.mul_(0.5)
+        return super().forward(x, t)
+
+
+def test_a_model_that_writes_its_input_is_not_captured(device, caplog):
+    model = WritesItsInput().eval()
+    denoiser = graphed(model, NEVER)
+    for i in range(3):
+        ours, plain = sample(seed=i), sample(seed=i)
+        assert_close(denoiser(ours, times(1)), model(plain, times(1)))
+        assert torch.equal(ours, plain)
+    assert "writes into its input x" in caplog.text
     assert device.counts() == (0, 0, 0)
 
 

@@ -224,10 +224,10 @@ def test_an_exception_forgets_and_comes_back(model):
     executor = next(iter(a._fxcache.shortcut.paths.values())).executor
     make_regions = executor._regions
 
-    def failing(buffers):
+    def failing(*where):
         if fails:
             raise RuntimeError("out of memory, say")
-        return make_regions(buffers)
+        return make_regions(*where)
 
     executor._regions = failing
     with a.trajectory():
@@ -275,3 +275,35 @@ def test_nothing_of_the_callers_is_kept(model, policy):
                 kept.append(weakref.ref(state.buffers))
             del state
     assert [ref() for ref in kept] == [None] * len(kept)
+
+
+def test_a_one_step_sampler_that_announces_nothing_notices_replaced_weights(model):
+    denoiser = short(model, NEVER)
+    denoiser(sample(), times(1))
+    denoiser(sample(), times(1))
+    model.out.weight = nn.Parameter(torch.randn_like(model.out.weight))
+    assert_identical(denoiser(sample(), times(1)), model(sample(), times(1)))
+
+
+def test_a_call_that_fails_behind_the_executor_leaves_no_tensor_of_the_caller(model):
+    denoiser = short(model, NEVER)
+    runner = denoiser._fxcache
+    cached = runner.cached
+
+    def failing(*args):
+        cached(*args)
+        raise RuntimeError("afterwards")
+
+    runner.cached = failing
+    given = sample()
+    alive = weakref.ref(given)
+    with pytest.raises(RuntimeError, match="afterwards"):
+        denoiser(given, times(1))
+    del given
+    gc.collect()
+    assert alive() is None
+
+
+def test_wrong_arguments_are_a_type_error(model):
+    with pytest.raises(TypeError, match="multiple values"):
+        short(model)(sample(), times(1), t=times(1))

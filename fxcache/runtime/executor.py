@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from fxcache.policy import Decision
 from fxcache.runtime.regions import Evaluation, Regions
-from fxcache.runtime.session import Session
+from fxcache.runtime.session import NewTrajectory, Session
 from fxcache.runtime.state import BranchState, Buffers, Slot
 
 
@@ -19,7 +19,7 @@ class StepExecutor:
     """Callable in the place of a captured graph, with the graph's own inputs and outputs.
 
     Args:
-        make_regions: what evaluates the graph, made anew for each set of buffers.
+        make_regions: what evaluates the graph for a slot, made anew for each set of buffers.
         data: the places of the caller's tensors among the inputs.
         has_numbers: whether some inputs are numbers.
         timestep: the place of the time input (None: the graph has none).
@@ -32,7 +32,7 @@ class StepExecutor:
     def __init__(
         self,
         session: Session,
-        make_regions: Callable[[], Regions],
+        make_regions: Callable[[Slot], Regions],
         *,
         data: Sequence[int],
         has_numbers: bool,
@@ -58,7 +58,7 @@ class StepExecutor:
                 if state.signature is not None and not slot.is_announced:
                     slot.begin()
                 state.allocate(signature, lambda: self.allocate(inputs))
-            evaluation = self._regions(state.allocated).begin(inputs, state.allocated)
+            evaluation = self._regions(slot, state.allocated).begin(inputs, state.allocated)
             guess = self._guess(state, evaluation)
             metric, timestep = self._measured(evaluation, inputs, slot)
             decision = session.decide(slot, state, metric, timestep)
@@ -66,6 +66,8 @@ class StepExecutor:
                 outputs = self._hit(state, evaluation, guess)
             else:
                 outputs = self._miss(state, evaluation, metric)
+        except NewTrajectory:  # nothing was written, and the evaluation comes again
+            raise
         except BaseException:
             state.forget()  # whatever was half written is never read
             raise
@@ -74,10 +76,10 @@ class StepExecutor:
             session.note_call(self, slot, inputs, outputs)
         return outputs
 
-    def _regions(self, buffers: Buffers) -> Regions:
+    def _regions(self, slot: Slot, buffers: Buffers) -> Regions:
         regions = self.regions.get(buffers)
         if regions is None:
-            regions = self.regions[buffers] = self.make_regions()
+            regions = self.regions[buffers] = self.make_regions(slot)
         return regions
 
     def _measured(

@@ -113,25 +113,33 @@ class Session:
         """
         if timestep is None:
             timestep = self.number_of(self.given_timestep.get(), slot)
-        if timestep is None and not slot.is_announced:
+        if not slot.is_announced:
+            self._recognise(slot, state, timestep)
+        state.advance(timestep)
+        return self.policy.decide(metric, state.history(slot.num_steps))
+
+    def _recognise(self, slot: Slot, state: BranchState, timestep: float | None) -> None:
+        """Begin a new trajectory if `timestep` says so; nobody announced one."""
+        trusted = self.trusts_trajectory.get()
+        if timestep is None:
             self.say_once(
                 "timestep",
                 "this model shows no time input: new trajectories are recognised by their shapes "
                 "only. Announce them: with denoiser.trajectory()",
             )
-        if timestep is not None and not slot.is_announced:
-            if self.direction.turns_back(state, timestep):
-                slot.begin()
-                if self.trusts_trajectory.get():
-                    raise NewTrajectory
-            elif timestep == state.timestep and self._where.get()[1] is None:
+        elif self.direction.turns_back(state, timestep):
+            slot.begin()
+        elif timestep == state.timestep:
+            if self.where[1] is None:
                 self.say_once(
                     "repeat",
                     "two evaluations at the same timestep in one branch: if they are the branches "
                     "of classifier-free guidance, name them with denoiser.branch(...)",
                 )
-        state.advance(timestep)
-        return self.policy.decide(metric, state.history(slot.num_steps))
+        else:
+            return
+        if trusted:  # a new trajectory, or what may be one
+            raise NewTrajectory
 
     def number_of(self, timestep: Any, slot: Slot) -> float | None:
         """A time input as one number (the largest of a batch), None if it is not known.

@@ -138,7 +138,7 @@ class Direction:
         return True
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """The state of one request: its trajectory and the branches in it."""
 
