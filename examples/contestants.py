@@ -97,9 +97,15 @@ def compiled(model: Any, how: str) -> Any:
     return model
 
 
-def fxcache_cache(model: torch.nn.Module, backend: str) -> Contestant:
+def fxcache_cache(model: torch.nn.Module, how: str) -> Contestant:
     policy = fxcache.FirstBlockCache(threshold=THRESHOLD)
-    denoiser = fxcache.transform(model, policy, backend=backend)
+    options = {
+        "eager": {"backend": "eager"},
+        "inductor": {},
+        "trajectory": {"guards": "trajectory"},
+        "whole": {"guards": "trajectory", "outline": False},
+    }
+    denoiser = fxcache.transform(model, policy, **options[how])
     return Contestant(
         denoiser,
         lambda: denoiser.trajectory(num_steps=len(PATTERN)),
@@ -120,6 +126,8 @@ CONTESTANTS: dict[str, tuple[Callable[[Any, str], Contestant], str, str]] = {
     "cache-dit regional": (cache_dit_cache, "regional", "cache-dit"),
     "fxcache eager": (fxcache_cache, "eager", "fxcache"),
     "fxcache inductor": (fxcache_cache, "inductor", "fxcache"),
+    "fxcache inductor, guards a trajectory": (fxcache_cache, "trajectory", "fxcache"),
+    "fxcache inductor, guards a trajectory, whole": (fxcache_cache, "whole", "fxcache"),
 }
 
 

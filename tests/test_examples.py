@@ -182,3 +182,12 @@ def test_short_compile_time_run(tmp_path):
     assert row["cold"]["seconds"] > 0
     assert row["warm"]["seconds"] > 0
     assert row["cold"]["hit_ms"]["p10"] > 0
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_can_be_tried_without_one(tmp_path):
+    path = tmp_path / "gpu.json"
+    options = ("--tiny", "--sizes", "512px", "--repeats", 2, "--output", path)
+    run_script("benchmark_gpu.py", *options)
+    result = json.loads(path.read_text())
+    assert result["evaluations"]["512px"]["scheduled hit, graphs"]["ms_median"] > 0
