@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -35,25 +35,63 @@ def _inplace_position(function: Callable[..., Any]) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
-def writes_in_place(node: fx.Node) -> bool:
-    """Whether `node` writes into a tensor argument."""
+def written_operands(node: fx.Node) -> list[fx.Node]:
+    """The operands that `node` writes into."""
+    written: list[Any] = [node.kwargs.get("out")]
+    first = node.args[0] if node.args else node.kwargs.get("input")
     if node.op == "call_method":
         name = str(node.target)
-        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-    if node.op != "call_function":
-        return False
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
-    if target in _INPLACE_OPERATORS or "out" in node.kwargs:
+        if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__":
+            written.append(first)
+    elif node.op == "call_function":
+        target: Any = node.target
+        name = op_name(node)
+        if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+            written += _written_by_schema(node, target)
+        elif name.startswith("triton_kernel_wrapper_mutation"):
+            written.append(node.kwargs.get("kwargs"))  # which of them, only the kernel knows
+        elif (
+            target in _INPLACE_OPERATORS
+            or _is_asked_to(node, "inplace")
+            or (name.endswith("_") and not name.endswith("__") and _has_public_twin(name))
+        ):
+            written.append(first)
+    found: list[fx.Node] = []
+    fx.map_arg(written, found.append)
+    return found
+
+
+def _has_public_twin(name: str) -> bool:
+    """Whether a name that ends in an underscore is an operation's: of tensors or of lists of
+    them, not a private function's.
+    """
+    return not name.startswith("_") or name.startswith("_foreach_")
+
+
+def _is_asked_to(node: fx.Node, option: str) -> bool:
+    if node.kwargs.get(option) is True:
         return True
-    if node.kwargs.get("inplace") is True:
-        return True
-    name = getattr(target, "__name__", "")
-    if name.endswith("_") and not name.endswith("__") and not name.startswith("_"):
-        return True
-    position = _inplace_position(target) if node.args and True in node.args else None
+    position = _inplace_position(cast(Any, node.target)) if True in node.args else None
     return position is not None and len(node.args) > position and node.args[position] is True
+
+
+def _written_by_schema(node: fx.Node, target: Any) -> list[Any]:
+    """The arguments that an operator's schema marks as written."""
+    overloads = [target]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = [getattr(target, name) for name in target.overloads()]
+    written = []
+    for overload in overloads:
+        for place, argument in enumerate(overload._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                positional = node.args[place] if place < len(node.args) else None
+                written.append(node.kwargs.get(argument.name, positional))
+    return written
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether `node` writes into a tensor argument."""
+    return bool(written_operands(node))
 
 
 #: Calls that set a global state for what follows: the last one before a node is in force there.
@@ -84,11 +122,20 @@ def storages(node: fx.Node) -> set[int]:
 
 
 def written_storages(node: fx.Node) -> set[int]:
-    """Storages that `node` writes into (of its first argument, and of `out`)."""
-    if not writes_in_place(node):
-        return set()
-    operands = [a for a in (*node.args[:1], node.kwargs.get("out")) if isinstance(a, fx.Node)]
-    return set().union(*map(storages, operands)) if operands else set()
+    """Storages that `node` writes into."""
+    return set().union(*map(storages, written_operands(node)))
+
+
+_RANDOM = {
+    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal",
+    "bernoulli", "multinomial", "poisson", "dropout", "alpha_dropout", "feature_dropout", "normal_",
+    "uniform_", "bernoulli_", "exponential_", "random_", "cauchy_", "geometric_", "log_normal_",
+}  # fmt: skip
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether `node` draws random numbers, so that its place among others that do matters."""
+    return node.op in ("call_function", "call_method") and op_name(node) in _RANDOM
 
 
 @dataclass(frozen=True)
@@ -112,13 +159,26 @@ class DataFlow:
         """All that depends on `nodes`, without `nodes` themselves (unless one needs another)."""
         return _closure(nodes, self.sinks)
 
-    def overwritten_after(self, node: fx.Node) -> bool:
-        """Whether somebody writes into the storage of `node` after `node` was computed."""
-        return any(
-            self.position[writer] > self.position[node]
-            for storage in storages(node)
-            for writer in self.writers.get(storage, ())
-        )
+    def writers_of(self, node: fx.Node) -> list[fx.Node]:
+        """Who writes into the storage of `node`, after `node` itself, in recorded order."""
+        found = {w for storage in storages(node) for w in self.writers.get(storage, ())}
+        later = (writer for writer in found if self.position[writer] > self.position[node])
+        return sorted(later, key=self.position.__getitem__)
+
+
+def split_writes(
+    flow: DataFlow, node: fx.Node, readers: set[fx.Node]
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The writes into `node` that complete it before the first of `readers` reads it, and those
+    that overwrite it afterwards.
+    """
+    reads = [flow.position[user] for user in node.users if user in readers]
+    first = min(reads, default=flow.position[node])
+    writers = flow.writers_of(node)
+    return (
+        [writer for writer in writers if flow.position[writer] < first],
+        [writer for writer in writers if flow.position[writer] >= first],
+    )
 
 
 def data_flow(graph: fx.Graph) -> DataFlow:
@@ -129,6 +189,7 @@ def data_flow(graph: fx.Graph) -> DataFlow:
     last_write: dict[int, fx.Node] = {}
     readers: dict[int, list[fx.Node]] = {}
     vmaps = _vmap_regions(graph)
+    last_random: list[fx.Node] = []
     for index, node in enumerate(graph.nodes):
         position[node] = index
         before = dict.fromkeys(node.all_input_nodes)
@@ -144,6 +205,9 @@ def data_flow(graph: fx.Graph) -> DataFlow:
             else:
                 readers.setdefault(storage, []).append(node)
         before.update(dict.fromkeys(_vmap_edges(node, vmaps)))
+        if is_random(node):  # drawn in the recorded order
+            before.update(dict.fromkeys(last_random))
+            last_random = [node]
         sources[node] = tuple(before)
     sinks: dict[fx.Node, list[fx.Node]] = {node: [] for node in position}
     for node, direct in sources.items():

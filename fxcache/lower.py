@@ -11,10 +11,18 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from fxcache.capture import fake_value, is_unbacked, tensor_of
-from fxcache.dataflow import is_context
 from fxcache.errors import CaptureError, OptionError
 from fxcache.kernels import reference
-from fxcache.passes.branch import REFERENCE, TICKETS, WEIGHTS, Piece, Pieces, ring_key, slot_key
+from fxcache.passes.branch import (
+    REFERENCE,
+    TICKETS,
+    WEIGHTS,
+    WRITTEN,
+    Piece,
+    Pieces,
+    ring_key,
+    slot_key,
+)
 from fxcache.passes.outline import Outline, outline
 from fxcache.runtime.calls import CallSequence, Function
 from fxcache.runtime.regions import Compiled
@@ -168,7 +176,9 @@ def compile_pieces(
     def lowered(name: str, piece: Piece) -> Function:
         given = [fake_of(key) for key in piece.arguments]
         _annotate(piece.module.graph, given, mode)
-        plan = outline(piece.module, given) if lowering.outline else "nothing is outlined"
+        plan: Outline | str = "nothing is outlined"
+        if lowering.outline and not torch.is_grad_enabled():  # edges cut what autograd follows
+            plan = outline(piece.module, given)
         if isinstance(plan, str):
             log.info("%s is one call: %s", name, plan)
             return compiled(piece.module, given)
@@ -187,10 +197,7 @@ def _annotate(graph: fx.Graph, given: Sequence[Any], mode: FakeTensorMode) -> No
     for node, fake in zip(placeholders, given, strict=True):
         node.meta.setdefault("example_value", fake)
     for node in graph.nodes:
-        if node.op not in ("call_function", "call_method") or is_context(node):
-            continue
-        operands = node.all_input_nodes
-        if "example_value" in node.meta or any("example_value" not in n.meta for n in operands):
+        if not node.meta.get(WRITTEN) or any(fake_value(n) is None for n in node.all_input_nodes):
             continue
         args, kwargs = fx.map_arg((node.args, node.kwargs), fake_value)
         with mode, torch.no_grad():

@@ -8,7 +8,7 @@ from zoo import Block, Denoiser, SequentialDiT, token_inputs
 
 import fxcache
 from fxcache.capture import dotted_path, graph_inputs, module_calls
-from fxcache.dataflow import data_flow, residual_path, writes_in_place
+from fxcache.dataflow import data_flow, residual_path, split_writes, writes_in_place
 from fxcache.integrations.tiny import tiny_model
 from fxcache.passes.branch import build_pieces
 from fxcache.passes.cut import cut
@@ -210,8 +210,10 @@ def test_in_place_writes_are_edges():
     write = next(node for node in gm.graph.nodes if writes_in_place(node))
     assert write in flow.sources[nodes["after"]]
     assert nodes["before"] in flow.sources[write]
-    assert flow.overwritten_after(nodes["a"])
-    assert not flow.overwritten_after(nodes["after"])
+    assert flow.writers_of(nodes["a"]) == [write]
+    assert flow.writers_of(nodes["after"]) == []
+    assert split_writes(flow, nodes["a"], {nodes["before"]}) == ([], [write])
+    assert split_writes(flow, nodes["a"], {nodes["after"]}) == ([write], [])
 
 
 def test_the_residual_path_follows_slices_exactly():

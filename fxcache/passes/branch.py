@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 
-from fxcache.capture import fake_tensor, tensor_of
+from fxcache.capture import fake_tensor, fake_value, tensor_of
 from fxcache.dataflow import DataFlow, is_context, op_name
 from fxcache.kernels import reference
 from fxcache.passes.cut import Cut
@@ -27,6 +27,8 @@ from fxcache.passes.cut import Cut
 REFERENCE, WEIGHTS = "fxcache_reference", "fxcache_weights"
 #: Scratch of the kernel that measures.
 TICKETS = "fxcache_tickets"
+#: The meta key of nodes that were not captured.
+WRITTEN = "fxcache_written"
 
 
 def slot_key(stream: int) -> str:
@@ -84,8 +86,7 @@ class _Writer:
         self.measured = cut.probe.nodes if cut.probe is not None else []
         befores = [stream.before for stream in cut.streams if stream.before is not None]
         kept = [*befores, *self.measured]
-        #: Tensors that are compared or added to after somebody overwrites them: copied in time.
-        self.snapshots = {node for node in kept if flow.overwritten_after(node)}
+        self.snapshots = cut.snapshots
         used = set(kept)
         for node in (*cut.span, *cut.tail, gm.graph.output_node()):
             used.update(node.all_input_nodes)
@@ -103,7 +104,9 @@ class _Writer:
         graph = _PieceGraph(self.gm, self.stages, self.snapshots)
         graph.emit(self.cut.head)
         timestep = self.cut.timestep
-        after, *before = (graph.proxy(graph.read(n, snapshot=True)) for n in self.measured)
+        probe = [graph.read(node, snapshot=True) for node in self.measured]
+        # Without gradients: those of an unused ratio to an all-zero reference would be 0 * inf.
+        after, *before = (graph.proxy(node).detach() for node in probe)
         operands = [after, before[0] if before else None, graph.proxy(graph.argument(REFERENCE))]
         if self.kernels is not reference:
             operands.append(graph.proxy(graph.argument(TICKETS)))
@@ -119,7 +122,7 @@ class _Writer:
     def _after_head(self) -> "_PieceGraph":
         """A graph that goes on behind the head, or that begins with it if it is no piece."""
         if self.cut.probe is not None:
-            return _PieceGraph(self.gm, self.stages, set(), self.same)
+            return _PieceGraph(self.gm, self.stages, {}, self.same)
         graph = _PieceGraph(self.gm, self.stages, self.snapshots, self.same)
         graph.emit(self.cut.head)
         return graph
@@ -135,10 +138,7 @@ class _Writer:
                 [graph.proxy(residual) for residual in residuals],
                 None if weights is None else graph.proxy(weights),
             )
-            if stream.before is not None and _loses_layout(stream.after, stream.before):
-                predicted = predicted.contiguous()
-            predicted.node.meta = dict(stream.after.meta)
-            graph.define(stream.after, predicted.node)
+            graph.define(stream.after, _laid_out_like(stream.after, predicted).node)
         for node in self.cut.constants:
             if fake_tensor(node) is not None:  # the tail may write into it, or return it
                 graph.define(node, graph.proxy(graph.read(node)).clone().node)
@@ -179,12 +179,19 @@ class _Writer:
         return graph.argument(("snapshot", node))
 
 
-def _loses_layout(after: fx.Node, before: fx.Node) -> bool:
-    """Whether `after` is contiguous but a sum with `before` would not be."""
-    values = tensor_of(after), tensor_of(before)
-    if not all(isinstance(size, int) for value in values for size in value.shape):
-        return False
-    return values[0].is_contiguous() and not values[1].is_contiguous()
+def _laid_out_like(after: fx.Node, predicted: Any) -> Any:
+    """`predicted` with its dimensions in the order in which those of `after` lie in memory.
+
+    What reads the stream may rely on it (``view``). Nothing is copied where it is so already.
+    """
+    value = tensor_of(after)
+    if not all(isinstance(number, int) for number in (*value.shape, *value.stride())):
+        return predicted
+    order = sorted(range(value.ndim), key=value.stride().__getitem__, reverse=True)
+    if order == list(range(value.ndim)):
+        return predicted.contiguous()
+    inverse = sorted(range(value.ndim), key=order.__getitem__)
+    return predicted.permute(order).contiguous().permute(inverse)
 
 
 def _decision_inputs(change: Any, timestep: Any) -> Any:
@@ -228,6 +235,15 @@ def _stages(graph: fx.Graph) -> tuple[dict[fx.Node, _Stage], _Stage]:
     return stages, _Stage((), tuple(settings.items()))
 
 
+class _Tracer(fx.proxy.GraphAppendingTracer):
+    """Marks the nodes that the pass itself writes."""
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta[WRITTEN] = True
+        return node
+
+
 class _PieceGraph:
     """A graph under construction: copies nodes of `gm`, adds what they read as arguments."""
 
@@ -235,13 +251,13 @@ class _PieceGraph:
         self,
         gm: fx.GraphModule,
         stages: tuple[dict[fx.Node, _Stage], _Stage],
-        snapshots: set[fx.Node],
+        snapshots: dict[fx.Node, fx.Node],
         same: dict[fx.Node, fx.Node] | None = None,
     ) -> None:
         self.gm, self.snapshots, self.same = gm, snapshots, same or {}
         self.stages, self.last_stage = stages
         self.graph = fx.Graph()
-        self.tracer = fx.proxy.GraphAppendingTracer(self.graph)
+        self.tracer = _Tracer(self.graph)
         self.defined: dict[fx.Node, fx.Node] = {}
         self.copies: dict[fx.Node, fx.Node] = {}
         self.arguments: dict[Hashable, fx.Node] = {}
@@ -293,9 +309,11 @@ class _PieceGraph:
             self._snapshot(node)
         self._switch(self.last_stage if self.settings else _Stage(), {})
 
-    def _snapshot(self, node: fx.Node) -> None:
-        if node in self.snapshots:
-            self.copies[node] = self.graph.call_method("clone", (self.defined[node],))
+    def _snapshot(self, done: fx.Node) -> None:
+        """Copy what `done`, just emitted, has made complete."""
+        for node, complete in self.snapshots.items():
+            if complete is done:
+                self.copies[node] = self.graph.call_method("clone", (self.read(node),))
 
     def _switch(self, stage: _Stage, meta: dict[str, Any]) -> None:
         """Set the stage for a node with `meta`; what opens a context gets its module stack."""
@@ -325,6 +343,9 @@ class _PieceGraph:
         return [self.read(r) if isinstance(r, fx.Node) else r for r in flat]
 
     def finish(self, outputs: list[Any], results: tuple[Hashable, ...] = ()) -> Piece:
+        for node in self.gm.graph.find_nodes(op="placeholder"):
+            if isinstance(fake_value(node), torch.SymInt):
+                self.read(node)  # shapes of arguments may be formulas of it
         self.graph.output(tuple(outputs))
         module = fx.GraphModule(self.gm, self.graph)
         module.graph.lint()

@@ -32,6 +32,7 @@ from fxcache.dataflow import (
     is_context,
     op_name,
     residual_path,
+    split_writes,
     storages,
     writes_in_place,
     written_storages,
@@ -70,7 +71,9 @@ class Cut:
     """Roles of a graph's nodes (each in recorded order) and what crosses between them.
 
     `constants` leave the span but are no streams: numbers, and tensors that are not floating. They
-    are kept as they are. `probe` is None if nothing is measured.
+    are kept as they are. `probe` is None if nothing is measured. `snapshots` are tensors of the
+    head that are needed as they were before somebody overwrote them, each with the node after which
+    it is complete.
     """
 
     stack: Stack
@@ -81,6 +84,7 @@ class Cut:
     streams: tuple[Stream, ...]
     constants: tuple[fx.Node, ...]
     probe: Probe | None
+    snapshots: dict[fx.Node, fx.Node]
     timestep: fx.Node | None
 
 
@@ -131,7 +135,8 @@ def cut(
     probe = (
         _probe(graph, stack, streams, flow, inputs, head_blocks, span, tail) if measured else None
     )
-    head, sunk, late = _place_rest(graph, flow, span, tail, streams, probe)
+    needed, snapshots = _kept(stack, streams, probe, flow, span | tail)
+    head, sunk, late = _place_rest(graph, flow, span, tail, needed)
     return Cut(
         stack=stack,
         span_blocks=span_blocks,
@@ -141,6 +146,7 @@ def cut(
         streams=streams,
         constants=tuple(node for node in leaving if not _is_floating(node)),
         probe=probe,
+        snapshots=snapshots,
         timestep=inputs.timestep,
     )
 
@@ -264,19 +270,37 @@ def _check_writes(flow: DataFlow, span: set[fx.Node], tail: set[fx.Node]) -> Non
                     )
 
 
+def _kept(
+    stack: Stack,
+    streams: tuple[Stream, ...],
+    probe: Probe | None,
+    flow: DataFlow,
+    behind: set[fx.Node],
+) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:
+    """What is measured and added to: all that computes it, and what is overwritten later on."""
+    kept = [stream.before for stream in streams if stream.before is not None]
+    kept += probe.nodes if probe is not None else []
+    needed, snapshots = set(kept), {}
+    for node in kept:
+        is_start = probe is not None and node is probe.before
+        readers = behind | set(stack.blocks[0].nodes) if is_start else behind
+        completing, overwriting = split_writes(flow, node, readers)
+        needed.update(completing)
+        if overwriting:
+            snapshots[node] = completing[-1] if completing else node
+    return needed, snapshots
+
+
 def _place_rest(
     graph: fx.Graph,
     flow: DataFlow,
     span: set[fx.Node],
     tail: set[fx.Node],
-    streams: tuple[Stream, ...],
-    probe: Probe | None,
+    kept: set[fx.Node],
 ) -> tuple[set[fx.Node], set[fx.Node], set[fx.Node]]:
     """Sort the nodes that do not depend on the span: head, only for the span, only for the tail."""
     rest = set(graph.nodes) - span - tail
-    needed = {stream.before for stream in streams if stream.before is not None}
-    needed |= set(probe.nodes) if probe is not None else set()
-    needed |= {node for node in rest if _has_effect(node, flow)}
+    needed = kept | {node for node in rest if _has_effect(node, flow)}
 
     def feeding(nodes: set[fx.Node]) -> set[fx.Node]:
         direct = {source for node in nodes for source in flow.sources[node] if source in rest}

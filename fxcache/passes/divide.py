@@ -27,6 +27,7 @@ from fxcache.stack import is_heavy
 
 #: A segment with fewer matrix products and attentions than this is not worth a call of its own.
 MIN_HEAVY = 3
+_READ_STRIDES = {"as_strided", "as_strided_", "set_"}
 #: With more outputs than this, subsets of them are not tried.
 MAX_OUTPUTS = 4
 
@@ -201,19 +202,21 @@ def inputs_of(segment: Nodes) -> list[fx.Node]:
 
 
 def outputs_of(segment: Nodes) -> list[fx.Node]:
+    """The values that other segments read."""
     inside = set(segment)
-    return [node for node in segment if any(user not in inside for user in node.users)]
+
+    def is_read(node: fx.Node) -> bool:
+        return any(user not in inside and user.op != "output" for user in node.users)
+
+    return [node for node in segment if is_read(node)]
 
 
 def body_key(segment: Nodes) -> Hashable:
     """What a segment does, its inputs known by shape and dtype only."""
-    numbers: dict[fx.Node, int] = {}
-    inputs = []
-    for node in inputs_of(segment):
-        value = fake_value(node)
-        inputs.append((str(getattr(value, "shape", value)), getattr(value, "dtype", None)))
-        numbers[node] = len(numbers)
-    return tuple(inputs), operations(segment, numbers)
+    inputs = inputs_of(segment)
+    values = map(fake_value, inputs)
+    known = [(str(getattr(v, "shape", v)), getattr(v, "dtype", None)) for v in values]
+    return tuple(known), operations(segment, inputs)
 
 
 class _Ref:
@@ -226,8 +229,9 @@ class _Ref:
         return f"%{self.number}"
 
 
-def operations(segment: Nodes, numbers: dict[fx.Node, int]) -> tuple[Hashable, ...]:
-    """The operations of `segment`, nodes named by `numbers`, which is extended."""
+def operations(segment: Nodes, inputs: Sequence[fx.Node]) -> tuple[Hashable, ...]:
+    """The operations of `segment`, nodes told by their places among `inputs` and each other."""
+    numbers = {node: number for number, node in enumerate((*inputs, *segment))}
 
     def ref(node: fx.Node) -> Any:
         return _Ref(str(node.target)) if node.op == "get_attr" else _Ref(numbers[node])
@@ -237,7 +241,6 @@ def operations(segment: Nodes, numbers: dict[fx.Node, int]) -> tuple[Hashable, .
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), ref)
         target = node.target if isinstance(node.target, str) else id(node.target)
         written.append((node.op, target, repr(args), repr(kwargs)))
-        numbers[node] = len(numbers)
     return tuple(written)
 
 
@@ -249,6 +252,8 @@ def _check_edges(segments: list[Segment]) -> None:
     for node, index in home.items():
         if op_name(node) in SETTERS or op_name(node).startswith("_vmap_"):
             raise NotOutlinedError(f"{node} holds for what follows")
+        if op_name(node) in _READ_STRIDES:
+            raise NotOutlinedError(f"{node} reads strides, which change at the edges of blocks")
         if is_context(node) and any(home.get(user) != index for user in node.users):
             raise NotOutlinedError(f"the context {node} spans several blocks")
         for storage in set().union(*map(storages, (node, *node.all_input_nodes))):
@@ -261,4 +266,5 @@ def _check_edges(segments: list[Segment]) -> None:
         # Who makes a tensor may write into it; others then read what was written.
         is_own = storage not in outside and writing == {min(touched[storage])}
         if len(touched[storage]) > 1 and not is_own:
-            raise NotOutlinedError("a tensor that several blocks hold is written in place")
+            writer = next(node for node in home if storage in written_storages(node))
+            raise NotOutlinedError(f"{writer} writes in place into what several blocks hold")

@@ -9,17 +9,20 @@
       return b2
 
 Two segments are equal if they do the same operations on the same arguments and their inputs agree
-in shape, stride, dtype, device and in who shares memory with whom. A value that leaves a segment as
-a view (Flux's single blocks return two slices of one tensor) is copied out by the segment itself,
-where the compiler fuses it: so edges never alias, and the first block looks like the others.
+in layout, type and in who shares memory with whom. A value that crosses an edge as a view (Flux's
+single blocks return two slices of one tensor) is copied out by the segment itself, where the
+compiler fuses it: so edges never alias, and the first block looks like the others. The price is
+that strides change at edges, so what reads strides (``as_strided``) is not divided.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxcache.capture import same_size
 from fxcache.dataflow import writes_in_place
@@ -88,11 +91,14 @@ class _Outliner:
         self.module = module
         self.values: dict[fx.Node, Any] = {}
         self.places: dict[fx.Node, int] = {}
+        #: Where values are that the piece returns: as they are, and not as they cross edges.
+        self.returned: dict[fx.Node, int] = {}
         self.num_places = 0
         self.kinds: dict[Hashable, tuple[Kind, tuple[Any, ...]]] = {}
         placeholders = module.graph.find_nodes(op="placeholder")
         for node, fake in zip(placeholders, fakes, strict=True):
             self._define(node, fake)
+        self.sizes = [node for node in placeholders if isinstance(self.values[node], torch.SymInt)]
 
     def _define(self, node: fx.Node | None, value: Any) -> None:
         """Give the next place to `node` (None: to something that nobody reads)."""
@@ -101,38 +107,68 @@ class _Outliner:
         self.num_places += 1
 
     def run(self, segments: list[Segment]) -> Outline:
-        wanted = _outputs_by_code(segments)
-        calls = [
-            self._call(segment, outputs)
-            for segment, outputs in zip(segments, wanted, strict=True)
-            if outputs or any(map(writes_in_place, segment.nodes))
-        ]
+        calls = []
+        for segment, outputs in zip(segments, _outputs_by_code(segments), strict=True):
+            returned = [node for node in segment.nodes if _is_returned(node)]
+            if outputs or returned or any(map(_has_effect, segment.nodes)):
+                calls.append(self._call(segment, outputs, returned))
         (results,) = self.module.graph.output_node().args
         assert isinstance(results, tuple)
-        places = tuple(Place(self.places[r]) if isinstance(r, fx.Node) else r for r in results)
+        places = tuple(
+            Place(self.returned[r] if r in self.returned else self.places[r])
+            if isinstance(r, fx.Node)
+            else r
+            for r in results
+        )
         return Outline(tuple(calls), self.num_places, places)
 
-    def _call(self, segment: Segment, outputs: list[int]) -> Call:
-        inputs = inputs_of(segment.nodes)
+    def _call(self, segment: Segment, outputs: list[int], returned: list[fx.Node]) -> Call:
+        inputs, code_inputs = inputs_of(segment.nodes), inputs_of(segment.code)
+        assert len(inputs) == len(code_inputs), "code takes what the segment takes"
+        for size in self._sizes_for(inputs):
+            inputs.append(size)
+            code_inputs.append(size)
         given = [self.values[node] for node in inputs]
-        code_inputs = inputs_of(segment.code)
-        numbers = {node: number for number, node in enumerate(code_inputs)}
-        key = (_layouts(given), operations(segment.code, numbers), tuple(outputs))
+        body = operations(segment.code, code_inputs)
+        crossing = [segment.code[at] for at in outputs]
+        leaving = [segment.code[segment.at[segment.nodes.index(node)]] for node in returned]
+        key = (_layouts(given), body, tuple(outputs), tuple(map(segment.code.index, leaving)))
         if key not in self.kinds:
-            leaving = [segment.code[at] for at in outputs]
-            module, results = _extract(self.module, segment.code, code_inputs, leaving, given)
+            module, results = _extract(
+                self.module, segment.code, code_inputs, crossing, leaving, given
+            )
             self.kinds[key] = Kind(key, module, tuple(given)), results
         kind, results = self.kinds[key]
         reads = tuple(self.places[node] for node in inputs)
         first = self.num_places
-        for at, result in zip(outputs, results, strict=True):
+        for at, result in zip(outputs, results, strict=False):
             self._define(segment.node(at), _alike(result))
+        for node in returned:
+            self.returned[node] = self.num_places
+            self.num_places += 1
         return Call(kind, reads, tuple(range(first, self.num_places)))
+
+    def _sizes_for(self, inputs: list[fx.Node]) -> list[fx.Node]:
+        """Symbolic sizes that the shapes of `inputs` are formulas of, and that are not among them.
+
+        A compiler must find each symbol by itself somewhere.
+        """
+        if not self.sizes:
+            return []
+        return [size for size in self.sizes if size not in inputs]
+
+
+def _is_returned(node: fx.Node) -> bool:
+    return any(user.op == "output" for user in node.users)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    return writes_in_place(node) or node.is_impure()
 
 
 def _outputs_by_code(segments: list[Segment]) -> list[list[int]]:
-    """What each segment gives, as places in its code: also what only its equals need, if that
-    costs no product.
+    """What others read of each segment, as places in its code: also what only its equals need, if
+    that costs no product.
     """
     keys = [body_key(segment.code) for segment in segments]
     union: dict[Hashable, set[int]] = {}
@@ -150,29 +186,49 @@ def _outputs_by_code(segments: list[Segment]) -> list[list[int]]:
 
 
 def _layouts(values: Iterable[Any]) -> Hashable:
-    """All that a compiled segment assumes of its inputs."""
+    """What a compiled segment assumes of its inputs: each one's layout, and who shares memory."""
     first_of: dict[int, int] = {}
-    layouts: list[Hashable] = []
-    for number, value in enumerate(values):
-        if not isinstance(value, torch.Tensor):
-            layouts.append(repr(value))
-            continue
-        shared = first_of.setdefault(value.untyped_storage()._cdata, number)
-        offset = str(value.storage_offset())
-        shape, stride = str(tuple(value.shape)), str(value.stride())
-        grad = value.requires_grad, isinstance(value, torch.nn.Parameter)
-        layouts.append((shape, stride, offset, value.dtype, value.device, grad, shared))
-    return tuple(layouts)
+    return tuple(
+        (_layout(value), first_of.setdefault(_storage(value), number))
+        if isinstance(value, torch.Tensor)
+        else repr(value)
+        for number, value in enumerate(values)
+    )
+
+
+def _layout(value: torch.Tensor) -> Hashable:
+    """Type, shape, strides, dtype, device and flags; of a wrapper (quantized weights), those of the
+    tensors inside it too.
+    """
+    if value.layout != torch.strided:
+        raise NotOutlinedError(f"a block takes a tensor of layout {value.layout}")
+    shape, stride = str(tuple(value.shape)), str(value.stride())
+    flags = value.requires_grad, value.is_conj(), value.is_neg()
+    own = (type(value), shape, stride, value.dtype, value.device, flags)
+    if not is_traceable_wrapper_subclass(value):
+        return (*own, str(value.storage_offset()))
+    names, context = value.__tensor_flatten__()
+    return (*own, repr(context), *(_layout(getattr(value, name)) for name in names))
+
+
+def _storage(value: torch.Tensor) -> int:
+    """What tells the memory of `value` from others'."""
+    if is_traceable_wrapper_subclass(value):
+        return id(value)
+    return int(value.untyped_storage()._cdata)
 
 
 def _extract(
     module: fx.GraphModule,
     segment: Nodes,
     inputs: list[fx.Node],
-    outputs: list[fx.Node],
+    crossing: list[fx.Node],
+    returned: list[fx.Node],
     given: list[Any],
 ) -> tuple[fx.GraphModule, tuple[Any, ...]]:
-    """`segment` as a module of its own, and the fake values that it gives."""
+    """`segment` as a module of its own, and the fake values that it gives: `crossing`, copied out
+    where they are views, then `returned`, as they are.
+    """
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
     for node, value in zip(inputs, given, strict=True):
@@ -185,23 +241,20 @@ def _extract(
 
     for node in segment:
         copies[node] = graph.node_copy(node, read)
-    results = [copies[node] for node in outputs]
+    leaving = [*crossing, *returned]
+    results = [copies[node] for node in leaving]
     graph.output(tuple(results))
     part = fx.GraphModule(module, graph)
     values = _propagate(part, given)
-    taken = {v.untyped_storage()._cdata for v in given if isinstance(v, torch.Tensor)}
-    for index, value in enumerate(values):
+    memory = Counter(_storage(v) for v in (*given, *values) if isinstance(v, torch.Tensor))
+    for index, (node, value) in enumerate(zip(crossing, values, strict=False)):
         if not isinstance(value, torch.Tensor):
             if not isinstance(value, torch.SymInt | int | float | torch.SymFloat):
-                raise NotOutlinedError(f"{outputs[index]} is a {type(value).__name__}")
+                raise NotOutlinedError(f"{node} is a {type(value).__name__}")
             continue
-        storage = value.untyped_storage()._cdata
-        shared = sum(
-            storage == other.untyped_storage()._cdata
-            for other in values
-            if isinstance(other, torch.Tensor)
-        )
-        if storage in taken or shared > 1 or not _is_dense(value):
+        if is_traceable_wrapper_subclass(value) or value.is_conj() or value.is_neg():
+            raise NotOutlinedError(f"{node} is no plain tensor")
+        if memory[_storage(value)] > 1 or not _is_dense(value):
             with graph.inserting_before(graph.output_node()):
                 results[index] = graph.call_method(
                     "clone", (results[index],), {"memory_format": torch.contiguous_format}
@@ -213,7 +266,7 @@ def _extract(
 
 
 def _is_dense(value: torch.Tensor) -> bool:
-    """Whether `value` is all of its memory, each element once."""
+    """Whether `value` fills its memory."""
     return same_size(value.untyped_storage().nbytes(), value.numel() * value.element_size())
 
 
@@ -221,13 +274,16 @@ def _propagate(part: fx.GraphModule, given: list[Any]) -> Sequence[Any]:
     mode = next((v.fake_mode for v in given if isinstance(v, torch._subclasses.FakeTensor)), None)
     if mode is None:
         raise NotOutlinedError("a part of it reads no tensor")
-    with mode:
-        results: Sequence[Any] = part(*given)
+    try:
+        with mode:
+            results: Sequence[Any] = part(*given)
+    except Exception as error:
+        raise NotOutlinedError(f"a part of it does not run by itself: {error}") from error
     return results
 
 
 def _alike(value: Any) -> Any:
-    """A fake tensor of the layout of `value` with memory of its own."""
+    """A fake tensor of the shape and strides of `value`, with memory of its own."""
     if not isinstance(value, torch._subclasses.FakeTensor):
         return value
     with value.fake_mode:
