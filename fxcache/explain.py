@@ -14,7 +14,8 @@ from fxcache.capture import graph_inputs, tensor_of
 from fxcache.denoiser import Runner, Settings
 from fxcache.errors import FxCacheError, PolicyError, StackNotFoundError
 from fxcache.passes.branch import state_fakes
-from fxcache.passes.cut import Cut, Probe
+from fxcache.passes.cut import Cut
+from fxcache.passes.probe import Probe
 from fxcache.policy import Policy
 from fxcache.stack import node_flops
 

@@ -10,7 +10,6 @@ block, a control branch): a hit skips it too. The *tail* is what depends on the 
 the tail needs.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -24,7 +23,6 @@ from fxcache.capture import (
     is_stream_like,
     is_unbacked,
     same_layout,
-    same_size,
     tensor_of,
 )
 from fxcache.dataflow import (
@@ -38,7 +36,8 @@ from fxcache.dataflow import (
     written_storages,
 )
 from fxcache.errors import CaptureError, PolicyError, StackNotFoundError
-from fxcache.stack import Block, Stack, block_inputs
+from fxcache.passes.probe import Probe, find_probe
+from fxcache.stack import Block, Stack
 
 _SLICES = {"getitem", "narrow", "chunk", "split", "unbind", "tensor_split", "select", "slice"}
 
@@ -52,18 +51,6 @@ class Stream:
 
     after: fx.Node
     before: fx.Node | None
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What is measured: the residual `after - before`, or `after` alone if `before` is None."""
-
-    after: fx.Node
-    before: fx.Node | None
-
-    @property
-    def nodes(self) -> list[fx.Node]:
-        return [self.after] if self.before is None else [self.after, self.before]
 
 
 @dataclass(frozen=True)
@@ -132,10 +119,11 @@ def cut(
     _check_writes(flow, span, tail)
     if not streams:
         raise StackNotFoundError(f"the stack {stack} was found, but nothing reads its result")
-    probe = (
-        _probe(graph, stack, streams, flow, inputs, head_blocks, span, tail) if measured else None
-    )
-    needed, snapshots = _kept(stack, streams, probe, flow, span | tail)
+    befores = [stream.before for stream in streams if stream.before is not None]
+    probe = None
+    if measured:
+        probe = find_probe(graph, stack, befores, flow, inputs, head_blocks, span, tail)
+    needed, snapshots = _kept(stack, befores, probe, flow, span | tail)
     head, sunk, late = _place_rest(graph, flow, span, tail, needed)
     return Cut(
         stack=stack,
@@ -272,14 +260,13 @@ def _check_writes(flow: DataFlow, span: set[fx.Node], tail: set[fx.Node]) -> Non
 
 def _kept(
     stack: Stack,
-    streams: tuple[Stream, ...],
+    befores: list[fx.Node],
     probe: Probe | None,
     flow: DataFlow,
     behind: set[fx.Node],
 ) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:
     """What is measured and added to: all that computes it, and what is overwritten later on."""
-    kept = [stream.before for stream in streams if stream.before is not None]
-    kept += probe.nodes if probe is not None else []
+    kept = [*befores, *(probe.nodes if probe is not None else [])]
     needed, snapshots = set(kept), {}
     for node in kept:
         is_start = probe is not None and node is probe.before
@@ -321,85 +308,3 @@ def _has_effect(node: fx.Node, flow: DataFlow) -> bool:
         return node.is_impure()
     given = {n for n in flow.position if n.op in ("placeholder", "get_attr")}
     return any(storages(n) & written_storages(node) for n in given)
-
-
-def _probe(
-    graph: fx.Graph,
-    stack: Stack,
-    streams: tuple[Stream, ...],
-    flow: DataFlow,
-    inputs: GraphInputs,
-    head_blocks: int,
-    span: set[fx.Node],
-    tail: set[fx.Node],
-) -> Probe:
-    """The head residual of the image stream (of the newest where no residual is cached)."""
-    first = stack.blocks[0]
-    entering = [
-        n for n in block_inputs(first) if not isinstance(fake_tensor(n), torch.nn.Parameter)
-    ]
-    ends = [stream.before for stream in streams if stream.before is not None]
-    if not ends:
-        inside = flow.descendants(n for b in stack.blocks[:head_blocks] for n in b.nodes)
-        ends = [
-            node
-            for node in sorted(inside - span - tail, key=flow.position.__getitem__)
-            if is_stream_like(node) and any(user in span for user in node.users)
-        ]
-    if not ends:
-        raise StackNotFoundError(f"no stream enters the span of the stack {stack}")
-    sample = _sample_input(graph, inputs)
-    noisy = flow.descendants([sample]) | {sample} if sample is not None else set()
-    for starts in ([node for node in entering if node in noisy], entering):
-        found = [_head_residual(stack, e, starts, span | tail, flow, head_blocks) for e in ends]
-        if pairs := [pair for pair in found if pair is not None]:
-            break
-    else:
-        pairs = [Probe(end, None) for end in ends]
-    return max(pairs, key=lambda pair: (_numel(pair.after), flow.position[pair.after]))
-
-
-def _head_residual(
-    stack: Stack,
-    end: fx.Node,
-    entering: list[fx.Node],
-    later: set[fx.Node],
-    flow: DataFlow,
-    head_blocks: int,
-) -> Probe | None:
-    """The residual that leads from one of `entering` to `end`, or None.
-
-    To `end` itself, or, where `end` was rearranged, to the last value on its path that has the
-    layout of the stream before the first block.
-    """
-    own = [
-        node for block in stack.blocks[:head_blocks] for node in block.nodes if node not in later
-    ]
-    for candidate in (end, *sorted(own, key=flow.position.__getitem__, reverse=True)):
-        starts = {start for start in entering if start is not end and same_layout(start, candidate)}
-        if not starts or not (candidate is end or residual_path(end, {candidate})):
-            continue
-        if joined := residual_path(candidate, starts):
-            return Probe(candidate, max(joined, key=flow.position.__getitem__))
-    like = [start for start in entering if start is not end and same_layout(start, end)]
-    return Probe(end, like[0]) if like else None
-
-
-def _numel(node: fx.Node) -> int:
-    """The size of the tensor, symbolic dimensions at their hints (1 where there is none)."""
-    sizes = (
-        size if isinstance(size, int) else size.node.hint or 1 for size in tensor_of(node).shape
-    )
-    return math.prod(sizes)
-
-
-def _sample_input(graph: fx.Graph, inputs: GraphInputs) -> fx.Node | None:
-    """The noisy sample among the inputs: the one shaped like the output, else the first tensor."""
-    candidates = [node for node in inputs.data if is_stream_like(node)]
-    outputs = [tensor_of(n) for n in graph.output_node().all_input_nodes if is_stream_like(n)]
-    for output in outputs:
-        for node in candidates:
-            shape = tensor_of(node).shape
-            if len(shape) == output.ndim and all(map(same_size, shape, output.shape)):
-                return node
-    return candidates[0] if candidates else None
