@@ -126,8 +126,8 @@ CONTESTANTS: dict[str, tuple[Callable[[Any, str], Contestant], str, str]] = {
     "cache-dit regional": (cache_dit_cache, "regional", "cache-dit"),
     "fxcache eager": (fxcache_cache, "eager", "fxcache"),
     "fxcache inductor": (fxcache_cache, "inductor", "fxcache"),
-    "fxcache inductor, guards a trajectory": (fxcache_cache, "trajectory", "fxcache"),
-    "fxcache inductor, guards a trajectory, whole": (fxcache_cache, "whole", "fxcache"),
+    "fxcache trajectory": (fxcache_cache, "trajectory", "fxcache"),
+    "fxcache trajectory whole": (fxcache_cache, "whole", "fxcache"),
 }
 
 
