@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fxcache.errors import PolicyError
 from fxcache.policy.base import HIT, Decision, History, as_float32
 from fxcache.policy.checks import check_integer, check_number
-from fxcache.policy.forecast import Forecast, Reuse
+from fxcache.policy.forecast import Forecast, Reuse, check_forecast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +59,7 @@ class FirstBlockCache:
             check_integer("max_consecutive_hits", self.max_consecutive_hits, 0)
         if self.max_accumulated is not None:
             check_number("max_accumulated", self.max_accumulated, 0, math.inf)
-        if not isinstance(self.forecast, Forecast):
-            raise PolicyError(
-                f"forecast must be a forecaster like Reuse() or Taylor(order=1), "
-                f"got {self.forecast!r}"
-            )
+        check_forecast(self.forecast)
 
     @property
     def measures(self) -> bool:

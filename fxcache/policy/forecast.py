@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from fxcache.errors import PolicyError
 from fxcache.policy.checks import check_integer
 
 
@@ -21,6 +22,14 @@ class Forecast(Protocol):
 
     def weights(self, step: int, past: Sequence[int]) -> list[float]:
         """Weights for the residuals computed at steps `past` (newest first) to forecast `step`."""
+
+
+def check_forecast(value: object) -> None:
+    """Raise PolicyError unless `value` is a forecaster."""
+    if not isinstance(value, Forecast):
+        raise PolicyError(
+            f"forecast must be a forecaster like Reuse() or Taylor(order=1), got {value!r}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from fxcache.errors import PolicyError
 from fxcache.policy.base import HIT, Decision, History
-from fxcache.policy.forecast import Forecast, Reuse
+from fxcache.policy.forecast import Forecast, Reuse, check_forecast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,7 @@ class StepSchedule:
         if not mask or not all(_is_boolean(value) for value in mask):
             raise PolicyError(f"mask must hold one boolean a step, got {self.mask!r}")
         object.__setattr__(self, "mask", tuple(map(bool, mask)))
-        if not isinstance(self.forecast, Forecast):
-            raise PolicyError(
-                f"forecast must be a forecaster like Reuse() or Taylor(order=1), "
-                f"got {self.forecast!r}"
-            )
+        check_forecast(self.forecast)
 
     @property
     def measures(self) -> bool:
