@@ -39,12 +39,14 @@ def transform(
         fallback: run a model that cannot be rewritten uncached, with one warning, instead of
             raising.
         kernel: who measures: "aten" (plain operations, which the compiler fuses with what is around
-            them), "triton" (the kernels of `fxcache.kernels`) or "auto" (what measurements favour).
+            them), "triton" (the kernels of `fxcache.kernels`) or "auto": "triton" on a GPU where
+            nothing is compiled, else "aten".
         outline: compile equal blocks once, so that compile time hardly grows with depth. False
-            compiles each piece as a whole, which takes minutes for deep models and may save the
-            last percent of a call.
+            compiles each piece as a whole: much longer for deep models, but a call then saves what
+            it costs to call the blocks one by one (some microseconds each).
         speculate: queue the work of a hit before the decision is known, and drop it on a miss: on a
-            GPU that hides the wait for the decision, and costs a hit's time on every miss.
+            GPU that is to hide the wait for the decision (not measured yet), and it costs a hit's
+            time on every miss.
         guards: "always" checks at each call what torch.compile checks: that weights, modules and
             attributes of the model are those that were compiled. "trajectory" checks it at the
             first evaluation of a branch in a trajectory, and of the others only the arguments. A

@@ -29,7 +29,7 @@ from fxcache.runtime.regions import Compiled
 
 log = logging.getLogger("fxcache")
 
-#: What `kernel` may be; "auto" chooses by what was measured.
+#: What `kernel` may be; what "auto" means is said at `Lowering.kernels`.
 KERNELS = ("auto", "triton", "aten")
 
 # What torch.compile itself makes of `mode` and `options`.

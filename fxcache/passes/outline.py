@@ -9,8 +9,8 @@
       return b2
 
 Two segments are equal if they do the same operations on the same arguments and their inputs agree
-in layout, type and in who shares memory with whom. A value that crosses an edge as a view (Flux's
-single blocks return two slices of one tensor) is copied out by the segment itself, where the
+in layout, type and in who shares memory with whom. A value that crosses an edge as a view (blocks
+that return two slices of one tensor) is copied out by the segment itself, where the
 compiler fuses it: so edges never alias, and the first block looks like the others. The price is
 that strides change at edges, so what reads strides (``as_strided``) is not divided.
 """
@@ -149,12 +149,9 @@ class _Outliner:
         return Call(kind, reads, tuple(range(first, self.num_places)))
 
     def _sizes_for(self, inputs: list[fx.Node]) -> list[fx.Node]:
-        """Symbolic sizes that the shapes of `inputs` are formulas of, and that are not among them.
-
-        A compiler must find each symbol by itself somewhere.
+        """The symbolic sizes that are not among `inputs`, whose shapes may be formulas of them: a
+        compiler must find each symbol by itself somewhere.
         """
-        if not self.sizes:
-            return []
         return [size for size in self.sizes if size not in inputs]
 
 

@@ -85,7 +85,6 @@ class Shortcut:
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Remember how the evaluation that just went the complete way can be repeated."""
         call, where = self.session.last_call.get(), self.session.where
-        self.session.last_call.set(None)
         self.paths.pop(where, None)
         path = None if call is None else _path(call, args, kwargs, result)
         if path is not None:
