@@ -13,24 +13,37 @@ from fxcache.errors import (
     StackNotFoundError,
 )
 from fxcache.explain import Explanation
-from fxcache.policy import FirstBlockCache, Reuse, StepSchedule, Taylor
+from fxcache.policy import (
+    EasyCache,
+    FirstBlockCache,
+    MagCache,
+    Reuse,
+    SeaCache,
+    StepSchedule,
+    Taylor,
+    TeaCache,
+)
 from fxcache.report import Record, Report
 
 __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
+    "EasyCache",
     "Explanation",
     "FirstBlockCache",
     "FxCacheError",
+    "MagCache",
     "OptionError",
     "PolicyError",
     "ProfileError",
     "Record",
     "Report",
     "Reuse",
+    "SeaCache",
     "StackNotFoundError",
     "StepSchedule",
     "Taylor",
+    "TeaCache",
     "explain",
     "restore",
     "transform",

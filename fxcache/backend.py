@@ -24,7 +24,7 @@ from fxcache.passes.branch import (
     build_pieces,
     state_fakes,
 )
-from fxcache.passes.cut import Cut, cut
+from fxcache.passes.cut import Cut, cut, cut_whole
 from fxcache.policy import FirstBlockCache, Policy
 from fxcache.runtime.device import GraphDevice, graph_device
 from fxcache.runtime.executor import StepExecutor
@@ -97,6 +97,11 @@ class Backend:
         """Find the model's stack in `gm` and cut it as the policy asks."""
         policy = self.session.policy
         flow = data_flow(gm.graph)
+        if policy.span.whole_model:
+            if not self.fullgraph or _is_part(gm):
+                raise StackNotFoundError("the model breaks into graphs, and the policy's span is "
+                                         "the whole model")  # fmt: skip
+            return cut_whole(gm.graph, flow, inputs, probe=policy.probe)
         stack = find_stack(gm.graph, flow)
         weights = _num_weights(stack)
         if not self.fullgraph and 2 * weights <= (self.list_weights or 0):
@@ -104,15 +109,7 @@ class Backend:
                 f"{stack} has {weights} weights, the model's heaviest list {self.list_weights}: "
                 f"it lies beside the block stack, or is a part of it"
             )
-        return cut(
-            gm.graph,
-            stack,
-            flow,
-            inputs,
-            head_blocks=policy.head_blocks,
-            tail_blocks=policy.tail_blocks,
-            measured=policy.measures,
-        )
+        return cut(gm.graph, stack, flow, inputs, span=policy.span, probe=policy.probe)
 
 
 def _is_part(gm: fx.GraphModule) -> bool:
@@ -154,10 +151,9 @@ def rewrite(
 ) -> StepExecutor:
     """`gm`, which is not changed, becomes a step executor that runs it as `found` cuts it."""
     ring = session.policy.forecast.ring
-    log.info("stack %s; %d of %d blocks in the span", found.stack,
-             len(found.span_blocks), len(found.stack.blocks))  # fmt: skip
+    log.info("span: %s", found.describe())
     flow = data_flow(gm.graph)
-    reference, residuals = state_fakes(found)
+    kept, residuals = state_fakes(found)
     device = residuals[0].device
     kernels = lowering.kernels(device)
     pieces = build_pieces(gm, found, flow, ring=ring, kernels=kernels)
@@ -167,8 +163,9 @@ def rewrite(
     place = {node: index for index, node in enumerate(placeholders)}
     wiring = Wiring(
         pieces,
-        compile_pieces(pieces, reference, residuals, ring, lowering),
+        compile_pieces(pieces, kept, residuals, ring, lowering),
         inputs=placeholders,
+        kept=tuple(kept),
         streams=len(residuals),
         ring=ring,
     )
@@ -194,8 +191,8 @@ def rewrite(
         has_numbers=bool(inputs.sizes),
         timestep=None if found.timestep is None else place[found.timestep],
         ring=ring,
-        signature=signature_of(placeholders, inputs, found, (reference, *residuals)),
-        allocate=allocator(placeholders, inputs, reference, residuals, ring),
+        signature=signature_of(placeholders, inputs, found, [*kept.values(), *residuals]),
+        allocate=allocator(placeholders, inputs, kept, residuals, ring),
         speculate=lowering.speculate,
     )
 

@@ -41,7 +41,8 @@ class Explanation:
 
     Attributes:
         model: class name.
-        stack: the block stack, as ``path (blocks)`` joined by ``+``; None if there is none.
+        stack: the block stack, as ``path (blocks)`` joined by ``+``; None if there is none; "the
+            whole model" if the policy's span is that.
         blocks, head_blocks, span_blocks, tail_blocks: paths of the blocks, in execution order.
         streams: what leaves the span and is cached.
         probe: what is measured.
@@ -76,7 +77,9 @@ class Explanation:
             return "\n".join([f"{self.model}: no block stack", *self._refusals()])
         cached = sum(stream.nbytes for stream in self.streams)
         lines = [
-            f"{self.model}: {len(self.blocks)} blocks in {self.stack}",
+            f"{self.model}: {len(self.blocks)} blocks in {self.stack}"
+            if self.blocks
+            else f"{self.model}: the span is {self.stack}",
             f"  head   {_run(self.head_blocks)}",
             f"  span   {_run(self.span_blocks)}",
             f"  tail   {_run(self.tail_blocks)}",
@@ -141,9 +144,11 @@ def explain_model(
 def _describe(
     model: str, found: Cut, timestep: str | None, refused: tuple[str, ...]
 ) -> Explanation:
-    paths = [block.path for block in found.stack.blocks]
-    first = paths.index(found.span_blocks[0].path)
+    stack = found.stack
+    paths = [block.path for block in stack.blocks] if stack is not None else []
+    first = paths.index(found.span_blocks[0].path) if paths else 0
     last = first + len(found.span_blocks)
+    nodes = (*found.head, *found.span, *found.tail)
     _, residuals = state_fakes(found)
     streams = [
         StreamInfo(
@@ -158,14 +163,14 @@ def _describe(
     probe = found.probe
     return Explanation(
         model,
-        stack=str(found.stack),
+        stack=found.describe() if stack is None else str(stack),
         head_blocks=tuple(paths[:first]),
         span_blocks=tuple(paths[first:last]),
         tail_blocks=tuple(paths[last:]),
         streams=tuple(streams),
         probe=None if probe is None else _measured(probe),
         timestep=timestep,
-        flops=found.stack.graph_flops,
+        flops=sum(map(node_flops, nodes)) if stack is None else stack.graph_flops,
         skipped_flops=sum(node_flops(node) for node in found.span),
         refused=refused,
     )

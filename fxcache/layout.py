@@ -1,6 +1,6 @@
 """What a state belongs to, and how its buffers are made."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ def signature_of(
     placeholders: list[fx.Node],
     inputs: GraphInputs,
     found: Cut,
-    state: tuple[FakeTensor | None, ...],
+    state: Sequence[FakeTensor],
 ) -> Callable[[Sequence[Any]], Hashable]:
     """What a state belongs to: the span, the layouts of the inputs and of what is kept.
 
@@ -26,13 +26,12 @@ def signature_of(
     """
     places = [placeholders.index(node) for node in inputs.data]
     # Of the integers, those that the shapes are made of: others (a timestep) change every step.
-    kept_fakes = [fake for fake in state if fake is not None]
-    symbols = set().union(*(_symbols(size) for fake in kept_fakes for size in fake.shape))
+    symbols = set().union(*(_symbols(size) for fake in state for size in fake.shape))
     sizes = [
         placeholders.index(node) for node in inputs.sizes if _symbols(fake_value(node)) & symbols
     ]
     span = tuple(block.path for block in found.span_blocks)
-    kept = (span, *map(_layout, kept_fakes))
+    kept = (span, *map(_layout, state))
     static = tuple(map(_layout, filter(_has_shape, map(fake_value, inputs.data))))
     if not inputs.sizes:
         constant = (static, (), kept)
@@ -67,7 +66,7 @@ def _is_tensor(value: Any) -> bool:
 def allocator(
     placeholders: list[fx.Node],
     inputs: GraphInputs,
-    reference: FakeTensor | None,
+    kept: Mapping[str, FakeTensor],
     residuals: list[FakeTensor],
     ring: int,
 ) -> Callable[[Sequence[Any]], Buffers]:
@@ -88,10 +87,7 @@ def allocator(
         # Plain tensors even under inference_mode, so that later calls outside may write them.
         with torch.inference_mode(False), torch.no_grad():
             rings = tuple(tuple(make(r) for _ in range(ring)) for r in residuals)
-            if reference is None:
-                return Buffers(None, None, rings)
-            probe = make(reference)
-            return Buffers(probe, probe.new_zeros(len(probe), dtype=torch.int32), rings)
+            return Buffers({key: make(fake) for key, fake in kept.items()}, rings)
 
     return allocate
 

@@ -1,7 +1,7 @@
 """Hand the pieces to a compiler: each as a whole, or its blocks one of a kind."""
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,17 +13,10 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from fxcache.capture import fake_value, is_unbacked, tensor_of
 from fxcache.errors import CaptureError, OptionError
 from fxcache.kernels import reference
-from fxcache.passes.branch import (
-    REFERENCE,
-    TICKETS,
-    WEIGHTS,
-    WRITTEN,
-    Piece,
-    Pieces,
-    ring_key,
-    slot_key,
-)
+from fxcache.passes.branch import WEIGHTS, Pieces, ring_key, slot_key
+from fxcache.passes.measure import FILTERED, REFERENCE
 from fxcache.passes.outline import Outline, outline
+from fxcache.passes.piece import WRITTEN, Piece
 from fxcache.runtime.calls import CallSequence, Function
 from fxcache.runtime.regions import Compiled
 
@@ -135,19 +128,19 @@ def _resolve_compiler(
 
 def compile_pieces(
     pieces: Pieces,
-    probe: FakeTensor | None,
+    kept: Mapping[str, torch.Tensor],
     residuals: list[FakeTensor],
     ring: int,
     lowering: Lowering,
 ) -> Compiled:
-    """Compile the pieces for state tensors like `probe` (the reference) and `residuals`."""
+    """Compile the pieces for state tensors like `kept` (by key) and `residuals`."""
     mode = residuals[0].fake_mode
     with mode:
-        fakes: dict[Hashable, Any] = {
-            REFERENCE: probe,
-            TICKETS: None if probe is None else probe.new_empty(probe.shape[:1], dtype=torch.int32),
-            WEIGHTS: torch.empty(ring, device=residuals[0].device),
-        }
+        fakes: dict[Hashable, Any] = {WEIGHTS: torch.empty(ring, device=residuals[0].device)}
+    fakes.update(kept)
+    if REFERENCE in kept:
+        fakes[FILTERED] = kept[REFERENCE]
+    with mode:
         for stream, residual in enumerate(residuals):
             fakes[slot_key(stream)] = residual
             fakes |= {ring_key(stream, j): torch.empty_like(residual) for j in range(ring)}

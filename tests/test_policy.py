@@ -10,7 +10,7 @@ from zoo import SequentialDiT, at_step, make
 
 import fxcache
 from fxcache import FirstBlockCache, PolicyError, Reuse, StepSchedule, Taylor
-from fxcache.policy import History
+from fxcache.policy import History, Span
 
 PAST = (0,)
 
@@ -21,10 +21,10 @@ def decisions(policy, metrics, num_steps=None):
     made = []
     for step, metric in enumerate(metrics):
         history.step = step
-        decision = policy.decide(metric, history)
+        decision = policy.rule(metric, history)
         made.append(decision.is_hit)
         if decision.is_hit:
-            history.accumulated += metric
+            history.accumulated += decision.score
             history.hits_in_a_row += 1
         else:
             history.accumulated, history.hits_in_a_row, history.past = 0.0, 0, (step,)
@@ -52,7 +52,7 @@ def test_zero_never_hits_and_infinity_hits_whenever_it_may():
 
 @pytest.mark.parametrize("metric", [math.nan, math.inf])
 def test_nan_and_inf_are_misses(metric):
-    decision = FirstBlockCache(threshold=math.inf).decide(metric, History(step=1, past=PAST))
+    decision = FirstBlockCache(threshold=math.inf).rule(metric, History(step=1, past=PAST))
     assert not decision.is_hit
     assert decision.reason == "not finite"
 
@@ -60,7 +60,7 @@ def test_nan_and_inf_are_misses(metric):
 def test_the_threshold_is_compared_in_float32():
     # float32(0.1) is a little more than 0.1: a metric of that value is not below the threshold.
     metric = 0.10000000149011612
-    assert not FirstBlockCache(threshold=0.1).decide(metric, History(step=1, past=PAST)).is_hit
+    assert not FirstBlockCache(threshold=0.1).rule(metric, History(step=1, past=PAST)).is_hit
 
 
 def test_warmup_steps():
@@ -83,7 +83,7 @@ def test_start_and_end_are_fractions_of_the_steps():
     policy = FirstBlockCache(threshold=math.inf, start=0.3, end=0.7)
     assert decisions(policy, [0.0] * 10, num_steps=10) == [False] * 3 + [True] * 4 + [False] * 3
     with pytest.raises(PolicyError, match=r"trajectory\(num_steps"):
-        policy.decide(0.0, History(step=1, past=PAST))
+        policy.rule(0.0, History(step=1, past=PAST))
 
 
 @pytest.mark.parametrize(
@@ -185,16 +185,16 @@ def test_schedules_check_the_forecast():
 
 def test_a_schedule_measures_nothing_and_spans_the_stack():
     policy = StepSchedule(mask=[True])
-    assert (policy.measures, policy.head_blocks, policy.tail_blocks) == (False, 0, 0)
+    assert (policy.probe, policy.span) == (None, Span())
     assert isinstance(policy, fxcache.policy.Policy)
 
 
 def test_a_schedule_hits_where_the_mask_says_so():
     policy = StepSchedule(mask=[True, True, False, True, True])
     assert decisions(policy, [math.nan] * 7) == [False, True, False, True, True, False, False]
-    assert policy.decide(math.nan, History(step=2, past=PAST)).reason == "scheduled"
-    assert policy.decide(math.nan, History(step=5, past=PAST)).reason == "beyond the mask"
-    assert policy.decide(math.nan, History(step=1)).reason == "nothing cached"
+    assert policy.rule(math.nan, History(step=2, past=PAST)).reason == "scheduled"
+    assert policy.rule(math.nan, History(step=5, past=PAST)).reason == "beyond the mask"
+    assert policy.rule(math.nan, History(step=1)).reason == "nothing cached"
 
 
 ZOO = ["sequential_dit", "uvit", "flux", "sd3", "sd15_unet", "wan_t2v", "pixart", "cogvideox"]

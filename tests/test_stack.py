@@ -12,6 +12,8 @@ from fxcache.dataflow import data_flow, residual_path, split_writes, writes_in_p
 from fxcache.integrations.tiny import tiny_model
 from fxcache.passes.branch import build_pieces
 from fxcache.passes.cut import cut
+from fxcache.policy import Span
+from fxcache.policy.probe import HeadResidual
 from fxcache.stack import find_stack, node_flops
 
 
@@ -46,7 +48,7 @@ def test_the_graph_of_the_backend_is_not_changed():
     gm = captured(SequentialDiT().eval(), token_inputs())
     before = str(gm.graph)
     inputs, flow = graph_inputs(gm.graph), data_flow(gm.graph)
-    found = cut(gm.graph, find_stack(gm.graph, flow), flow, inputs, head_blocks=1, tail_blocks=0)
+    found = cut(gm.graph, find_stack(gm.graph, flow), flow, inputs, span=Span(1), probe=HeadResidual())
     pieces = build_pieces(gm, found, flow, ring=1)
     assert str(gm.graph) == before
     for piece in (pieces.head, pieces.hit, pieces.miss):
@@ -59,7 +61,7 @@ def test_roles_cover_the_graph_once():
     gm = captured(*tiny_model("WanVACETransformer3DModel", vace_layers=[0, 1]))
     flow = data_flow(gm.graph)
     stack = find_stack(gm.graph, flow)
-    found = cut(gm.graph, stack, flow, graph_inputs(gm.graph), head_blocks=1, tail_blocks=0)
+    found = cut(gm.graph, stack, flow, graph_inputs(gm.graph), span=Span(1), probe=HeadResidual())
     roles = [*found.head, *found.span, *found.tail]
     assert len(roles) == len(set(roles))
     assert not set(found.span) & flow.ancestors(found.head)

@@ -8,27 +8,25 @@
 
 Which of hit and miss follows head is decided between them; how, is the runtime's choice. Where
 nothing is measured there is no head: hit and miss hold all of it, and a step is one region. The
-pieces write nothing but the miss its residual slots and its reference.
+pieces write nothing but the miss its residual slots, and hit and miss what the next measurement is
+compared with.
 """
 
-from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 
-from fxcache.capture import fake_tensor, fake_value, tensor_of
-from fxcache.dataflow import DataFlow, is_context, op_name
+from fxcache.capture import fake_tensor, tensor_of
+from fxcache.dataflow import DataFlow
 from fxcache.kernels import reference
 from fxcache.passes.cut import Cut
+from fxcache.passes.measure import Measurement, residual_like
+from fxcache.passes.piece import Piece, PieceGraph, stages
 
-REFERENCE, WEIGHTS = "fxcache_reference", "fxcache_weights"
-#: Scratch of the kernel that measures.
-TICKETS = "fxcache_tickets"
-#: The meta key of nodes that were not captured.
-WRITTEN = "fxcache_written"
+WEIGHTS = "fxcache_weights"
 
 
 def slot_key(stream: int) -> str:
@@ -39,20 +37,6 @@ def slot_key(stream: int) -> str:
 def ring_key(stream: int, index: int) -> str:
     """The key of one past residual of `stream`."""
     return f"fxcache_ring_{stream}_{index}"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A graph module and what it takes and gives.
-
-    `arguments` are keys, one a placeholder: nodes of the captured graph (an input, or a value that
-    head computed), ``("snapshot", node)``, or names of state tensors. `results` are the keys of
-    what head returns first, and of the constants that a miss returns last.
-    """
-
-    module: fx.GraphModule
-    arguments: tuple[Hashable, ...]
-    results: tuple[Hashable, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,10 +66,10 @@ class _Writer:
 
     def __init__(self, gm: fx.GraphModule, cut: Cut, flow: DataFlow, kernels: Any) -> None:
         self.gm, self.cut, self.flow, self.kernels = gm, cut, flow, kernels
-        self.stages = _stages(gm.graph)
-        self.measured = cut.probe.nodes if cut.probe is not None else []
+        self.stages = stages(gm.graph)
+        self.measurement = measurement_of(cut, kernels)
         befores = [stream.before for stream in cut.streams if stream.before is not None]
-        kept = [*befores, *self.measured]
+        kept = [*befores, *(cut.probe.nodes if cut.probe is not None else [])]
         self.snapshots = cut.snapshots
         used = set(kept)
         for node in (*cut.span, *cut.tail, gm.graph.output_node()):
@@ -101,29 +85,21 @@ class _Writer:
         self.crossing = tuple(node for node in self.crossing if node not in self.same)
 
     def head(self) -> Piece:
-        graph = _PieceGraph(self.gm, self.stages, self.snapshots)
+        assert self.measurement is not None
+        graph = PieceGraph(self.gm, self.stages, self.snapshots)
         graph.emit(self.cut.head)
-        timestep = self.cut.timestep
-        probe = [graph.read(node, snapshot=True) for node in self.measured]
-        # Without gradients: those of an unused ratio to an all-zero reference would be 0 * inf.
-        after, *before = (graph.proxy(node).detach() for node in probe)
-        operands = [after, before[0] if before else None, graph.proxy(graph.argument(REFERENCE))]
-        if self.kernels is not reference:
-            operands.append(graph.proxy(graph.argument(TICKETS)))
-        change = self.kernels.residual_diff(*operands)
-        time = None if timestep is None else graph.proxy(graph.read(timestep))
-        measured = _decision_inputs(change, time)
+        measured, own = self.measurement.measure(graph)
         crossing = [graph.read(node) for node in self.crossing]
         copied = sorted(self.snapshots, key=self.flow.position.__getitem__)
         copies = [graph.read(node, snapshot=True) for node in copied]
-        results = (*self.crossing, *(("snapshot", node) for node in copied))
-        return graph.finish([*crossing, *copies, measured.node], results)
+        results = (*self.crossing, *(("snapshot", node) for node in copied), *own)
+        return graph.finish([*crossing, *copies, *own.values(), measured.node], results)
 
-    def _after_head(self) -> "_PieceGraph":
+    def _after_head(self) -> PieceGraph:
         """A graph that goes on behind the head, or that begins with it if it is no piece."""
         if self.cut.probe is not None:
-            return _PieceGraph(self.gm, self.stages, {}, self.same)
-        graph = _PieceGraph(self.gm, self.stages, self.snapshots, self.same)
+            return PieceGraph(self.gm, self.stages, {}, self.same)
+        graph = PieceGraph(self.gm, self.stages, self.snapshots, self.same)
         graph.emit(self.cut.head)
         return graph
 
@@ -142,6 +118,8 @@ class _Writer:
         for node in self.cut.constants:
             if fake_tensor(node) is not None:  # the tail may write into it, or return it
                 graph.define(node, graph.proxy(graph.read(node)).clone().node)
+        if self.measurement is not None:
+            self.measurement.on_hit(graph, lambda node: self._kept(graph, node))
         graph.emit(self.cut.tail)
         return graph.finish(graph.outputs())
 
@@ -152,10 +130,8 @@ class _Writer:
             after = graph.proxy(graph.read(stream.after))
             before = None if stream.before is None else self._kept(graph, stream.before)
             self._refresh(graph, after, before, slot_key(index))
-        if self.cut.probe is not None:
-            after, *before_probe = (self._kept(graph, node) for node in self.measured)
-            before = before_probe[0] if before_probe else None
-            self._refresh(graph, graph.proxy(after), before, REFERENCE)
+        if self.measurement is not None:
+            self.measurement.on_miss(graph, lambda node: self._kept(graph, node))
         constants = [graph.read(node) for node in self.cut.constants]
         kept = [
             value if fake_tensor(node) is None else graph.proxy(value).clone().node
@@ -164,13 +140,13 @@ class _Writer:
         graph.emit(self.cut.tail)
         return graph.finish([*graph.outputs(), *kept], self.cut.constants)
 
-    def _refresh(self, graph: "_PieceGraph", after: Any, before: fx.Node | None, key: str) -> None:
+    def _refresh(self, graph: PieceGraph, after: Any, before: fx.Node | None, key: str) -> None:
         """Store the residual ``after - before``, without its gradients."""
         slot = graph.proxy(graph.argument(key))
         base = None if before is None else graph.proxy(before).detach()
         self.kernels.refresh(after.detach(), base, slot)
 
-    def _kept(self, graph: "_PieceGraph", node: fx.Node) -> fx.Node:
+    def _kept(self, graph: PieceGraph, node: fx.Node) -> fx.Node:
         """Read `node` as it was before anybody overwrote it."""
         if node not in self.snapshots:
             return graph.read(node)
@@ -194,177 +170,18 @@ def _laid_out_like(after: fx.Node, predicted: Any) -> Any:
     return predicted.permute(order).contiguous().permute(inverse)
 
 
-def _decision_inputs(change: Any, timestep: Any) -> Any:
-    """float32 [2]: residual diff (NaN and Inf stay) and timestep; one read-back serves both."""
-    total, scale = change.sum(0).unbind(0)
-    # 0 / 0 of two equal all-zero residuals (zero-initialised gates) is no difference; NaN / NaN is.
-    diff = torch.where(total == 0, total, total / scale)
-    if timestep is None:
-        return torch.stack([diff])
-    time = timestep.reshape(-1).amax().to(device=diff.device, dtype=torch.float32)
-    return torch.stack([diff, time])
+def measurement_of(cut: Cut, kernels: Any = reference) -> Measurement | None:
+    """How the probe of `cut` is measured, None if nothing is."""
+    if cut.probe is None:
+        return None
+    return Measurement(cut.probe, cut.streams[0].after, cut.timestep, kernels)
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """The global state that a node was recorded in.
-
-    `entered` are the contexts that are open (autocast), outermost first; `settings` the setters in
-    force (attention backend), by name.
+def state_fakes(cut: Cut) -> tuple[dict[str, FakeTensor], list[FakeTensor]]:
+    """Fake tensors like what the measurement keeps, by key, and like each stream's residual
+    (contiguous).
     """
-
-    entered: tuple[fx.Node, ...] = ()
-    settings: tuple[tuple[str, fx.Node], ...] = ()
-
-
-def _stages(graph: fx.Graph) -> tuple[dict[fx.Node, _Stage], _Stage]:
-    """The stage of each node, and the one that the graph leaves behind."""
-    entered: tuple[fx.Node, ...] = ()
-    settings: dict[str, fx.Node] = {}
-    stages = {}
-    for node in graph.nodes:
-        if is_context(node):
-            name = op_name(node)
-            if name.startswith("_enter_"):
-                entered = (*entered, node)
-            elif name.startswith("_exit_"):
-                entered = tuple(n for n in entered if n is not node.args[0])
-            else:
-                settings[name] = node
-        stages[node] = _Stage(entered, tuple(settings.items()))
-    return stages, _Stage((), tuple(settings.items()))
-
-
-class _Tracer(fx.proxy.GraphAppendingTracer):
-    """Marks the nodes that the pass itself writes."""
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
-        node.meta[WRITTEN] = True
-        return node
-
-
-class _PieceGraph:
-    """A graph under construction: copies nodes of `gm`, adds what they read as arguments."""
-
-    def __init__(
-        self,
-        gm: fx.GraphModule,
-        stages: tuple[dict[fx.Node, _Stage], _Stage],
-        snapshots: dict[fx.Node, fx.Node],
-        same: dict[fx.Node, fx.Node] | None = None,
-    ) -> None:
-        self.gm, self.snapshots, self.same = gm, snapshots, same or {}
-        self.stages, self.last_stage = stages
-        self.graph = fx.Graph()
-        self.tracer = _Tracer(self.graph)
-        self.defined: dict[fx.Node, fx.Node] = {}
-        self.copies: dict[fx.Node, fx.Node] = {}
-        self.arguments: dict[Hashable, fx.Node] = {}
-        self.open: list[tuple[fx.Node, fx.Node]] = []
-        self.settings: dict[str, fx.Node] = {}
-
-    def proxy(self, node: fx.Node) -> Any:
-        return fx.Proxy(node, self.tracer)
-
-    def argument(self, key: str | tuple[str, fx.Node]) -> fx.Node:
-        """The placeholder for `key`, made at its first use."""
-        if key not in self.arguments:
-            name = key if isinstance(key, str) else "_".join(str(part) for part in key)
-            self.arguments[key] = self._placeholder(name)
-        return self.arguments[key]
-
-    def _placeholder(self, name: str) -> fx.Node:
-        first_other = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
-        if first_other is None:
-            return self.graph.placeholder(name)
-        with self.graph.inserting_before(first_other):
-            return self.graph.placeholder(name)
-
-    def define(self, node: fx.Node, value: fx.Node) -> None:
-        self.defined[node] = value
-
-    def read(self, node: fx.Node, *, snapshot: bool = False) -> fx.Node:
-        """The node of this graph that holds `node`: computed here, or an argument."""
-        if node not in self.defined and node in self.same:
-            self.defined[node] = self.read(self.same[node])
-        if node not in self.defined:
-            if node.op == "get_attr":
-                self.defined[node] = self.graph.node_copy(node)
-            else:
-                if node not in self.arguments:
-                    self.arguments[node] = self._placeholder(node.name)
-                    self.arguments[node].meta = dict(node.meta)
-                self.defined[node] = self.arguments[node]
-            self._snapshot(node)
-        return self.copies.get(node, self.defined[node]) if snapshot else self.defined[node]
-
-    def emit(self, nodes: Iterable[fx.Node]) -> None:
-        """Copy `nodes`, in their order, each on the stage that it was recorded on."""
-        for node in nodes:
-            self._switch(self.stages[node], node.meta)
-            for operand in node.all_input_nodes:
-                self.read(operand)
-            self.defined[node] = self.graph.node_copy(node, self.read)
-            self._snapshot(node)
-        self._switch(self.last_stage if self.settings else _Stage(), {})
-
-    def _snapshot(self, done: fx.Node) -> None:
-        """Copy what `done`, just emitted, has made complete."""
-        for node, complete in self.snapshots.items():
-            if complete is done:
-                self.copies[node] = self.graph.call_method("clone", (self.read(node),))
-
-    def _switch(self, stage: _Stage, meta: dict[str, Any]) -> None:
-        """Set the stage for a node with `meta`; what opens a context gets its module stack."""
-        for name, setter in stage.settings:
-            if self.settings.get(name) is not setter:
-                self.settings[name] = setter
-                self.graph.node_copy(setter, self._constant)
-        contexts = stage.entered
-        while self.open and [n for n, _ in self.open] != list(contexts[: len(self.open)]):
-            entered, copy = self.open.pop()
-            exits = next(user for user in entered.users if op_name(user).startswith("_exit_"))
-            leave = self.graph.call_function(cast(Callable[..., Any], exits.target), (copy,))
-            leave.meta = dict(copy.meta)
-        for entered in contexts[len(self.open) :]:
-            copy = self.graph.node_copy(entered, self.read)
-            copy.meta["nn_module_stack"] = meta.get("nn_module_stack")
-            self.open.append((entered, copy))
-
-    def _constant(self, node: fx.Node) -> fx.Node:
-        """A copy of `node`, an argument of a setter, and of what it is made of."""
-        return self.graph.node_copy(node, self._constant)
-
-    def outputs(self) -> list[Any]:
-        """What the captured graph returns, flat: Dynamo returns one flat tuple."""
-        (results,) = self.gm.graph.output_node().args
-        flat = results if isinstance(results, list | tuple) else (results,)
-        return [self.read(r) if isinstance(r, fx.Node) else r for r in flat]
-
-    def finish(self, outputs: list[Any], results: tuple[Hashable, ...] = ()) -> Piece:
-        for node in self.gm.graph.find_nodes(op="placeholder"):
-            if isinstance(fake_value(node), torch.SymInt):
-                self.read(node)  # shapes of arguments may be formulas of it
-        self.graph.output(tuple(outputs))
-        module = fx.GraphModule(self.gm, self.graph)
-        module.graph.lint()
-        return Piece(module, tuple(self.arguments), results)
-
-
-def state_fakes(cut: Cut) -> tuple[FakeTensor | None, list[FakeTensor]]:
-    """Fake tensors like the reference (None if nothing is measured), and like each stream's
-    residual (contiguous).
-    """
-
-    def like(after: fx.Node, before: fx.Node | None) -> Any:
-        value = tensor_of(after)
-        if before is None:
-            return value.new_empty(value.shape)
-        base = tensor_of(before)
-        return value.new_empty(base.shape, dtype=torch.promote_types(value.dtype, base.dtype))
-
-    probe = cut.probe
+    measurement = measurement_of(cut)
     with tensor_of(cut.streams[0].after).fake_mode, torch.no_grad():
-        reference = None if probe is None else like(probe.after, probe.before)
-        return reference, [like(stream.after, stream.before) for stream in cut.streams]
+        residuals = [residual_like(stream.after, stream.before) for stream in cut.streams]
+    return {} if measurement is None else measurement.kept(), residuals

@@ -23,6 +23,7 @@ from fxcache.capture import (
     is_stream_like,
     is_unbacked,
     same_layout,
+    same_size,
     tensor_of,
 )
 from fxcache.dataflow import (
@@ -36,7 +37,9 @@ from fxcache.dataflow import (
     written_storages,
 )
 from fxcache.errors import CaptureError, PolicyError, StackNotFoundError
-from fxcache.passes.probe import Probe, find_probe
+from fxcache.passes.probe import Probe, find_head_residual, find_input_probe, sample_input
+from fxcache.policy.base import Span
+from fxcache.policy.probe import HeadResidual, ProbeKind
 from fxcache.stack import Block, Stack
 
 _SLICES = {"getitem", "narrow", "chunk", "split", "unbind", "tensor_split", "select", "slice"}
@@ -58,12 +61,13 @@ class Cut:
     """Roles of a graph's nodes (each in recorded order) and what crosses between them.
 
     `constants` leave the span but are no streams: numbers, and tensors that are not floating. They
-    are kept as they are. `probe` is None if nothing is measured. `snapshots` are tensors of the
+    are kept as they are. `stack` is None if the span is the whole model, whatever it is made of.
+    `probe` is None if nothing is measured. `snapshots` are tensors of the
     head that are needed as they were before somebody overwrote them, each with the node after which
     it is complete.
     """
 
-    stack: Stack
+    stack: Stack | None
     span_blocks: tuple[Block, ...]
     head: tuple[fx.Node, ...]
     span: tuple[fx.Node, ...]
@@ -74,6 +78,12 @@ class Cut:
     snapshots: dict[fx.Node, fx.Node]
     timestep: fx.Node | None
 
+    def describe(self) -> str:
+        """Which blocks are the span."""
+        if self.stack is None:
+            return "the whole model"
+        return f"{len(self.span_blocks)} of the {len(self.stack.blocks)} blocks of {self.stack}"
+
 
 def cut(
     graph: fx.Graph,
@@ -81,62 +91,126 @@ def cut(
     flow: DataFlow,
     inputs: GraphInputs,
     *,
-    head_blocks: int,
-    tail_blocks: int,
-    measured: bool = True,
+    span: Span,
+    probe: ProbeKind | None,
 ) -> Cut:
-    """Divide `graph` at `stack`, with `head_blocks` and `tail_blocks` blocks left outside the span.
+    """Divide `graph` at `stack`, with the head and tail blocks of `span` left outside of it.
 
-    If nothing is `measured`, the head is only what the predictor and the tail need.
+    `probe` is what is measured; if nothing is, the head is only what the predictor and the tail
+    need.
 
     Raises PolicyError if that leaves no span, CaptureError if the span writes in place into a
-    tensor of the head that the tail reads.
+    tensor of the head that the tail reads, or if there is nothing like `probe`.
     """
-    blocks = stack.blocks
-    span_blocks = blocks[head_blocks : len(blocks) - tail_blocks]
+    head_blocks, blocks = span.head_blocks, stack.blocks
+    span_blocks = blocks[head_blocks : len(blocks) - span.tail_blocks]
     if not span_blocks:
         raise PolicyError(
-            f"head_blocks={head_blocks} and tail_blocks={tail_blocks} leave no span: the stack "
-            f"{stack} has {len(blocks)} blocks, so head_blocks + tail_blocks must be at most "
+            f"head_blocks={head_blocks} and tail_blocks={span.tail_blocks} leave no span: the "
+            f"stack {stack} has {len(blocks)} blocks, so head_blocks + tail_blocks must be at most "
             f"{len(blocks) - 1}"
         )
+    found = _early_probe(graph, stack, flow, inputs, probe)
     core = _core(span_blocks)
+    if found is not None:  # measured before it is known whether the span runs
+        core -= flow.ancestors(found.nodes) | set(found.nodes)
     after_core = flow.descendants(core)
-    span = core | (after_core & flow.ancestors(core))
+    inner = core | (after_core & flow.ancestors(core))
     first = set(span_blocks[0].nodes)
     moving = (
         flow.descendants(n for b in blocks[:head_blocks] for n in b.nodes) if head_blocks else None
     )
 
     def partner(node: fx.Node) -> fx.Node | None:
-        return _partner(node, span, after_core, first, moving, flow)
+        return _partner(node, inner, after_core, first, moving, flow)
 
-    span |= _absorbed(span, partner)
-    leaving = [n for n in span if any(user not in span for user in n.users)]
+    inner |= _absorbed(inner, partner)
+    leaving = [n for n in inner if any(user not in inner for user in n.users)]
     leaving.sort(key=flow.position.__getitem__)
     streams = tuple(Stream(node, partner(node)) for node in leaving if _is_floating(node))
-    tail = (after_core | flow.descendants(span)) - span
-    _check_writes(flow, span, tail)
+    tail = (after_core | flow.descendants(inner)) - inner
+    _check_writes(flow, inner, tail)
     if not streams:
         raise StackNotFoundError(f"the stack {stack} was found, but nothing reads its result")
     befores = [stream.before for stream in streams if stream.before is not None]
-    probe = None
-    if measured:
-        probe = find_probe(graph, stack, befores, flow, inputs, head_blocks, span, tail)
-    needed, snapshots = _kept(stack, befores, probe, flow, span | tail)
-    head, sunk, late = _place_rest(graph, flow, span, tail, needed)
+    if isinstance(probe, HeadResidual):
+        found = find_head_residual(graph, stack, befores, flow, inputs, head_blocks, inner, tail)
+    starts = set(blocks[0].nodes)
+    needed, snapshots = _kept(starts, befores, found, flow, inner | tail)
+    head, sunk, late = _place_rest(graph, flow, inner, tail, needed)
     return Cut(
         stack=stack,
         span_blocks=span_blocks,
         head=_ordered(head, flow),
-        span=_ordered(span | sunk, flow),
+        span=_ordered(inner | sunk, flow),
         tail=_ordered(tail | late, flow),
         streams=streams,
         constants=tuple(node for node in leaving if not _is_floating(node)),
-        probe=probe,
+        probe=found,
         snapshots=snapshots,
         timestep=inputs.timestep,
     )
+
+
+def _early_probe(
+    graph: fx.Graph,
+    stack: Stack | None,
+    flow: DataFlow,
+    inputs: GraphInputs,
+    kind: ProbeKind | None,
+) -> Probe | None:
+    """The probe, where it does not depend on the span."""
+    if kind is None or isinstance(kind, HeadResidual):
+        return None
+    return find_input_probe(graph, stack, flow, inputs, kind)
+
+
+def cut_whole(
+    graph: fx.Graph, flow: DataFlow, inputs: GraphInputs, *, probe: ProbeKind | None
+) -> Cut:
+    """Divide `graph` so that all of it is the span, whatever it is made of.
+
+    An output is cached as its difference to the noisy input where the two have one shape.
+
+    Raises CaptureError if the graph returns no floating tensor, or if there is nothing like `probe`
+    that does not depend on the span.
+    """
+    found = _early_probe(graph, None, flow, inputs, probe)
+    if probe is not None and found is None:
+        raise CaptureError(f"{probe} lies within the span: with the whole model as the span, "
+                           f"the probe must be an input")  # fmt: skip
+    given = set(graph.find_nodes(op="placeholder"))
+    results = [n for n in graph.output_node().all_input_nodes if n not in given]
+    sample = sample_input(graph, inputs)
+    streams = tuple(Stream(n, _same_shape(n, sample)) for n in results if _is_floating(n))
+    if not streams:
+        raise CaptureError("the model returns no floating tensor that it computed")
+    befores = [stream.before for stream in streams if stream.before is not None]
+    own = found.nodes if found is not None else []
+    head = (flow.ancestors(own) | set(own)) - given
+    span = set(graph.nodes) - given - head
+    needed, snapshots = _kept(set(), befores, found, flow, span)
+    head |= needed - given
+    return Cut(
+        stack=None,
+        span_blocks=(),
+        head=_ordered(head, flow),
+        span=_ordered(span - head, flow),
+        tail=(),
+        streams=streams,
+        constants=tuple(node for node in results if not _is_floating(node)),
+        probe=found,
+        snapshots=snapshots,
+        timestep=inputs.timestep,
+    )
+
+
+def _same_shape(node: fx.Node, sample: fx.Node | None) -> fx.Node | None:
+    """`sample`, if `node` has its shape: they differ in dtype at most."""
+    if sample is None or not _is_floating(sample):
+        return None
+    shape, other = tensor_of(node).shape, tensor_of(sample).shape
+    return sample if len(shape) == len(other) and all(map(same_size, shape, other)) else None
 
 
 def _is_floating(node: fx.Node) -> bool:
@@ -259,18 +333,21 @@ def _check_writes(flow: DataFlow, span: set[fx.Node], tail: set[fx.Node]) -> Non
 
 
 def _kept(
-    stack: Stack,
+    first: set[fx.Node],
     befores: list[fx.Node],
     probe: Probe | None,
     flow: DataFlow,
     behind: set[fx.Node],
 ) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:
-    """What is measured and added to: all that computes it, and what is overwritten later on."""
+    """What is measured and added to: all that computes it, and what is overwritten later on.
+
+    `first` are the nodes of the first block, `behind` those of span and tail.
+    """
     kept = [*befores, *(probe.nodes if probe is not None else [])]
     needed, snapshots = set(kept), {}
     for node in kept:
         is_start = probe is not None and node is probe.before
-        readers = behind | set(stack.blocks[0].nodes) if is_start else behind
+        readers = behind | first if is_start else behind
         completing, overwriting = split_writes(flow, node, readers)
         needed.update(completing)
         if overwriting:

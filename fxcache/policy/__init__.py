@@ -1,17 +1,29 @@
 """Policies decide; they hold no state and touch no tensor."""
 
-from fxcache.policy.base import Decision, History, Policy
+from fxcache.policy.base import Decision, History, Origin, Policy, Span
+from fxcache.policy.easy_cache import EasyCache
 from fxcache.policy.first_block_cache import FirstBlockCache
 from fxcache.policy.forecast import Forecast, Reuse, Taylor
+from fxcache.policy.mag_cache import MagCache
+from fxcache.policy.probe import ProbeKind
+from fxcache.policy.sea_cache import SeaCache
 from fxcache.policy.step_schedule import StepSchedule
+from fxcache.policy.tea_cache import TeaCache
 
 __all__ = [
     "Decision",
+    "EasyCache",
     "FirstBlockCache",
     "Forecast",
     "History",
+    "MagCache",
+    "Origin",
     "Policy",
+    "ProbeKind",
     "Reuse",
+    "SeaCache",
+    "Span",
     "StepSchedule",
     "Taylor",
+    "TeaCache",
 ]

@@ -1,10 +1,12 @@
-"""What every policy answers: which blocks are the span, and is this evaluation a hit?"""
+"""What every policy answers: what is measured, what is skipped, and is this evaluation a hit?"""
 
 import ctypes
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from fxcache.policy.forecast import Forecast
+from fxcache.policy.probe import ProbeKind
 
 
 @dataclass
@@ -12,8 +14,9 @@ class History:
     """What a policy knows of a branch's trajectory when it decides.
 
     `step` counts the trajectory's steps from 0; `num_steps` is their number if it was announced;
-    `accumulated` is the sum of the metrics of the hits since the last miss, `hits_in_a_row` their
-    number; `past` are the steps of the residuals that are held, newest first (empty: none is).
+    `accumulated` is the sum of the scores of the hits since the last miss, `hits_in_a_row` their
+    number; `past` are the steps of the residuals that are held, newest first (empty: none is);
+    `computed` counts the misses since nothing was held; `branch` is the caller's name for it.
     """
 
     step: int = 0
@@ -21,46 +24,77 @@ class History:
     accumulated: float = 0.0
     hits_in_a_row: int = 0
     past: tuple[int, ...] = ()
+    branch: Hashable = None
+    computed: int = 0
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A hit or a miss; a miss has a reason."""
+    """A hit or a miss; a miss has a reason.
+
+    `score` is what a hit adds to `History.accumulated`, and what was compared with the threshold.
+    """
 
     is_hit: bool
     reason: str | None = None
+    score: float = 0.0
 
 
-HIT = Decision(True)
+@dataclass(frozen=True)
+class Span:
+    """The blocks that a hit skips: all but the first `head_blocks` and the last `tail_blocks`.
+
+    With `whole_model`, the model itself: from its input to its output.
+    """
+
+    head_blocks: int = 0
+    tail_blocks: int = 0
+    whole_model: bool = False
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a ready-made policy comes from: a preset, or a calibration.
+
+    `model_classes` are the class names of the denoisers it was made for, `source` says who
+    measured it.
+    """
+
+    preset: str
+    model_classes: tuple[str, ...] = ()
+    source: str = ""
 
 
 @runtime_checkable
 class Policy(Protocol):
-    """The interface between policies and the runtime. Policies are frozen and hold no state."""
+    """The interface between policies and the runtime: four choices, and two options.
+
+    Policies are frozen and hold no state. Any object with these members is one.
+    """
 
     @property
-    def measures(self) -> bool:
-        """Whether `decide` needs a metric. If not, a step is one region and nothing is read back;
-        `decide` is given NaN."""
+    def probe(self) -> ProbeKind | None:
+        """What is measured. None: nothing, so a step is one region and nothing is read back;
+        `rule` is given NaN."""
 
     @property
-    def head_blocks(self) -> int:
-        """Blocks at the start of the stack that always run."""
-
-    @property
-    def tail_blocks(self) -> int:
-        """Blocks at the end of the stack that always run."""
+    def span(self) -> Span:
+        """What a hit skips."""
 
     @property
     def forecast(self) -> Forecast:
         """What a hit puts in the place of the residual."""
 
     @property
+    def decide(self) -> str:
+        """Who decides where there are branches: "each" for itself, or the "first" of a step."""
+
+    @property
     def in_training(self) -> bool:
         """Whether to cache while gradients are enabled."""
 
-    def decide(self, metric: float, history: History) -> Decision:
-        """Decide on an evaluation whose probe's residual diff is `metric` (float32; may be NaN)."""
+    def rule(self, metric: float, history: History) -> Decision:
+        """Decide on an evaluation whose probe measured `metric` (float32; may be NaN)."""
 
 
 def as_float32(value: float) -> float:

@@ -1,16 +1,17 @@
 """A fixed schedule: which steps may be hits is known before the trajectory starts."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 from fxcache.errors import PolicyError
-from fxcache.policy.base import HIT, Decision, History
-from fxcache.policy.forecast import Forecast, Reuse, check_forecast
+from fxcache.policy.base import Decision, History, Span
+from fxcache.policy.checks import check_integer
+from fxcache.policy.named import NamedPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepSchedule:
+class StepSchedule(NamedPolicy):
     """Reuse the stack's residual on the steps that a mask names.
 
     Nothing is measured and nothing is read back, so a step is one compiled region (and with CUDA
@@ -21,43 +22,56 @@ class StepSchedule:
     Args:
         mask: one boolean a step of the trajectory; True where the step is a hit. Steps without a
             residual (the first) and steps beyond the mask are computed.
-        forecast: `Reuse()` or `Taylor(order=1)`.
-        in_training: cache with gradients enabled too.
+        forecast, decide, in_training, origin: see `NamedPolicy`.
 
     Raises:
         PolicyError: for a mask that is empty or holds something else than booleans.
     """
 
     mask: Sequence[bool]
-    forecast: Forecast = field(default_factory=Reuse)
-    in_training: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         mask = tuple(self.mask) if isinstance(self.mask, Iterable) else ()
         if not mask or not all(_is_boolean(value) for value in mask):
             raise PolicyError(f"mask must hold one boolean a step, got {self.mask!r}")
         object.__setattr__(self, "mask", tuple(map(bool, mask)))
-        check_forecast(self.forecast)
+
+    @classmethod
+    def every(cls, n: int, *, num_steps: int, warmup_steps: int = 1, **options: Any) -> Self:
+        """Compute the first `warmup_steps` steps of `num_steps`, and then every `n`-th.
+
+        ``every(2, num_steps=6)`` computes steps 0, 2 and 4. `options` are those of the class.
+
+        Raises PolicyError if `n`, `num_steps` or `warmup_steps` is below 1.
+        """
+        for name, value in (("n", n), ("num_steps", num_steps), ("warmup_steps", warmup_steps)):
+            check_integer(name, value, 1)
+        first = warmup_steps - 1
+        mask = [step > first and (step - first) % n != 0 for step in range(num_steps)]
+        return cls(mask=mask, **options)
 
     @property
-    def measures(self) -> bool:
-        return False
+    def probe(self) -> None:
+        return None
 
     @property
-    def head_blocks(self) -> int:
-        return 0
+    def span(self) -> Span:
+        return Span()
 
     @property
-    def tail_blocks(self) -> int:
-        return 0
+    def num_computed(self) -> int:
+        """How many of the mask's steps are computed: the first, and those that are no hits."""
+        return 1 + sum(not hit for hit in self.mask[1:])
 
-    def decide(self, metric: float, history: History) -> Decision:
+    def rule(self, metric: float, history: History) -> Decision:
         """Hit where the mask says so, if there is something to reuse."""
         if not history.past:
             return Decision(False, "nothing cached")
         if history.step >= len(self.mask):
             return Decision(False, "beyond the mask")
-        return HIT if self.mask[history.step] else Decision(False, "scheduled")
+        is_hit = self.mask[history.step]
+        return Decision(is_hit, None if is_hit else "scheduled")
 
 
 def _is_boolean(value: Any) -> bool:

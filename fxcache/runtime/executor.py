@@ -56,7 +56,7 @@ class StepExecutor:
             signature = self.signature(inputs)
             if state.signature != signature:
                 if state.signature is not None and not slot.is_announced:
-                    slot.begin()
+                    session.begin(slot)
                 state.allocate(signature, lambda: self.allocate(inputs))
             evaluation = self._regions(slot, state.allocated).begin(inputs, state.allocated)
             guess = self._guess(state, evaluation)
@@ -86,7 +86,7 @@ class StepExecutor:
         self, evaluation: Evaluation, inputs: Sequence[Any], slot: Slot
     ) -> tuple[float, float | None]:
         """The metric (NaN if nothing is measured) and the timestep (None if it is not known)."""
-        if self.session.policy.measures:
+        if self.session.policy.probe is not None:
             metric, *timestep = evaluation.read()
             return metric, timestep[0] if timestep else None
         value = None if self.timestep is None else inputs[self.timestep]
@@ -94,7 +94,7 @@ class StepExecutor:
 
     def _guess(self, state: BranchState, evaluation: Evaluation) -> tuple[Any, Any] | None:
         """With `speculate`: the weights of a hit at the next step, and its outputs, queued."""
-        if not self.speculate or not state.past or not self.session.policy.measures:
+        if not self.speculate or not state.past or self.session.policy.probe is None:
             return None
         weights = self._weights(state, state.step + 1)
         return weights, evaluation.hit(state.constants, weights)
@@ -109,7 +109,7 @@ class StepExecutor:
         return evaluation.hit(state.constants, weights)
 
     def _miss(self, state: BranchState, evaluation: Evaluation, metric: float) -> Sequence[Any]:
-        if self.session.policy.measures and not math.isfinite(metric):
+        if self.session.policy.probe is not None and not math.isfinite(metric):
             # Either this evaluation or the last computed one is broken: no forecast from the two.
             state.forget()
         at = state.oldest_slot()
@@ -128,9 +128,9 @@ class StepExecutor:
         return by_slot
 
     def _commit(self, slot: Slot, state: BranchState, metric: float, decision: Decision) -> None:
-        measures = self.session.policy.measures
         if decision.is_hit:
-            state.reused(metric if measures else 0.0)
+            state.reused(decision.score)
+        measures = self.session.policy.probe is not None
         # A first evaluation was compared with nothing: it has no metric.
         is_metric = measures and decision.reason != "nothing cached"
         self.session.record(slot, state, metric if is_metric else None, decision)

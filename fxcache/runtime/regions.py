@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from fxcache.passes.branch import REFERENCE, TICKETS, WEIGHTS, Piece, Pieces, ring_key, slot_key
+from fxcache.passes.branch import WEIGHTS, Pieces, ring_key, slot_key
+from fxcache.passes.piece import Piece
 from fxcache.runtime.state import Buffers
 
 Call = Callable[..., Sequence[Any]]
@@ -45,6 +46,7 @@ class Wiring:
 
     Args:
         inputs: keys of the captured graph's placeholders, in order.
+        kept: keys of what the measurement keeps, in order.
         streams: how many streams the state caches.
         ring: how many past residuals a stream.
     """
@@ -55,6 +57,7 @@ class Wiring:
         compiled: Compiled,
         *,
         inputs: Sequence[Hashable],
+        kept: Sequence[Hashable],
         streams: int,
         ring: int,
     ) -> None:
@@ -64,18 +67,19 @@ class Wiring:
         rings = [ring_key(s, j) for s in range(streams) for j in range(ring)]
         after_head = given
         if pieces.head is not None:
-            self.for_head = _picker(pieces.head, _extended(given, (REFERENCE, TICKETS)))
+            self.for_head = _picker(pieces.head, _extended(given, kept))
             after_head = _extended(given, pieces.head.results)
+        after_head = _extended(after_head, kept)
         for_hit = _extended(after_head, (*pieces.miss.results, *rings, WEIGHTS))
         self.for_hit = _picker(pieces.hit, for_hit)
-        self.for_miss = _picker(pieces.miss, _extended(after_head, (REFERENCE, *slots)))
+        self.for_miss = _picker(pieces.miss, _extended(after_head, slots))
         self.num_constants = len(pieces.miss.results)
 
     def head(self, inputs: Values, buffers: Buffers) -> tuple[Values, torch.Tensor | None]:
         """What crosses to hit and miss, and what was measured (None: nothing is)."""
         if self.compiled.head is None:
             return (), None
-        values = (*inputs, buffers.reference, buffers.tickets)
+        values = (*inputs, *buffers.kept.values())
         *crossing, measured = self.compiled.head(*self.for_head(values))
         return tuple(crossing), measured
 
@@ -83,11 +87,13 @@ class Wiring:
         self, values: Values, buffers: Buffers, constants: Values, weights: torch.Tensor | None
     ) -> Sequence[Any]:
         rings = (residual for ring in buffers.rings for residual in ring)
-        return self.compiled.hit(*self.for_hit((*values, *constants, *rings, weights)))
+        kept = buffers.kept.values()
+        return self.compiled.hit(*self.for_hit((*values, *kept, *constants, *rings, weights)))
 
     def miss(self, values: Values, buffers: Buffers, slot: int) -> tuple[Sequence[Any], Values]:
         slots = (ring[slot] for ring in buffers.rings)
-        outputs = self.compiled.miss(*self.for_miss((*values, buffers.reference, *slots)))
+        kept = buffers.kept.values()
+        outputs = self.compiled.miss(*self.for_miss((*values, *kept, *slots)))
         if not self.num_constants:
             return outputs, ()
         return outputs[: -self.num_constants], tuple(outputs[-self.num_constants :])

@@ -1,6 +1,7 @@
 """One session a denoiser: its policy, its state, what it recorded."""
 
 import logging
+import math
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 from fxcache.errors import OptionError
 from fxcache.policy import Decision, Policy
 from fxcache.report import Record, Report
-from fxcache.runtime.state import BranchState, Direction, Slot
+from fxcache.runtime.state import BranchState, Direction, Slot, Verdict
 
 log = logging.getLogger("fxcache")
 
@@ -36,6 +37,8 @@ class Session:
         self.slots: dict[Hashable, Slot] = {}
         self.records: deque[Record] = deque(maxlen=MAX_RECORDS)
         self.evaluations = 0
+        #: How many steps a trajectory has whose number of steps nobody announced, if it is known.
+        self.expected_steps: int | None = None
         self.graphs = 0
         self.recompiles = 0
         #: The caller's time input, for graphs that do not show it: a tensor, a number or None.
@@ -64,7 +67,7 @@ class Session:
         key = self._where.get()[0]
         slot = self.slots.get(key)
         if slot is None:
-            slot = self.slots[key] = Slot()
+            slot = self.slots[key] = Slot(num_steps=self.expected_steps)
         return slot
 
     @contextmanager
@@ -78,18 +81,36 @@ class Session:
             self._where.reset(token)
 
     @contextmanager
-    def trajectory(self, num_steps: int | None) -> Iterator[None]:
+    def trajectory(self, num_steps: int | None, first_step: int = 0) -> Iterator[None]:
         """Announce a trajectory: it starts clean, and nothing of it is left afterwards."""
         if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
             raise OptionError(f"num_steps must be a positive integer or None, got {num_steps!r}")
+        if not isinstance(first_step, int) or not 0 <= first_step < (num_steps or math.inf):
+            raise OptionError(
+                f"first_step must be an integer in [0, num_steps), got {first_step!r} with "
+                f"num_steps={num_steps!r}"
+            )
         key, slot = self._where.get()[0], self.slot
-        slot.begin(announced=True, num_steps=num_steps)
+        self.begin(slot, announced=True, num_steps=num_steps, first_step=first_step)
         try:
             yield
         finally:
-            slot.begin()
+            self.begin(slot)
             if key is not None:  # a request is over, and its name will not come back
                 self.slots.pop(key, None)
+
+    def begin(self, slot: Slot, **announcement: Any) -> None:
+        """Start a new trajectory in `slot`; of the last one, say what is worth saying."""
+        self._conclude(slot)
+        slot.begin(**{"num_steps": self.expected_steps, **announcement})
+
+    def _conclude(self, slot: Slot) -> None:
+        """Say once if the policy never hit, or always."""
+        if "hits" not in self._warned:
+            for branch, state in slot.branches.items():
+                if complaint := state.watch.complaint(self.policy, slot.num_steps, branch):
+                    self.say_once("hits", complaint)
+                    break
 
     def state(self) -> tuple[Slot, BranchState]:
         """The caller's slot and the state of the caller's branch in it."""
@@ -115,8 +136,24 @@ class Session:
             timestep = self.number_of(self.given_timestep.get(), slot)
         if not slot.is_announced:
             self._recognise(slot, state, timestep)
-        state.advance(timestep)
-        return self.policy.decide(metric, state.history(slot.num_steps))
+        slot.advance(state, timestep, self.direction.rising)
+        decision = self._verdict(slot, state, metric)
+        is_first = decision.reason == "nothing cached"  # compared with nothing
+        state.watch.note(math.nan if is_first else metric, decision)
+        return decision
+
+    def _verdict(self, slot: Slot, state: BranchState, metric: float) -> Decision:
+        """What the policy says, or what it said to the first branch of this step."""
+        branch, verdict = self._where.get()[1], slot.verdict
+        is_led = verdict is not None and verdict.branch != branch and verdict.step == state.step
+        if self.policy.decide == "first" and is_led:
+            assert verdict is not None
+            if not state.past:
+                return Decision(False, "nothing cached")
+            return Decision(verdict.is_hit, None if verdict.is_hit else "the first branch computed")
+        decision = self.policy.rule(metric, state.history(slot.num_steps, branch))
+        slot.verdict = Verdict(branch, state.step, decision.is_hit)
+        return decision
 
     def _recognise(self, slot: Slot, state: BranchState, timestep: float | None) -> None:
         """Begin a new trajectory if `timestep` says so; nobody announced one."""
@@ -128,7 +165,7 @@ class Session:
                 "only. Announce them: with denoiser.trajectory()",
             )
         elif self.direction.turns_back(state, timestep):
-            slot.begin()
+            self.begin(slot)
         elif timestep == state.timestep:
             if self.where[1] is None:
                 self.say_once(
@@ -184,5 +221,7 @@ class Session:
 
     def report(self) -> Report:
         """Everything noted since the start or the last reset."""
+        for slot in self.slots.values():
+            self._conclude(slot)
         cached = sum(slot.nbytes for slot in self.slots.values())
         return Report(tuple(self.records), cached, self.graphs, self.recompiles)

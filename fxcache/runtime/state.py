@@ -12,23 +12,22 @@ from dataclasses import dataclass, field
 import torch
 
 from fxcache.policy import History
+from fxcache.runtime.watch import Watch
 
 log = logging.getLogger("fxcache")
 
 
 @dataclass(eq=False)
 class Buffers:
-    """Tensors that fxcache owns: the reference probe and the scratch of the kernel that measures
-    (None if nothing is measured), and for each stream its ring of residuals.
+    """Tensors that fxcache owns: by key what the measurement keeps (nothing if there is none), and
+    for each stream its ring of residuals.
     """
 
-    reference: torch.Tensor | None
-    tickets: torch.Tensor | None
+    kept: dict[str, torch.Tensor]
     rings: tuple[tuple[torch.Tensor, ...], ...]
 
     def tensors(self) -> list[torch.Tensor]:
-        residuals = [slot for ring in self.rings for slot in ring]
-        return residuals if self.reference is None else [self.reference, *residuals]
+        return [*self.kept.values(), *(slot for ring in self.rings for slot in ring)]
 
     @property
     def device(self) -> torch.device:
@@ -53,17 +52,20 @@ class BranchState:
     timestep: float | None = None
     accumulated: float = 0.0
     hits_in_a_row: int = 0
+    computed: int = 0
     constants: tuple[object, ...] = ()
+    watch: Watch = field(default_factory=Watch)
 
     def forget(self) -> None:
         """Nothing cached means anything any more."""
         self.past.clear()
         self.accumulated, self.hits_in_a_row, self.constants = 0.0, 0, ()
+        self.computed = 0
 
-    def begin(self) -> None:
-        """Start a trajectory."""
+    def begin(self, first_step: int = 0) -> None:
+        """Start a trajectory at `first_step`."""
         self.forget()
-        self.step, self.timestep = -1, None
+        self.step, self.timestep, self.watch = first_step - 1, None, Watch()
 
     def allocate(self, signature: Hashable, make: Callable[[], Buffers]) -> None:
         """Get buffers for a new layout. The old ones are freed first."""
@@ -72,16 +74,18 @@ class BranchState:
         self.buffers = make()
         self.signature = signature
 
-    def advance(self, timestep: float | None) -> None:
-        """Count a step: two evaluations at one timestep (Heun) belong to the same."""
-        if timestep is None or timestep != self.timestep:
-            self.step += 1
-        self.timestep = timestep
-
-    def history(self, num_steps: int | None) -> History:
+    def history(self, num_steps: int | None, branch: Hashable) -> History:
         """The state as policies see it."""
         past = tuple(step for step, _ in self.past)
-        return History(self.step, num_steps, self.accumulated, self.hits_in_a_row, past)
+        return History(
+            self.step,
+            num_steps,
+            self.accumulated,
+            self.hits_in_a_row,
+            past,
+            branch,
+            self.computed,
+        )
 
     @property
     def allocated(self) -> Buffers:
@@ -106,10 +110,11 @@ class BranchState:
         kept = [entry for entry in self.past if entry[1] != slot]
         self.past = [(self.step, slot), *kept][: self.ring]
         self.accumulated, self.hits_in_a_row = 0.0, 0
+        self.computed += 1
 
-    def reused(self, metric: float) -> None:
+    def reused(self, score: float) -> None:
         """Note a hit."""
-        self.accumulated += metric
+        self.accumulated += score
         self.hits_in_a_row += 1
 
 
@@ -138,6 +143,15 @@ class Direction:
         return True
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What the first branch of a step decided for the others."""
+
+    branch: Hashable
+    step: int
+    is_hit: bool
+
+
 @dataclass(eq=False)
 class Slot:
     """The state of one request: its trajectory and the branches in it."""
@@ -146,19 +160,47 @@ class Slot:
     trajectory: int = 0
     is_announced: bool = False
     num_steps: int | None = None
+    first_step: int = 0
+    #: Which step each timestep of the trajectory is.
+    steps: dict[float, int] = field(default_factory=dict)
+    verdict: Verdict | None = None
 
     def branch(self, name: Hashable) -> BranchState:
         """The state of branch `name`."""
         if name not in self.branches:
-            self.branches[name] = BranchState()
+            self.branches[name] = BranchState(step=self.first_step - 1)
         return self.branches[name]
 
-    def begin(self, *, announced: bool = False, num_steps: int | None = None) -> None:
+    def begin(
+        self, *, announced: bool = False, num_steps: int | None = None, first_step: int = 0
+    ) -> None:
         """Start a new trajectory: every branch forgets, so that none meets an old residual."""
         for state in self.branches.values():
-            state.begin()
+            state.begin(first_step)
         self.trajectory += 1
-        self.is_announced, self.num_steps = announced, num_steps
+        self.is_announced, self.num_steps, self.first_step = announced, num_steps, first_step
+        self.steps.clear()
+        self.verdict = None
+
+    def advance(self, state: BranchState, timestep: float | None, rising: bool) -> None:
+        """Count a step of `state`, one of the branches.
+
+        Two evaluations at one timestep (Heun) belong to the same step; a branch that was not
+        called at every step (guidance within an interval) takes its step from the others.
+        """
+        if timestep is None:
+            state.step += 1
+        elif timestep != state.timestep:
+            state.step = max(state.step + 1, self._step_of(timestep, rising))
+            self.steps[timestep] = state.step
+        state.timestep = timestep
+
+    def _step_of(self, timestep: float, rising: bool) -> int:
+        """The step of `timestep`, by what other branches have seen."""
+        if timestep in self.steps:
+            return self.steps[timestep]
+        seen = [step for t, step in self.steps.items() if (t < timestep) == rising]
+        return max(seen, default=self.first_step - 1) + 1
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,148 @@
+"""Write what a probe needs into the pieces: the metric, and what is kept for the next one.
+
+::
+
+    head:  change = residual_diff(probe, reference)     -> metric
+    miss:  reference <- probe                            (and, where compared with the previous
+    hit:   reference <- probe                             step, on a hit, too)
+
+The head writes nothing: an evaluation that is begun anew measures the same again.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch._subclasses import FakeTensor
+
+from fxcache.capture import tensor_of
+from fxcache.kernels import reference, spectral
+from fxcache.passes.piece import PieceGraph
+from fxcache.passes.probe import Probe
+from fxcache.policy.probe import FilteredInput, ModelInput
+
+REFERENCE = "fxcache_reference"
+#: Scratch of the kernel that measures.
+TICKETS = "fxcache_tickets"
+#: Of a `ModelInput`: float32 [2], the rate k and the size of the last computed output; and the
+#: input and output of the last computed step.
+STATISTICS, INPUT, OUTPUT = "fxcache_statistics", "fxcache_input", "fxcache_output"
+#: What the head made of a `FilteredInput`.
+FILTERED = "fxcache_filtered"
+
+Read = Callable[[fx.Node], fx.Node]
+
+
+class Measurement:
+    """Writes the measurement of `probe` into pieces; `output` is what leaves the span.
+
+    `kernels` is `fxcache.kernels.reference` or `fxcache.kernels.ops`.
+    """
+
+    def __init__(self, probe: Probe, output: fx.Node, timestep: fx.Node | None, kernels: Any):
+        self.probe, self.output, self.timestep = probe, output, timestep
+        self.kernels = kernels
+
+    def kept(self) -> dict[str, FakeTensor]:
+        """Fake tensors like those that are kept between evaluations, by key."""
+        after = tensor_of(self.probe.after)
+        with after.fake_mode, torch.no_grad():
+            probe = residual_like(self.probe.after, self.probe.before)
+            tensors = {
+                REFERENCE: probe,
+                TICKETS: probe.new_empty(probe.shape[:1], dtype=torch.int32),
+            }
+            if isinstance(self.probe.kind, ModelInput):
+                tensors[STATISTICS] = probe.new_empty((2,), dtype=torch.float32)
+                tensors[INPUT] = probe.new_empty(probe.shape)
+                tensors[OUTPUT] = residual_like(self.output, None)
+        return cast(dict[str, FakeTensor], tensors)
+
+    def measure(self, graph: PieceGraph) -> tuple[Any, dict[str, fx.Node]]:
+        """In the head: float32 [1] (metric) or [2] (metric, timestep), and values that hit and miss
+        need, by key. One read-back serves metric and timestep.
+        """
+        time = None if self.timestep is None else graph.proxy(graph.read(self.timestep))
+        values = [graph.proxy(graph.read(n, snapshot=True)).detach() for n in self.probe.nodes]
+        results: dict[str, fx.Node] = {}
+        if isinstance(self.probe.kind, FilteredInput):
+            values = [self._filtered(values[0], time, self.probe.kind)]
+            results[FILTERED] = values[0].node
+        metric = self._metric(graph, self._change(graph, *values))
+        if time is None:
+            return torch.stack([metric]), results
+        time = time.reshape(-1).amax().to(device=metric.device, dtype=torch.float32)
+        return torch.stack([metric, time]), results
+
+    def _change(self, graph: PieceGraph, after: Any, before: Any = None) -> Any:
+        """float32 [B, 2]: sum |p - p*| and sum |p*|. Without gradients: those of an unused ratio
+        to an all-zero reference would be 0 * inf.
+        """
+        operands = [after, before, graph.proxy(graph.argument(REFERENCE))]
+        if self.kernels is not reference:
+            operands.append(graph.proxy(graph.argument(TICKETS)))
+        return self.kernels.residual_diff(*operands)
+
+    def _metric(self, graph: PieceGraph, change: Any) -> Any:
+        """The metric out of the sums. NaN and Inf stay."""
+        if isinstance(self.probe.kind, FilteredInput):
+            total, scale = change.unbind(1)
+            return (total / (scale + 1e-16)).mean()
+        total, scale = change.sum(0).unbind(0)
+        if isinstance(self.probe.kind, ModelInput):
+            rate, size = graph.proxy(graph.argument(STATISTICS)).unbind(0)
+            number = graph.proxy(graph.read(self.probe.after)).numel()
+            return rate * (total / number) / size
+        # 0 / 0 of two equal all-zero residuals (zero-initialised gates) is no difference; NaN / NaN
+        # is.
+        return torch.where(total == 0, total, total / scale)
+
+    def _filtered(self, value: Any, time: Any, kind: FilteredInput) -> Any:
+        return spectral.signal_filter(value, time, list(self.probe.axes), kind.power)
+
+    def on_hit(self, graph: PieceGraph, read: Read) -> None:
+        """Keep what the next evaluation is compared with, if that is the previous step's."""
+        if self.probe.kind.reference == "previous":
+            self._keep_probe(graph, read)
+
+    def on_miss(self, graph: PieceGraph, read: Read) -> None:
+        """Keep what the next evaluation is compared with."""
+        if isinstance(self.probe.kind, ModelInput):
+            self._keep_statistics(graph, read)
+        self._keep_probe(graph, read)
+
+    def _keep_probe(self, graph: PieceGraph, read: Read) -> None:
+        if isinstance(self.probe.kind, FilteredInput):
+            nodes = [graph.argument(FILTERED)]
+        else:
+            nodes = [read(node) for node in self.probe.nodes]
+        after, *before = (graph.proxy(node).detach() for node in nodes)
+        kept = graph.proxy(graph.argument(REFERENCE))
+        self.kernels.refresh(after, before[0] if before else None, kept)
+
+    def _keep_statistics(self, graph: PieceGraph, read: Read) -> None:
+        """How fast the output followed the input between the last two computed steps."""
+        x = graph.proxy(read(self.probe.after)).detach()
+        y = graph.proxy(graph.read(self.output)).detach()
+        last_x, last_y, statistics = (
+            graph.proxy(graph.argument(key)) for key in (INPUT, OUTPUT, STATISTICS)
+        )
+        rate = _distance(y, last_y) / _distance(x, last_x)
+        statistics.copy_(torch.stack([rate, y.float().abs().mean()]))
+        last_x.copy_(x)
+        last_y.copy_(y)
+
+
+def _distance(a: Any, b: Any) -> Any:
+    return (a.float() - b.float()).abs().mean()
+
+
+def residual_like(after: fx.Node, before: fx.Node | None) -> FakeTensor:
+    """A fake tensor like the residual ``after - before`` (like `after` if there is no `before`),
+    contiguous.
+    """
+    value = tensor_of(after)
+    base = value if before is None else tensor_of(before)
+    dtype = torch.promote_types(value.dtype, base.dtype)
+    return cast(FakeTensor, value.new_empty(base.shape, dtype=dtype))

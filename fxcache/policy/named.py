@@ -1,0 +1,118 @@
+"""What the named policies have in common: options, limits, and the comparison."""
+
+import math
+from dataclasses import dataclass
+
+from fxcache.errors import PolicyError
+from fxcache.policy.base import Decision, History, Origin, as_float32
+from fxcache.policy.checks import check_integer, check_number
+from fxcache.policy.forecast import Forecast, Reuse, check_forecast
+
+#: What `decide` may be.
+DECIDE = ("each", "first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedPolicy:
+    """The options of every named policy. See `ThresholdPolicy` for those that measure.
+
+    Args:
+        forecast: what a hit puts in the place of the residual: `Reuse()`, `Taylor(order=1)`, ...
+        decide: where a step has several branches (cond, uncond), "each" decides for itself, or the
+            "first" of a step for the others.
+        in_training: cache with gradients enabled too.
+        origin: where a ready-made policy comes from; set by `preset` and by calibration.
+    """
+
+    forecast: Forecast = Reuse()  # noqa: RUF009 - frozen
+    decide: str = "each"
+    in_training: bool = False
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        check_forecast(self.forecast)
+        if self.decide not in DECIDE:
+            raise PolicyError(f"decide must be one of {DECIDE}, got {self.decide!r}")
+        for name, kind in (("in_training", bool), ("origin", Origin | None)):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise PolicyError(f"{name} must be {kind}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdPolicy(NamedPolicy):
+    """A policy that hits while a score is below a threshold.
+
+    Args:
+        threshold: in [0, inf]: 0 never hits, inf hits whenever it may.
+        start, end: fractions of the trajectory's steps between which hits are allowed. Where they
+            are not 0 and 1, announce ``denoiser.trajectory(num_steps=...)``.
+        warmup_steps: this many steps at the trajectory's start are computed.
+        final_steps: this many steps at its end are computed. Not 0: announce as above.
+        max_consecutive_hits: at most so many hits in a row (None: no limit).
+    """
+
+    threshold: float
+    start: float = 0.0
+    end: float = 1.0
+    warmup_steps: int = 0
+    final_steps: int = 0
+    max_consecutive_hits: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("threshold", self.threshold, 0, math.inf)
+        check_number("start", self.start, 0, 1)
+        check_number("end", self.end, 0, 1)
+        if self.start >= self.end:
+            raise PolicyError(f"start must be below end, got start={self.start}, end={self.end}")
+        check_integer("warmup_steps", self.warmup_steps, 0)
+        check_integer("final_steps", self.final_steps, 0)
+        if self.max_consecutive_hits is not None:
+            check_integer("max_consecutive_hits", self.max_consecutive_hits, 0)
+
+    def forced(self, history: History) -> Decision | None:
+        """The miss that must be whatever was measured, None if nothing forces one."""
+        limit = self.max_consecutive_hits
+        if not history.past:
+            reason = "nothing cached"
+        elif history.step < self.warmup_steps:
+            reason = "warm-up"
+        elif self.final_steps and history.step >= self._steps(history) - self.final_steps:
+            reason = "final step"
+        elif not self._in_window(history):
+            reason = "outside start..end"
+        elif limit is not None and history.hits_in_a_row >= limit:
+            reason = "max_consecutive_hits"
+        else:
+            return None
+        return Decision(False, reason)
+
+    def compared(self, score: float, total: float) -> Decision:
+        """A hit if `total` is below the threshold; `score` is this evaluation's part of it."""
+        return compared(score, total, self.threshold)
+
+    def _in_window(self, history: History) -> bool:
+        if self.start == 0 and self.end == 1:
+            return True
+        # Rounded, so that 0.7 of 10 steps is 7 and not 7.000000000000001.
+        steps = self._steps(history)
+        first, last = (round(fraction * steps, 6) for fraction in (self.start, self.end))
+        return first <= history.step < last
+
+    def _steps(self, history: History) -> int:
+        if history.num_steps is None:
+            raise PolicyError(
+                f"start={self.start}, end={self.end}, final_steps={self.final_steps} of "
+                f"{type(self).__name__} need the number of the trajectory's steps, which is not "
+                f"known: call the sampler inside `with denoiser.trajectory(num_steps=...)`, or "
+                f"set start=0, end=1 and final_steps=0"
+            )
+        return history.num_steps
+
+
+def compared(score: float, total: float, threshold: float) -> Decision:
+    """A hit if `total` is below `threshold`, in float32. NaN compares false: a miss."""
+    if as_float32(total) < as_float32(threshold):
+        return Decision(True, None, score)
+    return Decision(False, "above threshold" if math.isfinite(total) else "not finite", score)
