@@ -17,5 +17,6 @@ setup(
         "fxcache": ["py.typed"],
         "fxcache.demo": ["model/*"],
         "fxcache.integrations": ["*.json"],
+        "fxcache.policy": ["*.json"],
     },
 )

@@ -14,8 +14,11 @@ from fxcache.errors import (
 )
 from fxcache.explain import Explanation
 from fxcache.policy import (
+    AdamsBashforth,
+    Chebyshev,
     EasyCache,
     FirstBlockCache,
+    Hermite,
     MagCache,
     Reuse,
     SeaCache,
@@ -23,15 +26,19 @@ from fxcache.policy import (
     Taylor,
     TeaCache,
 )
+from fxcache.policy.presets import preset, presets
 from fxcache.report import Record, Report
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdamsBashforth",
     "CaptureError",
+    "Chebyshev",
     "EasyCache",
     "Explanation",
     "FirstBlockCache",
     "FxCacheError",
+    "Hermite",
     "MagCache",
     "OptionError",
     "PolicyError",
@@ -45,6 +52,8 @@ __all__ = [
     "Taylor",
     "TeaCache",
     "explain",
+    "preset",
+    "presets",
     "restore",
     "transform",
 ]

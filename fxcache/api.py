@@ -1,5 +1,6 @@
 """The public functions: they validate and dispatch, nothing else."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -65,12 +66,15 @@ def transform(
         PolicyError: for something that is no policy. At the first call: for one that does not fit
             the model's stack.
         StackNotFoundError, CaptureError: at the first call, if the model cannot be rewritten.
+
+    Warns if `policy` is a preset or a calibration for another class of model.
     """
     check_model(model)
     if policy is None:
         policy = FirstBlockCache()
     if not isinstance(policy, Policy):
         raise PolicyError(f"policy must be a policy like FirstBlockCache(...), got {policy!r}")
+    check_origin(model, policy)
     settings = Settings(
         policy,
         backend,
@@ -87,6 +91,17 @@ def transform(
     )
     denoiser: nn.Module = make_denoiser(model, settings)
     return denoiser
+
+
+def check_origin(model: nn.Module, policy: Any) -> None:
+    """Warn if `policy` is ready-made for denoisers of another class than `model`."""
+    origin, own = getattr(policy, "origin", None), type(model).__name__
+    if origin is not None and origin.model_classes and own not in origin.model_classes:
+        warnings.warn(
+            f"{type(policy).__name__} of {origin.preset!r} was made for "
+            f"{' or '.join(origin.model_classes)}, and the model is a {own}",
+            stacklevel=3,
+        )
 
 
 def check_model(model: Any) -> None:

@@ -326,13 +326,16 @@ class DenoiserMethods:
         raise OptionError("a denoiser is compiled already; pass mode and options to transform")
 
     @contextmanager
-    def trajectory(self, num_steps: int | None = None) -> Iterator[None]:
+    def trajectory(self, num_steps: int | None = None, first_step: int = 0) -> Iterator[None]:
         """Announce one solve of the sampler, of `num_steps` steps if known.
+
+        `first_step` is the first that this denoiser sees, if that is not step 0 (a second expert,
+        image-to-image): tables, masks and fractions count from the trajectory's start.
 
         It starts clean, and nothing of it is left afterwards. Without it, a new trajectory is
         recognised by its timestep going back, or by other shapes, dtypes or devices.
         """
-        with self._fxcache.session.trajectory(num_steps):
+        with self._fxcache.session.trajectory(num_steps, first_step):
             yield
 
     @contextmanager

@@ -135,12 +135,11 @@ def compile_pieces(
 ) -> Compiled:
     """Compile the pieces for state tensors like `kept` (by key) and `residuals`."""
     mode = residuals[0].fake_mode
+    fakes: dict[Hashable, Any] = dict(kept.items())
     with mode:
-        fakes: dict[Hashable, Any] = {WEIGHTS: torch.empty(ring, device=residuals[0].device)}
-    fakes.update(kept)
-    if REFERENCE in kept:
-        fakes[FILTERED] = kept[REFERENCE]
-    with mode:
+        fakes[WEIGHTS] = torch.empty(ring, device=residuals[0].device)
+        if REFERENCE in kept:
+            fakes[FILTERED] = kept[REFERENCE].clone()
         for stream, residual in enumerate(residuals):
             fakes[slot_key(stream)] = residual
             fakes |= {ring_key(stream, j): torch.empty_like(residual) for j in range(ring)}

@@ -42,9 +42,7 @@ def signal_filter(
 
 
 @signal_filter.register_fake
-def _(
-    sample: torch.Tensor, time: torch.Tensor, axes: Sequence[int], power: float
-) -> torch.Tensor:
+def _(sample: torch.Tensor, time: torch.Tensor, axes: Sequence[int], power: float) -> torch.Tensor:
     return sample.new_empty(sample.shape)
 
 

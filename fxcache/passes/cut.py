@@ -111,9 +111,8 @@ def cut(
             f"{len(blocks) - 1}"
         )
     found = _early_probe(graph, stack, flow, inputs, probe)
-    core = _core(span_blocks)
-    if found is not None:  # measured before it is known whether the span runs
-        core -= flow.ancestors(found.nodes) | set(found.nodes)
+    early = flow.ancestors(found.nodes) | set(found.nodes) if found is not None else set()
+    core = _core(span_blocks, early)
     after_core = flow.descendants(core)
     inner = core | (after_core & flow.ancestors(core))
     first = set(span_blocks[0].nodes)
@@ -218,9 +217,11 @@ def _is_floating(node: fx.Node) -> bool:
     return value is not None and (value.is_floating_point() or value.is_complex())
 
 
-def _core(blocks: tuple[Block, ...]) -> set[fx.Node]:
-    """The nodes of `blocks`, but for elements of tuples made outside: only tensors can cross."""
-    core = {node for block in blocks for node in block.nodes}
+def _core(blocks: tuple[Block, ...], early: set[fx.Node]) -> set[fx.Node]:
+    """The nodes of `blocks` but for the `early` ones, which run before it is known whether the span
+    does, and but for elements of tuples made outside: only tensors can cross.
+    """
+    core = {node for block in blocks for node in block.nodes} - early
     return {node for node in core if _tuple_source(node) in core | {None}}
 
 

@@ -27,7 +27,6 @@ from fxcache.policy.probe import (
 )
 from fxcache.stack import Stack, block_inputs, is_heavy
 
-
 #: Operations of whose operands all but the first say only what the result is like.
 _LIKE = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
 

@@ -3,7 +3,14 @@
 from fxcache.policy.base import Decision, History, Origin, Policy, Span
 from fxcache.policy.easy_cache import EasyCache
 from fxcache.policy.first_block_cache import FirstBlockCache
-from fxcache.policy.forecast import Forecast, Reuse, Taylor
+from fxcache.policy.forecast import (
+    AdamsBashforth,
+    Chebyshev,
+    Forecast,
+    Hermite,
+    Reuse,
+    Taylor,
+)
 from fxcache.policy.mag_cache import MagCache
 from fxcache.policy.probe import ProbeKind
 from fxcache.policy.sea_cache import SeaCache
@@ -11,10 +18,13 @@ from fxcache.policy.step_schedule import StepSchedule
 from fxcache.policy.tea_cache import TeaCache
 
 __all__ = [
+    "AdamsBashforth",
+    "Chebyshev",
     "Decision",
     "EasyCache",
     "FirstBlockCache",
     "Forecast",
+    "Hermite",
     "History",
     "MagCache",
     "Origin",
