@@ -4,6 +4,7 @@
 """
 
 from fxcache.api import explain, restore, transform
+from fxcache.calibrate import calibrate
 from fxcache.errors import (
     CaptureError,
     FxCacheError,
@@ -13,6 +14,7 @@ from fxcache.errors import (
     StackNotFoundError,
 )
 from fxcache.explain import Explanation
+from fxcache.frontier import TuneResult
 from fxcache.policy import (
     AdamsBashforth,
     Chebyshev,
@@ -27,7 +29,9 @@ from fxcache.policy import (
     TeaCache,
 )
 from fxcache.policy.presets import preset, presets
+from fxcache.profile import Profile
 from fxcache.report import Record, Report
+from fxcache.tune import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,6 +46,7 @@ __all__ = [
     "MagCache",
     "OptionError",
     "PolicyError",
+    "Profile",
     "ProfileError",
     "Record",
     "Report",
@@ -51,9 +56,12 @@ __all__ = [
     "StepSchedule",
     "Taylor",
     "TeaCache",
+    "TuneResult",
+    "calibrate",
     "explain",
     "preset",
     "presets",
     "restore",
     "transform",
+    "tune",
 ]

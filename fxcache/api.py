@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from fxcache.denoiser import DenoiserMethods, Settings, make_denoiser
+from fxcache.denoiser import DenoiserMethods, make_denoiser
 from fxcache.errors import FxCacheError, OptionError, PolicyError
 from fxcache.explain import Explanation, explain_model
 from fxcache.policy import FirstBlockCache, Policy
+from fxcache.runner import Settings
 
 
 def transform(

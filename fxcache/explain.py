@@ -11,12 +11,12 @@ from torch import fx, nn
 
 from fxcache.backend import Backend
 from fxcache.capture import graph_inputs, tensor_of
-from fxcache.denoiser import Runner, Settings
 from fxcache.errors import FxCacheError, PolicyError, StackNotFoundError
 from fxcache.passes.branch import state_fakes
 from fxcache.passes.cut import Cut
 from fxcache.passes.probe import Probe
 from fxcache.policy import Policy
+from fxcache.runner import Runner, Settings
 from fxcache.stack import node_flops
 
 

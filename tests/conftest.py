@@ -48,5 +48,5 @@ def device(monkeypatch):
     def resolve(*args, **options):
         return dataclasses.replace(resolve_lowering(*args, **options), graphs=callable(args[0]))
 
-    monkeypatch.setattr("fxcache.denoiser.resolve_lowering", resolve)
+    monkeypatch.setattr("fxcache.runner.resolve_lowering", resolve)
     return device

@@ -78,6 +78,13 @@ class Cut:
     snapshots: dict[fx.Node, fx.Node]
     timestep: fx.Node | None
 
+    @property
+    def skipped_share(self) -> float:
+        """About which share of the graph's FLOPs a hit skips, 0 to 1."""
+        if self.stack is None:
+            return 1.0
+        return sum(block.flops for block in self.span_blocks) / self.stack.graph_flops
+
     def describe(self) -> str:
         """Which blocks are the span."""
         if self.stack is None:

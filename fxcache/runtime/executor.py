@@ -71,7 +71,7 @@ class StepExecutor:
         except BaseException:
             state.forget()  # whatever was half written is never read
             raise
-        self._commit(slot, state, metric, decision)
+        self._commit(slot, state, metric, decision, outputs)
         if not session.trusts_trajectory.get():  # else nobody asks, and the tensors would live on
             session.note_call(self, slot, inputs, outputs)
         return outputs
@@ -127,7 +127,14 @@ class StepExecutor:
             by_slot[slot] = weight
         return by_slot
 
-    def _commit(self, slot: Slot, state: BranchState, metric: float, decision: Decision) -> None:
+    def _commit(
+        self,
+        slot: Slot,
+        state: BranchState,
+        metric: float,
+        decision: Decision,
+        outputs: Sequence[Any],
+    ) -> None:
         if decision.is_hit:
             state.reused(decision.score)
         measures = self.session.policy.probe is not None
@@ -135,3 +142,5 @@ class StepExecutor:
         is_metric = measures and decision.reason != "nothing cached"
         self.session.record(slot, state, metric if is_metric else None, decision)
         self.session.evaluations += 1
+        if self.session.observe is not None:
+            self.session.observe(slot, state, metric if is_metric else math.nan, outputs)

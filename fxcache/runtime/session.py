@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
@@ -48,6 +48,10 @@ class Session:
         #: The last evaluation of this thread: executor, slot, flat inputs and outputs.
         self.last_call: ContextVar[LastCall | None] = ContextVar("fxcache_call", default=None)
         self.keeps_calls = False
+        #: Told of every evaluation: slot, state, metric (NaN: none) and outputs.
+        self.observe: Callable[[Slot, BranchState, float, Sequence[Any]], None] | None = None
+        #: The share of the graph's FLOPs that a hit skips, 0 to 1; known once it was rewritten.
+        self.skipped_share = 0.0
         self._warned: set[str] = set()
         # A ContextVar, so that threads and coroutines that serve other requests do not mix.
         self._where: ContextVar[tuple[Hashable, Hashable]] = ContextVar(
@@ -105,8 +109,8 @@ class Session:
         slot.begin(**{"num_steps": self.expected_steps, **announcement})
 
     def _conclude(self, slot: Slot) -> None:
-        """Say once if the policy never hit, or always."""
-        if "hits" not in self._warned:
+        """Say once if the policy never hit, or always (unless that is wanted: to observe)."""
+        if "hits" not in self._warned and self.observe is None:
             for branch, state in slot.branches.items():
                 if complaint := state.watch.complaint(self.policy, slot.num_steps, branch):
                     self.say_once("hits", complaint)

@@ -1,0 +1,109 @@
+"""What tuning found: the chosen policy, the table of quality against cost, and its picture."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fxcache.policy import StepSchedule
+
+
+@dataclass(frozen=True)
+class Point:
+    """A schedule and what was measured with it.
+
+    `speedup` is uncached FLOPs over cached FLOPs, `measured_speedup` the median ratio of seconds
+    on this machine; the PSNR, in dB, is of samples against uncached ones, over `seeds`.
+    """
+
+    policy: StepSchedule
+    forecast: str
+    computed_steps: int
+    num_steps: int
+    speedup: float
+    measured_speedup: float
+    psnr_mean: float
+    psnr_min: float
+    seeds: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; an infinite PSNR (equal samples) becomes None."""
+        finite = {
+            name: value if math.isfinite(value) else None
+            for name in ("psnr_mean", "psnr_min")
+            if (value := getattr(self, name)) is not None
+        }
+        own = {name: value for name, value in vars(self).items() if name != "policy"}
+        return {**own, **finite, "seeds": list(self.seeds), "mask": list(self.policy.mask)}
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """The tuned policy, its measured point, and the frontier (by computed steps).
+
+    The number of computed steps is guaranteed by the schedule. PSNR is what was measured with the
+    seeds that are named; with others it will be another.
+    """
+
+    policy: StepSchedule
+    target: str
+    point: Point
+    frontier: tuple[Point, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "target": self.target,
+            "chosen": self.point.to_dict(),
+            "frontier": [point.to_dict() for point in self.frontier],
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'computed':>8}  {'speedup':>7}  {'measured':>8}  {'PSNR mean':>9}  {'min':>6}  "
+            f"forecast, schedule"
+        ]
+        for point in self.frontier:
+            drawn = "".join("." if hit else "#" for hit in point.policy.mask)
+            chosen = " <- chosen" if point is self.point else ""
+            lines.append(
+                f"{point.computed_steps:>5}/{point.num_steps:<2}  {point.speedup:>6.2f}x  "
+                f"{point.measured_speedup:>7.2f}x  {point.psnr_mean:>9.2f}  "
+                f"{point.psnr_min:>6.2f}  {point.forecast}, {drawn}{chosen}"
+            )
+        seeds = ", ".join(map(str, self.point.seeds))
+        lines.append(
+            f"{self.target}. Speedup in FLOPs, guaranteed by the schedule; PSNR in dB against the "
+            f"uncached samples, measured with seeds {seeds}, not guaranteed for others."
+        )
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw PSNR (mean and minimum) over speedup and write it to `path`.
+
+        Needs matplotlib (``pip install "fxcache[demo]"``), raises ImportError without it.
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        points = [point for point in self.frontier if math.isfinite(point.psnr_mean)]
+        costs = [point.speedup for point in points]
+        means, least = [p.psnr_mean for p in points], [p.psnr_min for p in points]
+        axes.plot(costs, means, "o-", color="tab:blue", label="mean")
+        axes.fill_between(costs, least, means, color="tab:blue", alpha=0.15, label="to the minimum")
+        if math.isfinite(self.point.psnr_mean):
+            axes.scatter([self.point.speedup], [self.point.psnr_mean], s=120, zorder=3,
+                         facecolors="none", edgecolors="tab:red", label="chosen")  # fmt: skip
+        for point in points:
+            axes.annotate(f"{point.computed_steps}", (point.speedup, point.psnr_mean),
+                          textcoords="offset points", xytext=(4, 5), fontsize="small")  # fmt: skip
+        axes.set(xlabel="speedup (FLOPs)", ylabel="PSNR to the uncached sample, dB",
+                 title=f"{self.target}: {self.point.computed_steps} of {self.point.num_steps} "
+                       f"steps computed")  # fmt: skip
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+        figure.savefig(path, dpi=120)
+        return Path(path)

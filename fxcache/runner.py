@@ -1,0 +1,281 @@
+"""Call a model through the cache: capture it, hand its graphs to the backend, sort out errors."""
+
+import inspect
+import logging
+import types
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    FailOnRecompileLimitHit,
+    Unsupported,
+    UserError,
+)
+
+from fxcache.backend import Backend
+from fxcache.capture import TIMESTEP_NAMES
+from fxcache.errors import CaptureError, FxCacheError, OptionError, StackNotFoundError
+from fxcache.lower import resolve_lowering
+from fxcache.policy import Policy
+from fxcache.runtime.session import Session
+from fxcache.runtime.shortcut import NOT_TAKEN, Shortcut
+
+log = logging.getLogger("fxcache")
+
+
+#: What `guards` may be: Dynamo's guards at every call, or once a trajectory and branch.
+GUARDS = ("always", "trajectory")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a denoiser was asked for; enough to make it again around a copied model."""
+
+    policy: Policy
+    backend: str | Callable[..., Any] = "inductor"
+    mode: str | None = None
+    dynamic: bool | None = None
+    fullgraph: bool = True
+    options: dict[str, Any] | None = field(default=None)
+    disable: bool = False
+    fallback: bool = False
+    kernel: str = "auto"
+    outline: bool = True
+    speculate: bool = False
+    guards: str = "always"
+
+
+# Where torch has it, frames behind a graph break are counted a compiled function, too.
+_ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    else {}
+)
+
+
+# Switches of Dynamo, as far as this torch has them, that leave more of a model in one graph.
+_CAPTURE_MORE: dict[str, Any] = {
+    name: value
+    for name, value in {
+        "capture_scalar_outputs": True,
+        "capture_dynamic_output_shape_ops": True,
+        "ignore_logging_functions": {warnings.warn},
+    }.items()
+    if hasattr(torch._dynamo.config, name)
+}
+
+
+def _evaluate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model.forward(*args, **kwargs)
+
+
+def _own_evaluate() -> Callable[..., Any]:
+    """A copy of `_evaluate` with a code object of its own.
+
+    Dynamo keeps its compiled entries a code object and allows only so many: denoisers must not use
+    up each other's.
+    """
+    code = _evaluate.__code__.replace()
+    return types.FunctionType(code, _evaluate.__globals__, f"{_evaluate.__name__}_denoiser")
+
+
+class Runner:
+    """Calls a model through the cache, or around it where nothing may be cached."""
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+        self.session = Session(settings.policy)
+        options = dict(settings.options or {})
+        guard_filter = options.pop("guard_filter_fn", None)
+        #: What of the options is Dynamo's and not the compiler's.
+        self.dynamo_options = {"guard_filter_fn": guard_filter} if guard_filter else None
+        self.lowering = resolve_lowering(
+            settings.backend,
+            settings.mode,
+            options,
+            settings.dynamic,
+            outline=settings.outline,
+            kernel=settings.kernel,
+            speculate=settings.speculate,
+        )
+        parameters = inspect.signature(model.forward).parameters.values()
+        names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+        #: The time input's name and where it stands among positional arguments (None: nowhere).
+        self.timestep_places = {
+            p.name: names.index(p.name) if p.name in names else None
+            for p in parameters
+            if p.name in TIMESTEP_NAMES
+        }
+        self.gave_up = False
+        if settings.guards not in GUARDS:
+            raise OptionError(f"guards must be one of {GUARDS}, got {settings.guards!r}")
+        self.shortcut = Shortcut(self.session) if settings.guards == "trajectory" else None
+        self.use(
+            Backend(
+                self.session,
+                self.lowering,
+                argument_names=names,
+                list_weights=_heaviest_list(model),
+            )
+        )
+        is_eager = settings.backend == "eager"
+        self.uncached = (
+            _evaluate if is_eager else self.compile(self.lowering.compiler, fullgraph=False)
+        )
+
+    def use(self, backend: Backend) -> None:
+        """Capture anew, for `backend`."""
+        self.backend, self.is_whole = backend, True
+        self.cached = self.compile(backend)
+
+    def compile(self, backend: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
+        """A function of (model, args, kwargs) that Dynamo captures and hands to `backend`."""
+        return torch.compile(
+            _own_evaluate(),
+            backend=backend,
+            fullgraph=fullgraph,
+            dynamic=self.settings.dynamic,
+            options=dict(self.dynamo_options) if self.dynamo_options else None,
+            **_ISOLATED,
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.settings.disable:
+            return self.model.forward(*args, **kwargs)
+        if self.gave_up or not self._may_cache():
+            return self.uncached(self.model, args, kwargs)
+        try:
+            return self.evaluate(args, kwargs)
+        except (StackNotFoundError, CaptureError) as error:
+            if not self.settings.fallback:
+                raise
+            warnings.warn(f"fxcache runs this model uncached: {error}", stacklevel=3)
+            self.gave_up = True
+            return self.uncached(self.model, args, kwargs)
+
+    def reset(self) -> None:
+        """Forget all state and every learned path."""
+        self.session.reset()
+        if self.shortcut is not None:
+            self.shortcut.forget()
+
+    def _may_cache(self) -> bool:
+        if self.session.policy.in_training:
+            return True
+        if self.model.training:
+            self.session.say_once("training", "model.training is set: nothing is cached")
+            return False
+        if torch.is_grad_enabled():
+            self.session.say_once(
+                "gradients",
+                "gradients are enabled: nothing is cached. Sample under torch.no_grad() or "
+                "torch.inference_mode()",
+            )
+            return False
+        return True
+
+    def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One evaluation through the cache.
+
+        The model is captured as one graph if it can be. If it cannot and ``fullgraph=False``, it is
+        captured in pieces, one of which must hold the stack.
+        """
+        token = self.session.given_timestep.set(self._timestep(args, kwargs))
+        try:
+            if self.shortcut is None or not self.is_whole:
+                return self._evaluate_checked(args, kwargs)
+            outputs = self.shortcut.evaluate(args, kwargs)
+            if outputs is NOT_TAKEN:
+                outputs = self._evaluate_checked(args, kwargs)
+                self.shortcut.learn(args, kwargs, outputs)
+            return outputs
+        finally:
+            self.session.last_call.set(None)  # it holds the caller's tensors
+            self.session.given_timestep.reset(token)
+
+    def _evaluate_checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One evaluation through Dynamo, which checks its guards."""
+        if not self.is_whole:
+            return self._run_patched(args, kwargs)
+        try:
+            return self._run(args, kwargs)
+        except CaptureError as error:
+            log.info("trying again with more captured: %s", error)
+        try:
+            return self._run_patched(args, kwargs)
+        except CaptureError as error:
+            if self.settings.fullgraph:
+                raise
+            log.info("capturing in pieces: %s", error)
+        self._break_up()
+        return self._run_patched(args, kwargs)
+
+    def _run_patched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call with those switches of Dynamo on that avoid graph breaks, for this call only."""
+        with torch._dynamo.config.patch(_CAPTURE_MORE):
+            return self._run(args, kwargs)
+
+    def _break_up(self) -> None:
+        self.is_whole = self.backend.fullgraph = False
+        self.backend.refused.clear()
+        self.session.graphs = 0
+        self.cached = self.compile(self.backend, fullgraph=False)
+
+    def _timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The caller's time input, for graphs that do not show it (cut off by a graph break)."""
+        for name, place in self.timestep_places.items():
+            if place is not None and place < len(args):
+                return args[place]
+            value = kwargs.get(name)
+            if value is not None:
+                return value
+        return None
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the compiled model; errors of the pass and of the capture become our own."""
+        session = self.session
+        before = session.evaluations
+        try:
+            outputs = self.cached(self.model, args, kwargs)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, FxCacheError):
+                raise error.inner_exception from None
+            raise
+        except (Unsupported, UserError, FailOnRecompileLimitHit) as error:
+            inspect.signature(self.model.forward).bind(
+                *args, **kwargs
+            )  # a TypeError is the caller's
+            advice = "fullgraph=False may do. " if self.settings.fullgraph else ""
+            raise CaptureError(
+                f"{type(self.model).__name__} could not be captured in one graph by torch.compile. "
+                f"{advice}Dynamo says: {error}"
+            ) from error
+        if session.evaluations == before:
+            raise StackNotFoundError(
+                f"no graph of {type(self.model).__name__} holds its block stack: it breaks into "
+                f"{session.graphs} graphs. {self.backend.summary()} Graph breaks inside the blocks "
+                f"are the usual cause: TORCH_LOGS=graph_breaks shows them"
+            )
+        if not self.is_whole and session.evaluations > before + 1:
+            session.say_once(
+                "two stacks",
+                "the model breaks into graphs in the midst of its block stack: the parts share one "
+                "state, and nothing is cached",
+            )
+        return outputs
+
+
+def _heaviest_list(model: nn.Module) -> int:
+    """How many elements the parameters of the heaviest list of blocks have (0: no such list)."""
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and any(next(child.children(), None) is not None for child in module)
+    ]
+    return max((sum(p.numel() for p in blocks.parameters()) for blocks in lists), default=0)
