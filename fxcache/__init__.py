@@ -29,6 +29,7 @@ from fxcache.policy import (
     TeaCache,
 )
 from fxcache.policy.presets import preset, presets
+from fxcache.policy.schedule_file import load_schedule, save_schedule
 from fxcache.profile import Profile
 from fxcache.report import Record, Report
 from fxcache.tune import tune
@@ -59,9 +60,11 @@ __all__ = [
     "TuneResult",
     "calibrate",
     "explain",
+    "load_schedule",
     "preset",
     "presets",
     "restore",
+    "save_schedule",
     "transform",
     "tune",
 ]

@@ -1,11 +1,13 @@
-"""The command line: ``fxcache demo`` and ``fxcache explain``."""
+"""The command line: ``fxcache demo``, ``explain``, ``calibrate`` and ``tune``."""
 
 import argparse
+import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from fxcache.errors import FxCacheError
+from fxcache.errors import FxCacheError, OptionError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +54,44 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--head-blocks", type=int, default=1, help="blocks that always run")
     explain.add_argument("--tail-blocks", type=int, default=0, help="the same at the stack's end")
     explain.set_defaults(run=_explain)
+
+    calibrate = commands.add_parser(
+        "calibrate", help="record uncached sampling runs and write the tables of a policy"
+    )
+    _add_target(calibrate)
+    calibrate.add_argument(
+        "--policy", default="MagCache", choices=["MagCache", "TeaCache"], help="(default MagCache)"
+    )
+    calibrate.add_argument("--runs", type=int, default=2, help="how often to sample (default 2)")
+    calibrate.add_argument(
+        "--output", type=Path, default=Path("profile.safetensors"), help="where the profile goes"
+    )
+    calibrate.set_defaults(run=_calibrate)
+
+    tune = commands.add_parser(
+        "tune", help="find the best schedule for a speed or a quality, and verify it"
+    )
+    _add_target(tune)
+    goal = tune.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--target-speedup", type=float, help="uncached FLOPs over cached FLOPs")
+    goal.add_argument("--max-computed-steps", type=int, help="of a trajectory, at most")
+    goal.add_argument("--min-psnr", type=float, help="in dB, over the tested seeds")
+    tune.add_argument("--runs", type=int, default=1, help="recorded uncached runs (default 1)")
+    tune.add_argument("--verify-runs", type=int, default=2, help="verifying runs (default 2)")
+    tune.add_argument(
+        "--output", type=Path, default=Path("schedule.json"), help="where the schedule goes"
+    )
+    tune.add_argument("--plot", type=Path, help="draw quality over speedup into this file")
+    tune.set_defaults(run=_tune)
     return parser
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target",
+        metavar="FILE.py:FUNCTION",
+        help='a function that returns (denoiser or pipeline, run); or "demo", the demo\'s sampler',
+    )
 
 
 def _steps(text: str) -> int:
@@ -83,3 +122,54 @@ def _explain(args: argparse.Namespace) -> int:
     policy = fxcache.FirstBlockCache(head_blocks=args.head_blocks, tail_blocks=args.tail_blocks)
     print(fxcache.explain(model, policy=policy, **inputs))
     return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    import fxcache
+
+    target, run = _load_target(args.target)
+    kind = getattr(fxcache, args.policy)
+    profile = fxcache.calibrate(target, run, kind, runs=args.runs)
+    print(profile)
+    print(f"written to {profile.save(args.output)}")
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    import fxcache
+
+    target, run = _load_target(args.target)
+    result = fxcache.tune(
+        target,
+        run,
+        target_speedup=args.target_speedup,
+        max_computed_steps=args.max_computed_steps,
+        min_psnr=args.min_psnr,
+        runs=args.runs,
+        verify_runs=args.verify_runs,
+    )
+    print(result)
+    print(f"written to {result.save(args.output)}")
+    if args.plot is not None:
+        print(f"drawn into {result.plot(args.plot)}")
+    return 0
+
+
+def _load_target(text: str) -> tuple[Any, Any]:
+    """What to sample with: the demo's sampler, or what a function in a file returns."""
+    if text == "demo":
+        from fxcache.demo.sampler import sampling_target
+
+        return sampling_target()
+    path, _, name = text.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise OptionError(f"target must be FILE.py:FUNCTION or demo, got {text!r}")
+    function = runpy.run_path(path).get(name)
+    if not callable(function):
+        raise OptionError(f"{path} must define a function {name!r}")
+    pair = function()
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise OptionError(
+            f"{text} must return (denoiser or pipeline, run), got a {type(pair).__name__}"
+        )
+    return pair

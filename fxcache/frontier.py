@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fxcache.policy import StepSchedule
+from fxcache.policy.schedule_file import save_schedule
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,10 @@ class TuneResult:
             f"uncached samples, measured with seeds {seeds}, not guaranteed for others."
         )
         return "\n".join(lines)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the policy to `path` as JSON; `fxcache.load_schedule` reads it."""
+        return save_schedule(self.policy, path)
 
     def plot(self, path: str | Path) -> Path:
         """Draw PSNR (mean and minimum) over speedup and write it to `path`.

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any, Self
 import torch
 
 from fxcache.errors import PolicyError, ProfileError
+from fxcache.files import write_whole
 from fxcache.policy import MagCache, Origin, Policy, TeaCache
 from fxcache.policy.tea_cache import DEGREE
 
@@ -91,7 +90,7 @@ class Profile:
         for kind, table in (("ratios", self.ratios), ("errors", self.errors)):
             for name, values in table.items():
                 tensors[f"{kind}/{name}"] = torch.tensor(values, dtype=torch.float64)
-        _write_whole(Path(path), save(tensors, {"format": FORMAT, **self.metadata}))
+        write_whole(Path(path), save(tensors, {"format": FORMAT, **self.metadata}))
         return Path(path)
 
     @classmethod
@@ -172,18 +171,6 @@ def model_metadata(model: Any) -> dict[str, str]:
 def _plain(ratios: Mapping[str, Sequence[float]]) -> Any:
     """The table itself where there is one branch only."""
     return next(iter(ratios.values())) if len(ratios) == 1 else dict(ratios)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write beside `path` and rename."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -34,6 +34,7 @@ ROOMS = [
     {"dataflow"},
     {"capture"},
     {"policy", "integrations"},
+    {"files"},
     {"errors"},
 ]
 

@@ -45,6 +45,19 @@ def sample(denoiser: Any, labels: torch.Tensor, *, steps: int, seed: int) -> tor
     return pictures
 
 
+def sampling_target() -> tuple[Any, Any]:
+    """The denoiser, and a function of (denoiser, seed) that samples 8 pictures in 30 steps: what
+    `fxcache.calibrate` and `fxcache.tune` take.
+    """
+    model, classes = load_denoiser()
+
+    def run(denoiser: Any, seed: int) -> torch.Tensor:
+        labels = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))[:8]
+        return sample(denoiser, labels, steps=30, seed=seed)
+
+    return model, run
+
+
 def trajectory(
     denoiser: Any, labels: torch.Tensor, *, steps: int, seed: int
 ) -> Iterator[torch.Tensor]:
