@@ -151,7 +151,7 @@ def rewrite(
 ) -> StepExecutor:
     """`gm`, which is not changed, becomes a step executor that runs it as `found` cuts it."""
     ring = session.policy.forecast.ring
-    log.info("span: %s", found.describe())
+    log.info("%s", found.describe())
     session.skipped_share = found.skipped_share
     flow = data_flow(gm.graph)
     kept, residuals = state_fakes(found)

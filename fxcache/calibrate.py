@@ -3,12 +3,13 @@
 import datetime
 import importlib.metadata
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from fxcache.errors import OptionError, PolicyError, ProfileError
+from fxcache.errors import PolicyError, ProfileError
 from fxcache.policy import (
     AdamsBashforth,
     Chebyshev,
@@ -24,8 +25,9 @@ from fxcache.policy import (
     Taylor,
     TeaCache,
 )
+from fxcache.policy.checks import check_integer
 from fxcache.profile import Profile, model_metadata
-from fxcache.recording import Recorder, Trajectory
+from fxcache.recording import Recorder, Trajectory, by_branch
 from fxcache.sampling import Run, Sampler, sampler_for
 from fxcache.search import squared_error
 
@@ -39,15 +41,26 @@ FORECASTS: dict[str, Forecast] = {
     "AdamsBashforth(2)": AdamsBashforth(order=2),
     "Chebyshev(2)": Chebyshev(order=2),
 }
-#: What records for each method: a policy with its probe that never hits.
-_RECORDING: dict[type, Policy] = {
+#: What records for each method: a policy with its probe.
+_RECORDING: dict[type, Any] = {
     MagCache: StepSchedule(mask=[False]),
     StepSchedule: StepSchedule(mask=[False]),
-    TeaCache: TeaCache(coefficients=[0, 0, 0, 0, 0], threshold=0, final_steps=0),
-    FirstBlockCache: FirstBlockCache(threshold=0),
-    EasyCache: EasyCache(threshold=0, final_steps=0),
-    SeaCache: SeaCache(threshold=0, final_steps=0),
+    TeaCache: TeaCache(coefficients=[0, 0, 0, 0, 0]),
+    FirstBlockCache: FirstBlockCache(),
+    EasyCache: EasyCache(),
+    SeaCache: SeaCache(),
 }
+#: With these fields a policy never hits, and needs no number of steps.
+_NEVER: dict[str, Any] = {
+    "threshold": 0,
+    "start": 0,
+    "end": 1,
+    "final_steps": 0,
+    "forecast": Reuse(),
+    "origin": None,
+}
+
+Branches = dict[Hashable, list[Trajectory]]
 
 
 def calibrate(
@@ -65,13 +78,14 @@ def calibrate(
     Args:
         denoiser_or_pipe: a denoiser (from `transform`), a model, or a diffusers pipeline. It is as
             it was afterwards.
-        run: samples once and returns what was sampled: ``run()``, ``run(seed)``,
-            ``run(denoiser_or_pipe)`` or ``run(denoiser_or_pipe, seed)``. The global generators are
-            seeded before each call. All trajectories must have the same number of steps.
-        policy: what to calibrate for. `MagCache`: magnitude ratios. `TeaCache`: pairs for its
-            polynomial too (pass an instance for another `signal`). Others: what their probe
-            measures, beside the ratios.
-        runs: how many times to sample, if `seeds` does not say it.
+        run: samples once (and, for `tune`, returns what was sampled): ``run()``, ``run(seed)``,
+            ``run(denoiser_or_pipe)`` or ``run(denoiser_or_pipe, seed)``. Other arguments must have
+            defaults. torch's global generators are seeded before each call. All trajectories must
+            have the same number of steps, and every branch be called at each.
+        policy: what to calibrate for, a class or an instance (whose span and probe are recorded).
+            `MagCache`: magnitude ratios. `TeaCache`: pairs for its polynomial too. Others: what
+            their probe measures, beside the ratios.
+        runs: how many times to sample, at least 1, if `seeds` does not say it.
         seeds: one a run; 0, 1, ... if None.
         component: which denoiser of a pipeline that has several.
         progress: show a progress bar.
@@ -81,63 +95,66 @@ def calibrate(
         runs; ``profile.policy()`` is ready to use.
 
     Raises:
-        PolicyError: for a `policy` that cannot be calibrated.
+        PolicyError: for a `policy` that cannot be calibrated, or bad `runs` or `seeds`.
         OptionError: for a `run` or a target that does not fit.
-        ProfileError: if `run` raises, or its trajectories differ in length.
+        ProfileError: if `run` raises, its trajectories differ in length, or its residuals are not
+            finite or zero.
     """
     kind = policy if isinstance(policy, type) else type(policy)
     recording = _recording_policy(policy, kind)
+    check_integer("runs", runs, 1)
     chosen = tuple(range(runs) if seeds is None else seeds)
+    for seed in chosen:
+        check_integer("seeds", seed, 0)
     if not chosen:
-        raise OptionError(f"runs must be at least 1, got runs={runs!r}, seeds={seeds!r}")
+        raise PolicyError("seeds must hold one seed at least, got none")
     with sampler_for(denoiser_or_pipe, run, component) as sampler:
-        recorder, _ = record(sampler, recording, progress_bar(chosen, "calibrating", progress))
-        return _profile(kind.__name__, recorder, sampler, len(chosen))
+        shown = progress_bar(chosen, "calibrating", progress)
+        with sampler.following(recording) as runner:
+            recorders = [sampler.call(runner, seed, Recorder)[1] for seed in shown]
+        return _profile(recording, kind.__name__, recorded(recorders), sampler, len(chosen))
 
 
 def _recording_policy(policy: Any, kind: type) -> Policy:
     if kind not in _RECORDING:
         known = ", ".join(sorted(known.__name__ for known in _RECORDING))
         raise PolicyError(f"policy must be one of {known}, got {policy!r}")
-    if isinstance(policy, TeaCache):
-        return TeaCache(
-            coefficients=[0, 0, 0, 0, 0], threshold=0, final_steps=0, signal=policy.signal
-        )
-    return _RECORDING[kind]
+    chosen = _RECORDING[kind]
+    if not isinstance(policy, type) and type(chosen) is kind:
+        chosen = policy
+    never = {name: value for name, value in _NEVER.items() if hasattr(chosen, name)}
+    if isinstance(chosen, StepSchedule):
+        never["mask"] = [False]
+    recording: Policy = replace(chosen, **never)
+    return recording
 
 
-def record(
-    sampler: Sampler, policy: Policy, seeds: Iterable[int]
-) -> tuple[Recorder, dict[int, torch.Tensor]]:
-    """Sample with `policy`, which never hits, once a seed: what was recorded, and the samples."""
-    recorder, samples = Recorder(), {}
-    with sampler.following(policy) as runner:
-        runner.session.observe = recorder
-        for seed in seeds:
-            samples[seed] = sampler.sample(seed)
-    check_recorded(recorder)
-    return recorder, samples
-
-
-def check_recorded(recorder: Recorder) -> None:
-    """Raise ProfileError unless there are trajectories, all of one length."""
-    lengths = sorted({len(found) for found in recorder.trajectories.values()})
-    if not lengths:
+def recorded(recorders: Iterable[Recorder]) -> Branches:
+    """The trajectories by branch. Raises ProfileError unless there are any, they are all of one
+    length, from step 0 on, and finite.
+    """
+    branches = by_branch(recorders)
+    if not branches:
         raise ProfileError(
             "run did not call the denoiser under torch.no_grad(): nothing was recorded. It must "
             "call the very object that was given, or the one that it is handed"
         )
-    if lengths[0] < 2:
-        raise ProfileError(f"a trajectory must have at least 2 steps, got {lengths}")
-    by_branch = {
-        branch: sorted({len(found) for found in own})
-        for branch, own in recorder.by_branch().items()
-    }
-    if any(len(own) > 1 for own in by_branch.values()) or len(lengths) > 1:
+    every = [found for own in branches.values() for found in own]
+    steps = list(range(max(map(len, every))))
+    if len(steps) < 2 or any(found.steps != steps for found in every):
+        seen = {name: sorted({_steps(found) for found in own}) for name, own in branches.items()}
         raise ProfileError(
-            f"all trajectories must have one number of steps, got {by_branch} by branch: announce "
-            f"them with denoiser.trajectory(), and sample with one number of steps"
+            f"every trajectory must have the same steps, at least 2, in every branch; got {seen}. "
+            f"Announce trajectories with denoiser.trajectory(), and sample with one number of "
+            f"steps, from the first on, and with guidance at all of them or at none"
         )
+    if not all(residual.isfinite().all() for found in every for residual in found.residuals):
+        raise ProfileError("the model's residuals must be finite numbers, got inf or NaN")
+    return branches
+
+
+def _steps(found: Trajectory) -> str:
+    return f"{len(found)} of steps {found.steps[0]} to {found.steps[-1]}"
 
 
 def progress_bar(items: Iterable[int], title: str, shown: bool) -> Iterable[int]:
@@ -152,22 +169,28 @@ def progress_bar(items: Iterable[int], title: str, shown: bool) -> Iterable[int]
     return bar
 
 
-def _profile(method: str, recorder: Recorder, sampler: Sampler, runs: int) -> Profile:
-    branches = recorder.by_branch()
+def _profile(
+    recording: Policy, method: str, branches: Branches, sampler: Sampler, runs: int
+) -> Profile:
     every = [found for own in branches.values() for found in own]
+    names = {_name(branch): branch for branch in branches}
+    if len(names) < len(branches):
+        raise ProfileError(f"branches must have names that differ as text, got {[*branches]}")
+    signal = {"signal": recording.signal} if isinstance(recording, TeaCache) else {}
     metadata = {
         "method": method,
+        **signal,
         **model_metadata(sampler.model),
         "steps": str(len(every[0])),
         "runs": str(runs),
         "sampler": sampler.name,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "versions": ", ".join(_versions()),
     }
     return Profile(
         {
-            _name(branch): _mean([found.ratios() for found in own])
-            for branch, own in branches.items()
+            name: _mean([found.ratios() for found in branches[branch]])
+            for name, branch in names.items()
         },
         torch.tensor([pair for found in every for pair in _pairs(found)]).double().reshape(-1, 2),
         _errors(mean_gram(every)),
@@ -205,7 +228,8 @@ def _errors(gram: torch.Tensor) -> dict[str, tuple[float, ...]]:
                 own.append(math.nan)
                 continue
             error = squared_error(gram, step, past, forecast.weights(step, past))
-            own.append((error / float(gram[step, step])) ** 0.5)
+            size = float(gram[step, step])
+            own.append((error / size) ** 0.5 if size else math.nan)
         errors[name] = tuple(own)
     return errors
 

@@ -163,7 +163,7 @@ def _describe(
     probe = found.probe
     return Explanation(
         model,
-        stack=found.describe() if stack is None else str(stack),
+        stack="the whole model" if stack is None else str(stack),
         head_blocks=tuple(paths[:first]),
         span_blocks=tuple(paths[first:last]),
         tail_blocks=tuple(paths[last:]),

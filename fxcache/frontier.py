@@ -28,7 +28,7 @@ class Point:
     seeds: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; an infinite PSNR (equal samples) becomes None."""
+        """JSON-ready; an infinite PSNR (equal samples, or numbers that are not) becomes None."""
         finite = {
             name: value if math.isfinite(value) else None
             for name in ("psnr_mean", "psnr_min")

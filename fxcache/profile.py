@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -30,12 +30,34 @@ class Profile:
         errors: by forecaster, its relative error at each step when it forecasts from the steps
             right before (NaN where it has too few).
         metadata: text: method, model (class name), config (hash), steps, sampler, date, versions.
+
+    Raises:
+        ProfileError: for tables that differ in length or have none or bad numbers.
     """
 
     ratios: Mapping[str, Sequence[float]]
     pairs: torch.Tensor
     errors: Mapping[str, Sequence[float]]
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.ratios:
+            raise ProfileError("ratios must hold a table for one branch at least, got none")
+        for kind, table in (("ratios", self.ratios), ("errors", self.errors)):
+            for name, values in table.items():
+                if len(values) != self.num_steps or len(values) < 2:
+                    raise ProfileError(
+                        f"{kind}/{name} must have one value for each of the {self.num_steps} steps "
+                        f"(at least 2), got {len(values)}"
+                    )
+        for name, values in self.ratios.items():
+            if bad := [value for value in values if not 0 < value < math.inf]:
+                raise ProfileError(f"ratios/{name} must be numbers in (0, inf), got {bad[0]!r}")
+        for name, values in self.errors.items():
+            if bad := [value for value in values if value < 0 or math.isinf(value)]:
+                raise ProfileError(f"errors/{name} must be in [0, inf) or NaN, got {bad[0]!r}")
+        if self.pairs.ndim != 2 or self.pairs.shape[1] != 2 or not self.pairs.isfinite().all():
+            raise ProfileError("pairs must be finite numbers [N, 2]")
 
     @property
     def num_steps(self) -> int:
@@ -53,7 +75,8 @@ class Profile:
             own: dict[str, Any] = {"ratios": _plain(self.ratios)}
             return MagCache(**{**own, "origin": self._origin(), **changes})
         if method == "TeaCache":
-            own = {"coefficients": self.coefficients()}
+            signal = self.metadata.get("signal", "modulated_input")
+            own = {"coefficients": self.coefficients(), "signal": signal}
             return TeaCache(**{**own, "origin": self._origin(), **changes})
         raise PolicyError(
             f"a profile gives a policy for the methods MagCache and TeaCache, got {method!r}"
@@ -94,7 +117,7 @@ class Profile:
         return Path(path)
 
     @classmethod
-    def load(cls, path: str | Path, model: Any = None) -> Self:
+    def load(cls, path: str | Path, model: Any = None) -> "Profile":
         """Read a profile; with `model`, one that was made for a model like it.
 
         Raises ProfileError for a file that is missing, damaged, foreign or too short, and for a
@@ -104,35 +127,28 @@ class Profile:
         found: dict[str, dict[str, tuple[float, ...]]] = {"ratios": {}, "errors": {}}
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
-            if kind in found and name:
-                if tensor.ndim != 1:
-                    raise ProfileError(f"{path}: {key} must be a vector, got {list(tensor.shape)}")
+            if tensor.dtype != torch.float64 or (kind in found and tensor.ndim != 1):
+                raise ProfileError(
+                    f"{path}: {key} must be a vector of float64, got {tensor.dtype} "
+                    f"{list(tensor.shape)}"
+                )
+            if kind in found:
                 found[kind][name] = tuple(tensor.tolist())
-        pairs = tensors.get("pairs", torch.empty(0, 2))
+        if "pairs" not in tensors:
+            raise ProfileError(f"{path}: there are no pairs in the file")
         del metadata["format"]
-        profile = cls(found["ratios"], pairs.double(), found["errors"], metadata)
-        profile._check(str(path))
+        try:
+            profile = cls(found["ratios"], tensors["pairs"], found["errors"], metadata)
+        except ProfileError as error:
+            raise ProfileError(f"{path}: {error}") from error
+        if metadata["steps"] != str(profile.num_steps):
+            raise ProfileError(
+                f"{path}: ratios must have one value for each of the {metadata['steps']} steps, "
+                f"got {profile.num_steps}"
+            )
         if model is not None:
             profile.check_model(model)
         return profile
-
-    def _check(self, path: str) -> None:
-        """Raise ProfileError unless all tables are whole."""
-        steps = self.metadata["steps"]
-        if not self.ratios:
-            raise ProfileError(f"{path}: there are no ratios in the file")
-        for kind, table in (("ratios", self.ratios), ("errors", self.errors)):
-            for name, values in table.items():
-                if str(len(values)) != steps or len(values) < 2:
-                    raise ProfileError(
-                        f"{path}: {kind}/{name} must have one value for each of the {steps} steps "
-                        f"(at least 2), got {len(values)}"
-                    )
-        for name, values in self.ratios.items():
-            if not all(0 < value < math.inf for value in values):
-                raise ProfileError(f"{path}: ratios/{name} must be numbers in (0, inf)")
-        if self.pairs.ndim != 2 or self.pairs.shape[1] != 2 or not self.pairs.isfinite().all():
-            raise ProfileError(f"{path}: pairs must be finite numbers [N, 2]")
 
     def _origin(self) -> Origin:
         meta = self.metadata
@@ -158,10 +174,13 @@ class Profile:
 
 def model_metadata(model: Any) -> dict[str, str]:
     """What tells a model: its class name, and a hash of its config and of its weights' shapes."""
+    given = getattr(model, "config", None)
+    items = given if isinstance(given, Mapping) else getattr(given, "__dict__", {})
+    plain = (bool, int, float, str, list, tuple, dict, type(None))  # others may show an address
     config = {
-        key: str(value)
-        for key, value in dict(getattr(model, "config", None) or {}).items()
-        if not str(key).startswith("_")
+        str(key): str(value)
+        for key, value in items.items()
+        if str(key)[:1] != "_" and isinstance(value, plain)
     }
     shapes = {name: list(value.shape) for name, value in model.named_parameters()}
     text = json.dumps([config, shapes], sort_keys=True)

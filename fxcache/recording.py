@@ -1,10 +1,11 @@
 """Record uncached trajectories: how residuals relate to each other, and what a probe measured."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -13,16 +14,22 @@ from fxcache.runtime.state import BranchState, Slot
 #: So many elements of a residual are kept (drawn once, at random): enough for its inner products.
 SAMPLED = 2**19
 
+#: A slot's number, its trajectory's number, and the branch.
+Key = tuple[int, int, Hashable]
+
 
 @dataclass
 class Trajectory:
     """What was recorded of one trajectory of one branch, one entry a step.
 
-    `residuals` are float32 vectors on the CPU (elements drawn at random of large ones), `norms` the
-    norms of the residual's tokens, `metrics` what the probe measured (NaN: nothing), `changes` the
-    relative change of the output, sum |o_t - o_(t-1)| / sum |o_(t-1)| (NaN at the first step).
+    `steps` are the steps' numbers, `residuals` float32 vectors on the CPU (elements drawn at random
+    of large ones), scaled so that their inner products are means over the residual's elements;
+    `norms` the norms of the residual's tokens, `metrics` what the probe measured (NaN: nothing),
+    `changes` the relative change of the output, sum |o_t - o_(t-1)| / sum |o_(t-1)| (NaN at the
+    first step).
     """
 
+    steps: list[int] = field(default_factory=list)
     residuals: list[torch.Tensor] = field(default_factory=list)
     norms: list[torch.Tensor] = field(default_factory=list)
     metrics: list[float] = field(default_factory=list)
@@ -35,12 +42,46 @@ class Trajectory:
     def gram(self) -> torch.Tensor:
         """Inner products of the residuals, mean over elements, float64 [T, T]."""
         rows = torch.stack(self.residuals).double()
-        return rows @ rows.T / rows.shape[1]
+        return rows @ rows.T
 
     def ratios(self) -> list[float]:
         """Mean over tokens of ``|r_t| / |r_(t-1)|``; 1.0 at the first step. Source: MagCache."""
         pairs = pairwise(self.norms)
         return [1.0, *(float((now / (before + 1e-8)).mean()) for before, now in pairs)]
+
+
+class Keys:
+    """Tells trajectories apart. (A slot that is gone leaves its `id` to another.)"""
+
+    def __init__(self) -> None:
+        self._slots: WeakKeyDictionary[Slot, int] = WeakKeyDictionary()
+        self._number = 0
+
+    def __call__(self, slot: Slot, state: BranchState) -> Key:
+        if slot not in self._slots:
+            self._slots[slot] = self._number
+            self._number += 1
+        branch = next(name for name, own in slot.branches.items() if own is state)
+        return self._slots[slot], slot.trajectory, branch
+
+
+class Counter:
+    """Is told of every evaluation (`Session.observe`) and notes which steps were computed."""
+
+    def __init__(self) -> None:
+        self._key = Keys()
+        self._computed: dict[Key, set[int]] = {}
+
+    def __call__(
+        self, slot: Slot, state: BranchState, metric: float, outputs: Sequence[Any]
+    ) -> None:
+        if state.hits_in_a_row == 0:
+            self._computed.setdefault(self._key(slot, state), set()).add(state.step)
+
+    @property
+    def most(self) -> int:
+        """The most steps that a branch computed in a trajectory (0: there was none)."""
+        return max(map(len, self._computed.values()), default=0)
 
 
 class Recorder:
@@ -50,41 +91,35 @@ class Recorder:
     """
 
     def __init__(self) -> None:
-        self.trajectories: dict[tuple[Hashable, int, Hashable], Trajectory] = {}
-        self._steps: dict[tuple[Hashable, int, Hashable], int] = {}
-        self._outputs: dict[tuple[Hashable, int, Hashable], torch.Tensor] = {}
+        self.trajectories: dict[Key, Trajectory] = {}
+        self._key = Keys()
+        self._outputs: dict[Key, torch.Tensor] = {}
         self._chosen: dict[int, torch.Tensor] = {}
 
     def __call__(
         self, slot: Slot, state: BranchState, metric: float, outputs: Sequence[Any]
     ) -> None:
-        branch = next(name for name, own in slot.branches.items() if own is state)
-        key = (id(slot), slot.trajectory, branch)
+        key = self._key(slot, state)
         found = self.trajectories.setdefault(key, Trajectory())
         at = state.past[0][1]
         residuals = [ring[at].detach() for ring in state.allocated.rings]
         output = next(o.detach() for o in outputs if isinstance(o, torch.Tensor))
-        if self._steps.get(key) == state.step:
+        if found.steps and found.steps[-1] == state.step:
             for kept in vars(found).values():
                 kept.pop()
-        else:
-            self._steps[key] = state.step
-        found.residuals.append(torch.cat([self._drawn(residual) for residual in residuals]))
+        found.steps.append(state.step)
+        total = sum(residual.numel() for residual in residuals)
+        found.residuals.append(torch.cat([self._drawn(r) / total**0.5 for r in residuals]))
         found.norms.append(_token_norms(max(residuals, key=torch.numel)))
         found.metrics.append(metric)
         found.changes.append(_relative_change(output, self._outputs.get(key)))
         found.timesteps.append(state.timestep)
         self._outputs[key] = output.clone()
 
-    def by_branch(self) -> dict[Hashable, list[Trajectory]]:
-        """The trajectories of each branch."""
-        branches: dict[Hashable, list[Trajectory]] = {}
-        for (_, _, branch), found in self.trajectories.items():
-            branches.setdefault(branch, []).append(found)
-        return branches
-
     def _drawn(self, residual: torch.Tensor) -> torch.Tensor:
-        """The elements of `residual` that are kept: of one size always the same."""
+        """The elements of `residual` that are kept: of one size always the same. They are scaled to
+        the norm, about, of the whole.
+        """
         flat, number = residual.flatten(), residual.numel()
         if number <= SAMPLED:
             return flat.to("cpu", torch.float32, copy=True)
@@ -92,7 +127,17 @@ class Recorder:
             generator = torch.Generator().manual_seed(0)
             chosen = torch.randint(number, (SAMPLED,), generator=generator)
             self._chosen[number] = chosen.to(residual.device)
-        return flat[self._chosen[number]].to("cpu", torch.float32)
+        drawn: torch.Tensor = flat[self._chosen[number]].to("cpu", torch.float32)
+        return drawn.mul_((number / SAMPLED) ** 0.5)
+
+
+def by_branch(recorders: Iterable[Recorder]) -> dict[Hashable, list[Trajectory]]:
+    """The recorded trajectories of each branch."""
+    branches: dict[Hashable, list[Trajectory]] = {}
+    for recorder in recorders:
+        for (_, _, branch), found in recorder.trajectories.items():
+            branches.setdefault(branch, []).append(found)
+    return branches
 
 
 def _token_norms(residual: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,12 @@
 """Call the user's own sampling function, with a denoiser that follows a policy of ours."""
 
 import inspect
+import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,12 +16,15 @@ from fxcache.denoiser import DenoiserMethods, other_policy
 from fxcache.errors import OptionError, ProfileError
 from fxcache.policy import Policy, StepSchedule
 from fxcache.runner import Runner
+from fxcache.runtime.state import Direction
 
 #: Where pipelines keep their denoisers.
 COMPONENTS = ("transformer", "transformer_2", "unet")
-_TARGET_NAMES = {"denoiser", "pipe", "pipeline", "model", "transformer", "unet"}
+#: The name of a lone argument of `run` that gets the denoiser, where run could do without.
+_TARGET_NAMES = {"denoiser", "pipe", "pipeline", "model", "transformer", "unet", "d", "m", "p"}
 
 Run = Callable[..., Any]
+Seen = TypeVar("Seen", bound=Callable[..., None])
 
 
 @dataclass
@@ -48,43 +53,76 @@ class Sampler:
         with other_policy(self.denoiser, policy) as runner:
             yield runner
 
-    def sample(self, seed: int) -> torch.Tensor:
-        """What the function returns, as one float64 vector or tensor on the CPU.
+    def call(self, runner: Runner, seed: int, make: Callable[[], Seen]) -> tuple[Any, Seen]:
+        """What the function returned, and an observer (`Session.observe`) made by `make`.
 
-        The global generators are seeded inside and restored afterwards. Raises ProfileError if the
-        function raises.
+        The denoiser's state is clean before, torch's global generators are seeded inside and
+        restored afterwards. Where it is seen only in the midst that timesteps rise along this
+        sampler's trajectories, the first steps were taken for trajectories, so it is called again.
+        Raises ProfileError if the function raises.
         """
-        with torch.random.fork_rng():
+        session = runner.session
+        for _ in range(2):
+            rising = session.direction.rising
+            runner.reset()
+            session.direction = Direction(rising=rising)
+            session.observe = seen = make()
+            try:
+                result = self._called(seed)
+            finally:
+                session.observe = None
+            if session.direction.rising == rising:
+                break
+        return result, seen
+
+    def _called(self, seed: int) -> Any:
+        given = self.denoiser if isinstance(self.target, nn.Module) else self.target
+        bound = arguments(self.run, given, seed)
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             try:
-                result = self.run(*self._arguments(seed))
+                return self.run(*bound.args, **bound.kwargs)
             except Exception as error:
                 raise ProfileError(
                     f"run raised {type(error).__name__} with seed {seed}: {error}"
                 ) from error
-        return as_tensor(result)
-
-    def _arguments(self, seed: int) -> list[Any]:
-        """run(), run(seed), run(denoiser_or_pipe) or run(denoiser_or_pipe, seed)."""
-        names = required_arguments(self.run)
-        if len(names) > 2:
-            raise OptionError(
-                f"run must take at most two arguments, (denoiser_or_pipe, seed), got {names}"
-            )
-        given = self.denoiser if isinstance(self.target, nn.Module) else self.target
-        if len(names) == 1:
-            return [given if names[0] in _TARGET_NAMES else seed]
-        return [given, seed][: len(names)]
 
 
-def required_arguments(run: Run) -> list[str]:
-    """The names of the positional arguments that `run` must be given."""
+def arguments(run: Run, target: Any, seed: int) -> inspect.BoundArguments:
+    """run(), run(seed), run(denoiser_or_pipe) or run(denoiser_or_pipe, seed).
+
+    Of the arguments without a default, one that is called seed gets the seed, and of two the second
+    one. A lone one of another name gets the target if that is a plain model, which `run` cannot
+    know, or if it is named like one. An argument with a default is left alone, unless it is called
+    seed. Raises OptionError for a function that needs others.
+    """
     if not callable(run):
         raise OptionError(f"run must be a function that samples, got {run!r}")
-    parameters = inspect.signature(run).parameters.values()
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    named = [p for p in parameters if p.kind in kinds]
-    return [p.name for p in named if p.default is p.empty or p.name == "seed"]
+    try:
+        signature = inspect.signature(run)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"run must have a signature, got {run!r}: {error}") from error
+    various = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = [p for p in signature.parameters.values() if p.kind not in various]
+    seeds = [p.name for p in named if p.name == "seed"]
+    others = [p.name for p in named if p.default is p.empty and p.name != "seed"]
+    is_plain = isinstance(target, nn.Module) and not isinstance(target, DenoiserMethods)
+    if len(others) == 2 and not seeds:
+        seeds = [others.pop()]
+    elif len(others) == 1 and not seeds and not is_plain and others[0] not in _TARGET_NAMES:
+        seeds, others = others, []
+    if len(others) > 1:
+        raise OptionError(
+            f"run must take at most two arguments, (denoiser_or_pipe, seed), got {signature}"
+        )
+    if is_plain and not others:
+        raise OptionError(
+            f"run must take the denoiser as its argument where a {type(target).__name__} is given: "
+            f"run(denoiser, seed). Or pass fxcache.transform(model, ...), and let run call that"
+        )
+    values = {**dict.fromkeys(others, target), **dict.fromkeys(seeds, seed)}
+    in_order = OrderedDict((p.name, values[p.name]) for p in named if p.name in values)
+    return inspect.BoundArguments(signature, in_order)
 
 
 @contextmanager
@@ -92,19 +130,13 @@ def sampler_for(target: Any, run: Run, component: str | None = None) -> Iterator
     """`target` (a denoiser, a model, or a pipeline) and `run`, ready to sample.
 
     A pipeline's model is replaced by a denoiser inside (``backend="eager"``), and is itself again
-    afterwards. Raises OptionError for a target without a denoiser, or with several if `component`
-    does not say which.
+    afterwards. Raises OptionError for a `run` that takes other arguments, a target without a
+    denoiser, or with several if `component` does not say which.
     """
-    required_arguments(run)
+    arguments(run, target, 0)
     if isinstance(target, DenoiserMethods):
         yield Sampler(target, run, target)
     elif isinstance(target, nn.Module):
-        if not required_arguments(run):
-            raise OptionError(
-                f"run must take the denoiser as its argument where a {type(target).__name__} is "
-                f"given: run(denoiser, seed). Or pass fxcache.transform(model, ...), and let run "
-                f"call that"
-            )
         yield Sampler(target, run, _eager(target))
     else:
         with ExitStack() as undo:
@@ -137,15 +169,25 @@ def _in_pipeline(pipe: Any, component: str | None, undo: ExitStack) -> Any:
 
 def as_tensor(result: Any) -> torch.Tensor:
     """What a sampling function returned, as float64 on the CPU: tensors, arrays and pictures, also
-    in lists and in pipelines' outputs. Whole numbers are divided by 255.
+    in lists, dicts and pipelines' outputs (without what is None). Whole numbers are divided by 255.
+
+    Raises ProfileError for something else, and for nothing.
     """
+    sample = _as_tensor(result)
+    if not sample.numel():
+        raise ProfileError("run must return what was sampled, got nothing")
+    return sample
+
+
+def _as_tensor(result: Any) -> torch.Tensor:
     for name in ("images", "frames", "audios", "sample"):
         if hasattr(result, name):
-            return as_tensor(getattr(result, name))
+            return _as_tensor(getattr(result, name))
     if isinstance(result, dict):
         result = list(result.values())
-    if isinstance(result, list | tuple) and result:
-        return torch.cat([as_tensor(part).flatten() for part in result])
+    if isinstance(result, list | tuple):
+        parts = [_as_tensor(part).flatten() for part in result if part is not None]
+        return torch.cat(parts) if parts else torch.empty(0)
     values = result if isinstance(result, torch.Tensor) else _from_array(result)
     is_picture = not values.is_floating_point()
     return values.detach().to("cpu", torch.float64) / (255 if is_picture else 1)
@@ -166,9 +208,11 @@ def _from_array(result: Any) -> torch.Tensor:
 
 def psnr(sample: torch.Tensor, reference: torch.Tensor) -> float:
     """Peak signal to noise ratio in dB; the peak is 1 for values in [0, 1], else the reference's
-    range. inf for equal samples, NaN if a sample is not finite.
+    range. inf for equal samples, -inf for a sample that is not finite.
     """
     low, high = float(reference.min()), float(reference.max())
     peak = 1.0 if low >= 0 and high <= 1 else high - low
-    error = (sample - reference).square().mean()
-    return float(10 * torch.log10(peak**2 / error))
+    error = float((sample - reference).square().mean())
+    if error == 0:
+        return math.inf
+    return 10 * math.log10(peak**2 / error) if peak and math.isfinite(error) else -math.inf

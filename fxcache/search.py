@@ -6,6 +6,7 @@ All of it works on the Gram matrix of the residuals of recorded trajectories,
 one uncached trajectory tells the errors of every forecaster under every schedule.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ Weights = Callable[[int, Past], Sequence[float]]
 
 
 def squared_error(gram: torch.Tensor, step: int, past: Past, weights: Sequence[float]) -> float:
-    """Squared norm of forecast minus residual at `step`; `gram` is float64 [T, T]."""
+    """Squared norm of forecast minus residual at `step`; `gram` is finite, float64 [T, T]."""
     at = [step, *past]
     v = torch.tensor([-1.0, *weights], dtype=torch.float64)
     return max(0.0, float(v @ gram[at][:, at] @ v))
@@ -35,7 +36,8 @@ def fit_weights(gram: torch.Tensor, step: int, past: Past, *, ridge: float = 1e-
     differences = gram[past_at][:, past_at] - cross[:, None] - cross[None, :] + gram[step, step]
     k = ridge * float(differences.trace()) / n
     reuse = torch.eye(n, dtype=torch.float64)[0]
-    if not k > 0:  # nothing changed between these steps: reuse is exact
+    # Nothing changed between these steps, to the precision of float32: reuse is exact.
+    if not k > ridge * 1e-13 * float(gram[step, step]):
         return [float(weight) for weight in reuse]
     system = differences + k * torch.eye(n, dtype=torch.float64)
     right = torch.stack([k * reuse, torch.ones(n, dtype=torch.float64)], dim=1)
@@ -44,9 +46,15 @@ def fit_weights(gram: torch.Tensor, step: int, past: Past, *, ridge: float = 1e-
 
 
 def search(
-    cost: Callable[[int, Past], float], *, steps: int, ring: int, max_hits: int
+    cost: Callable[[int, Past], float],
+    *,
+    steps: int,
+    ring: int,
+    max_hits: int,
+    most: int | None = None,
 ) -> dict[int, tuple[float, tuple[bool, ...]]]:
-    """For every possible number of computed steps: the least total cost, and its mask (True: hit).
+    """For every possible number of computed steps, up to `most`: the least total cost, and its mask
+    (True: hit).
 
     Exact for a cost that is a sum over hits of ``cost(step, past)``, with the last `ring` computed
     steps before `step` as its past (newest first), and at most `max_hits` hits in a row.
@@ -55,7 +63,7 @@ def search(
     # the past before.
     layers: list[dict[Past, tuple[float, Past]]] = [{(0,): (0.0, ())}]
     best: dict[int, tuple[float, tuple[bool, ...]]] = {}
-    while layers[-1]:
+    while layers[-1] and len(layers) <= (most or steps):
         after: dict[Past, tuple[float, Past]] = {}
         final: tuple[float, Past] | None = None
         for past, (total, _) in layers[-1].items():
@@ -122,7 +130,7 @@ def interpolated_sensitivity(gram: torch.Tensor, errors: dict[int, float]) -> to
     logs: dict[int, float] = {}
     for step, error in sorted(errors.items()):
         residual = squared_error(gram, step, (step - 1,), (1.0,)) ** 0.5
-        if error > 0 and residual > 0:
+        if 0 < error < math.inf and residual > 0:
             logs[step] = float(torch.log(torch.tensor(error / residual, dtype=torch.float64)))
     if not logs:
         return torch.ones(len(gram), dtype=torch.float64)

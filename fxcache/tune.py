@@ -1,6 +1,7 @@
 """Find the schedule for a budget: which steps to compute, and how to forecast the others."""
 
 import datetime
+import logging
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,18 +11,17 @@ from typing import Any
 
 import torch
 
-from fxcache.calibrate import check_recorded, mean_gram, progress_bar
+from fxcache.calibrate import mean_gram, progress_bar, recorded
 from fxcache.errors import PolicyError, ProfileError
 from fxcache.frontier import Point, TuneResult
 from fxcache.policy import Forecast, Hermite, Origin, Reuse, StepSchedule, Taylor
 from fxcache.policy.checks import check_integer, check_number
 from fxcache.policy.fitted import Fitted
-from fxcache.recording import Recorder
+from fxcache.recording import Counter, Recorder
 from fxcache.runner import Runner
-from fxcache.sampling import Run, Sampler, psnr, sampler_for
+from fxcache.sampling import Run, Sampler, Seen, as_tensor, psnr, sampler_for
 from fxcache.search import (
     Past,
-    Weights,
     fit_weights,
     interpolated_sensitivity,
     schedule_costs,
@@ -29,9 +29,14 @@ from fxcache.search import (
     table_of,
 )
 
+log = logging.getLogger("fxcache")
+
 #: Residuals that are kept while schedules are tried. More did not help (see `search`).
 RING = 3
+#: So many hits in a row are considered, unless the budget needs more.
 MAX_HITS = 6
+#: In dB: where two uncached samples with one seed are less alike, nothing can be compared.
+SAME = 30.0
 #: The forecasters that are tried besides fitted weights. Hermite's of order 1 is a Taylor step
 #: damped by 2 * scale^2: here 0.75, which is better where few steps are computed.
 FORECASTS: dict[str, Forecast] = {
@@ -39,6 +44,9 @@ FORECASTS: dict[str, Forecast] = {
     "damped Taylor(1)": Hermite(order=1, scale=0.375**0.5),
 }
 FITTED = "fitted weights"
+
+#: By number of computed steps, a mask.
+Plan = dict[int, tuple[bool, ...]]
 
 
 def tune(
@@ -64,28 +72,30 @@ def tune(
 
     Args:
         denoiser_or_pipe, run, component, progress: see `fxcache.calibrate`.
-        target_speedup: uncached FLOPs over cached FLOPs, above 1. The number of computed steps
-            that it leaves is a guarantee; what the clock says depends on the machine, and is
+        target_speedup: uncached FLOPs over cached FLOPs, in [1, 1000]. The number of computed
+            steps that it leaves is a guarantee; what the clock says depends on the machine, and is
             measured.
         max_computed_steps: compute at most so many steps of a trajectory, at least 1: a guarantee.
-        min_psnr: in dB, the least PSNR against the uncached sample over the tested seeds. It is
-            measured on these seeds and promises nothing about others. Exactly one of the three
-            targets must be given.
+        min_psnr: in dB, in [0, 1000], the least PSNR against the uncached sample over the tested
+            seeds. It is measured on these seeds and promises nothing about others; where no hit
+            allows it, all steps are computed. Exactly one of the three targets must be given.
         runs: how many trajectories are recorded.
         verify_runs: with how many seeds the result is verified, at least 1.
         sensitivity_steps: for how many steps it is measured by sampling how an error grows until
             the end (0: all steps count the same).
         frontier: numbers of computed steps that are sampled for the table, too; None for four
             between a quarter and two thirds of the steps.
-        seed: the first seed; runs, the comparison and the verification take the next ones.
+        seed: the first seed, at least 0; runs, the comparison and the verification take the next
+            ones.
 
     Returns:
         The policy, ready for `transform`, and what was measured.
 
     Raises:
-        PolicyError: for a target outside its range, or not exactly one of them, or a quality that
-            no schedule reaches.
-        OptionError, ProfileError: see `fxcache.calibrate`.
+        PolicyError: for an argument outside its range, not exactly one target, or one that no
+            schedule reaches.
+        OptionError, ProfileError: see `fxcache.calibrate`. ProfileError, too, if `run` does not
+            return the same finite sample twice for one seed.
     """
     targets = {
         "target_speedup": target_speedup,
@@ -97,6 +107,8 @@ def tune(
         ("runs", runs, 1),
         ("verify_runs", verify_runs, 1),
         ("sensitivity_steps", sensitivity_steps, 0),
+        ("seed", seed, 0),
+        *(("frontier", number, 1) for number in frontier or ()),
     ):
         check_integer(name, value, least)
     seeds = [seed + number for number in range(runs + 1 + verify_runs)]
@@ -111,7 +123,7 @@ def tune(
         others = frontier if frontier is not None else trials.spread()
         points = [
             trials.verified(trials.best(number))
-            for number in progress_bar(others, "frontier", progress)
+            for number in progress_bar(trials.distinct(others), "frontier", progress)
             if number != chosen.computed_steps
         ]
         return trials.result(chosen, points, target)
@@ -160,23 +172,41 @@ class _Trials:
         self.seconds: dict[int, float] = {}
         self.gram = torch.empty(0)
         self.sensitivity = torch.empty(0)
-        self.plans: dict[str, dict[int, tuple[bool, ...]]] = {}
+        self.plans: dict[str, Plan] = {}
 
     # --- measuring ---
 
     def record(self, seeds: Sequence[int], others: Sequence[int], progress: bool) -> None:
         """Sample uncached: with `seeds` for the errors, with `others` for comparison."""
         self.recorded, self.compared, self.verifying = list(seeds), others[0], list(others[1:])
-        recorder = Recorder()
+        recorders = []
         for seed in progress_bar([*seeds, *others], "recording", progress):
-            self.runner.session.observe = recorder if seed in seeds else None
-            self.references[seed], self.seconds[seed], _ = self._sample(self.never, seed)
-        self.runner.session.observe = None
-        check_recorded(recorder)
+            make = Recorder if seed in seeds else Counter
+            self.references[seed], self.seconds[seed], seen = self._sample(self.never, seed, make)
+            if isinstance(seen, Recorder):
+                recorders.append(seen)
+            if not self.references[seed].isfinite().all():
+                raise ProfileError(f"run must return finite numbers, got inf or NaN, seed {seed}")
         # The squared errors of a step's branches add up.
-        self.gram = torch.stack([mean_gram(own) for own in recorder.by_branch().values()]).sum(0)
+        self.gram = torch.stack([mean_gram(own) for own in recorded(recorders).values()]).sum(0)
         self.runner.session.expected_steps = self.steps
         self.sensitivity = torch.ones(self.steps, dtype=torch.float64)
+        self._check_seeds()
+
+    def _check_seeds(self) -> None:
+        """Whether a seed tells the sample: raise ProfileError if not, warn if all are the same."""
+        again, _, _ = self._sample(self.never, self.compared, Counter)
+        reference = self.references[self.compared]
+        if again.shape != reference.shape or not psnr(again, reference) >= SAME:
+            raise ProfileError(
+                f"run must return the same sample for one seed, got two with seed {self.compared}: "
+                f"make its generators anew at each call, from the seed (or use the global ones)"
+            )
+        if all(torch.equal(reference, self.references[seed]) for seed in self.verifying):
+            log.warning(
+                "run returned the same sample for seeds %s: what was measured is of that one alone",
+                [self.compared, *self.verifying],
+            )
 
     @property
     def steps(self) -> int:
@@ -189,31 +219,21 @@ class _Trials:
         seed = self.recorded[0]
         for step in progress_bar(sorted(places), "sensitivity", progress):
             mask = tuple(at == step for at in range(self.steps))
-            sample, _, _ = self._sample(self._schedule(mask, Reuse()), seed)
+            sample, _, _ = self._sample(self._schedule(mask, Reuse()), seed, Counter)
             difference = sample - self.references[seed]
             errors[step] = float(difference.square().mean().sqrt())
         if errors:
             self.sensitivity = interpolated_sensitivity(self.gram, errors)
 
-    def _sample(self, policy: StepSchedule, seed: int) -> tuple[torch.Tensor, float, int]:
-        """A sample, its seconds, and the most steps that one of its branches computed."""
-        session = self.runner.session
-        session.policy = policy
-        self.runner.reset()
+    def _sample(
+        self, policy: StepSchedule, seed: int, make: type[Seen]
+    ) -> tuple[torch.Tensor, float, Seen]:
+        """A sample, its seconds, and an observer, made by `make`."""
+        self.runner.session.policy = policy
         begin = time.perf_counter()
-        sample = self.sampler.sample(seed)
-        seconds = time.perf_counter() - begin
-        computed: dict[Any, set[int]] = {}
-        for record in session.report().records:
-            if not record.is_hit:
-                key = (record.slot, record.trajectory, record.branch)
-                computed.setdefault(key, set()).add(record.step)
-        if not computed:
-            raise ProfileError(
-                "run did not call the denoiser under torch.no_grad(): nothing was recorded. It "
-                "must call the very object that was given, or the one that it is handed"
-            )
-        return sample, seconds, max(map(len, computed.values()))
+        result, seen = self.sampler.call(self.runner, seed, make)
+        sample = as_tensor(result)
+        return sample, time.perf_counter() - begin, seen
 
     def _schedule(self, mask: Sequence[bool], forecast: Forecast) -> StepSchedule:
         return StepSchedule(mask=mask, forecast=_Within(inner=forecast))
@@ -244,50 +264,50 @@ class _Trials:
     def spread(self) -> list[int]:
         """The numbers of computed steps of the frontier, where nobody says them."""
         shares = (1 / 4, 1 / 3, 1 / 2, 2 / 3)
-        return sorted({max(2, round(share * self.steps)) for share in shares})
+        return [max(2, round(share * self.steps)) for share in shares]
+
+    def distinct(self, numbers: Iterable[int]) -> list[int]:
+        """`numbers` of computed steps, each once, no more than there are steps."""
+        return sorted({min(number, self.steps) for number in numbers})
 
     def best(self, computed: int) -> tuple[Point, StepSchedule]:
-        """Of the candidates with at most `computed` steps, the one that samples best with a seed
-        that the errors were not recorded with.
+        """Of the candidates with `computed` steps, the one that samples best with a seed that the
+        errors were not recorded with.
         """
         if computed >= self.steps:
             return self._tried("all computed", StepSchedule(mask=[False] * self.steps))
         tried = [self._tried(name, policy) for name, policy in self._candidates(computed)]
-        if not tried:
-            least = min(number for plan in self._all_plans().values() for number in plan)
-            raise PolicyError(
-                f"max_computed_steps must be at least {least} of {self.steps} (at most {MAX_HITS} "
-                f"hits in a row), got {computed}"
-            )
         return max(tried, key=lambda pair: pair[0].psnr_mean)
 
-    def _all_plans(self) -> dict[str, dict[int, tuple[bool, ...]]]:
-        """By forecaster and number of computed steps, the mask of the shortest path."""
-        if not self.plans:
-            weights = {name: forecast.weights for name, forecast in FORECASTS.items()}
-            rings = {name: forecast.ring for name, forecast in FORECASTS.items()}
-            for name, (own, ring) in {
-                **{name: (weights[name], rings[name]) for name in FORECASTS},
-                FITTED: (self._fitted, RING),
-            }.items():
-                cost = schedule_costs(self.gram, self.sensitivity, own)
-                found = search(cost, steps=self.steps, ring=ring, max_hits=MAX_HITS)
-                self.plans[name] = {number: mask for number, (_, mask) in found.items()}
-        return self.plans
-
-    def _fitted(self, step: int, past: Past) -> list[float]:
-        return fit_weights(self.gram, step, past)
-
     def _candidates(self, computed: int) -> Iterator[tuple[str, StepSchedule]]:
-        for name, plan in self._all_plans().items():
-            if computed not in plan:
-                continue
+        for name, plan in self._plans_for(computed).items():
             mask = plan[computed]
             forecast = FORECASTS.get(name)
             if forecast is None:
-                own: Weights = self._fitted
-                forecast = Fitted(table=table_of(mask, RING, own), ring=RING)
+                forecast = Fitted(table=table_of(mask, RING, self._fitted), ring=RING)
             yield name, StepSchedule(mask=mask, forecast=forecast)
+
+    def _plans_for(self, computed: int) -> dict[str, Plan]:
+        """Plans with so many computed steps."""
+        hits = -(-self.steps // computed) - 1
+        if hits > MAX_HITS:
+            return self._searched(max_hits=hits, most=computed)
+        if not self.plans:
+            self.plans = self._searched(max_hits=MAX_HITS)
+        return self.plans
+
+    def _searched(self, **limits: int) -> dict[str, Plan]:
+        """By forecaster and number of computed steps, the mask of the shortest path."""
+        tried = {name: (forecast.weights, forecast.ring) for name, forecast in FORECASTS.items()}
+        plans = {}
+        for name, (weights, ring) in {**tried, FITTED: (self._fitted, RING)}.items():
+            cost = schedule_costs(self.gram, self.sensitivity, weights)
+            found = search(cost, steps=self.steps, ring=ring, **limits)
+            plans[name] = {number: mask for number, (_, mask) in found.items()}
+        return plans
+
+    def _fitted(self, step: int, past: Past) -> list[float]:
+        return fit_weights(self.gram, step, past)
 
     def _tried(self, name: str, policy: StepSchedule) -> tuple[Point, StepSchedule]:
         return self._point(name, policy, [self.compared]), policy
@@ -301,7 +321,7 @@ class _Trials:
         values, ratios, most = [], [], 0
         for seed in seeds:
             tried = self._schedule(policy.mask, policy.forecast)
-            sample, seconds, computed = self._sample(tried, seed)
+            sample, seconds, counter = self._sample(tried, seed, Counter)
             if sample.shape != self.references[seed].shape:
                 raise ProfileError(
                     f"run must return samples of one shape for one seed, got {list(sample.shape)} "
@@ -309,7 +329,7 @@ class _Trials:
                 )
             values.append(psnr(sample, self.references[seed]))
             ratios.append(self.seconds[seed] / seconds)
-            most = max(most, computed)
+            most = max(most, counter.most)
         if most > policy.num_computed:
             raise ProfileError(
                 f"a trajectory computed {most} steps where the schedule has {policy.num_computed}: "
@@ -329,7 +349,7 @@ class _Trials:
 
     def reaching(self, min_psnr: float) -> Point:
         """The verified point with the fewest computed steps whose every PSNR is `min_psnr`."""
-        numbers = sorted({number for plan in self._all_plans().values() for number in plan})
+        numbers = range(-(-self.steps // (MAX_HITS + 1)), self.steps + 1)
         low, high = 0, len(numbers) - 1
         while low < high:  # quality grows with the computed steps, about
             middle = (low + high) // 2
@@ -339,12 +359,15 @@ class _Trials:
             point = self.verified(self.best(number))
             if point.psnr_min >= min_psnr:
                 return point
-        raise AssertionError("all steps computed is the uncached sample")
+        raise PolicyError(
+            f"min_psnr must be at most what two uncached samples with one seed have, got "
+            f"{min_psnr}: with all steps computed it was {point.psnr_min:.1f} dB"
+        )
 
     def result(self, chosen: Point, others: Sequence[Point], target: str) -> TuneResult:
         """The chosen point with its origin, and the table."""
         model = type(self.sampler.model).__name__
-        date = datetime.datetime.now(datetime.UTC).date().isoformat()
+        date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         source = f"fxcache.tune({target}), {self.sampler.name}, {self.steps} steps, {date}"
         origin = Origin(f"schedule tuned for {model}", (model,), source)
         policy = StepSchedule(

@@ -86,10 +86,13 @@ class Cut:
         return sum(block.flops for block in self.span_blocks) / self.stack.graph_flops
 
     def describe(self) -> str:
-        """Which blocks are the span."""
+        """What the span is."""
         if self.stack is None:
-            return "the whole model"
-        return f"{len(self.span_blocks)} of the {len(self.stack.blocks)} blocks of {self.stack}"
+            return "the span is the whole model"
+        return (
+            f"stack {self.stack}; {len(self.span_blocks)} of {len(self.stack.blocks)} blocks in "
+            f"the span"
+        )
 
 
 def cut(

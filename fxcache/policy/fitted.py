@@ -1,5 +1,6 @@
 """Forecast with weights that were fitted to recorded trajectories."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ class Fitted:
 
     table: Mapping[Place, Sequence[float]] = field(hash=False)
     ring: int = 3
-    fallback: Forecast = Taylor(order=1)  # noqa: RUF009 - frozen
+    fallback: Forecast = Taylor(order=1)
 
     def __post_init__(self) -> None:
         check_integer("Fitted.ring", self.ring, 1, 5)
@@ -41,6 +42,10 @@ class Fitted:
                 raise PolicyError(
                     f"Fitted.table must hold one weight for each past step, at most {self.ring}, "
                     f"got {len(weights)} at step {step} from {past}"
+                )
+            if not all(math.isfinite(weight) for weight in weights):
+                raise PolicyError(
+                    f"Fitted.table must hold finite weights, got {weights} at step {step}"
                 )
 
     def weights(self, step: int, past: Sequence[int]) -> list[float]:

@@ -24,7 +24,7 @@ class NamedPolicy:
         origin: where a ready-made policy comes from; set by `preset` and by calibration.
     """
 
-    forecast: Forecast = Reuse()  # noqa: RUF009 - frozen
+    forecast: Forecast = Reuse()
     decide: str = "each"
     in_training: bool = False
     origin: Origin | None = None

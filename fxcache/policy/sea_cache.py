@@ -40,7 +40,7 @@ class SeaCache(ThresholdPolicy):
     warmup_steps: int = 1
     final_steps: int = 1
     max_consecutive_hits: int | None = 2
-    forecast: Forecast = Taylor(order=1)  # noqa: RUF009 - frozen
+    forecast: Forecast = Taylor(order=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from fxcache.errors import PolicyError
 from fxcache.policy.base import Decision, History, Span
@@ -38,7 +38,9 @@ class StepSchedule(NamedPolicy):
         object.__setattr__(self, "mask", tuple(map(bool, mask)))
 
     @classmethod
-    def every(cls, n: int, *, num_steps: int, warmup_steps: int = 1, **options: Any) -> Self:
+    def every(
+        cls, n: int, *, num_steps: int, warmup_steps: int = 1, **options: Any
+    ) -> "StepSchedule":
         """Compute the first `warmup_steps` steps of `num_steps`, and then every `n`-th.
 
         ``every(2, num_steps=6)`` computes steps 0, 2 and 4. `options` are those of the class.

@@ -53,7 +53,7 @@ class TeaCache(ThresholdPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "coefficients", _checked(self.coefficients))
-        if self.signal not in SIGNALS:
+        if self.signal not in tuple(SIGNALS):
             raise PolicyError(f"signal must be one of {tuple(SIGNALS)}, got {self.signal!r}")
 
     @property
@@ -81,8 +81,9 @@ class TeaCache(ThresholdPolicy):
 
 def _checked(coefficients: Any) -> tuple[float, ...]:
     try:
-        values = tuple(float(value) for value in coefficients)
-    except (TypeError, ValueError) as error:
+        given = [None] if isinstance(coefficients, str) else coefficients
+        values = tuple(float(value) for value in given)
+    except (TypeError, ValueError, OverflowError) as error:
         raise PolicyError(f"coefficients must be numbers, got {coefficients!r}") from error
     if len(values) != DEGREE + 1:
         raise PolicyError(

@@ -62,6 +62,8 @@ class StepExecutor:
             guess = self._guess(state, evaluation)
             metric, timestep = self._measured(evaluation, inputs, slot)
             decision = session.decide(slot, state, metric, timestep)
+            # Compared with nothing, it has no metric.
+            measured = metric if state.past and session.policy.probe is not None else None
             if decision.is_hit:
                 outputs = self._hit(state, evaluation, guess)
             else:
@@ -71,7 +73,7 @@ class StepExecutor:
         except BaseException:
             state.forget()  # whatever was half written is never read
             raise
-        self._commit(slot, state, metric, decision, outputs)
+        self._commit(slot, state, measured, decision, outputs)
         if not session.trusts_trajectory.get():  # else nobody asks, and the tensors would live on
             session.note_call(self, slot, inputs, outputs)
         return outputs
@@ -131,16 +133,13 @@ class StepExecutor:
         self,
         slot: Slot,
         state: BranchState,
-        metric: float,
+        metric: float | None,
         decision: Decision,
         outputs: Sequence[Any],
     ) -> None:
         if decision.is_hit:
             state.reused(decision.score)
-        measures = self.session.policy.probe is not None
-        # A first evaluation was compared with nothing: it has no metric.
-        is_metric = measures and decision.reason != "nothing cached"
-        self.session.record(slot, state, metric if is_metric else None, decision)
+        self.session.record(slot, state, metric, decision)
         self.session.evaluations += 1
         if self.session.observe is not None:
-            self.session.observe(slot, state, metric if is_metric else math.nan, outputs)
+            self.session.observe(slot, state, math.nan if metric is None else metric, outputs)

@@ -142,8 +142,7 @@ class Session:
             self._recognise(slot, state, timestep)
         slot.advance(state, timestep, self.direction.rising)
         decision = self._verdict(slot, state, metric)
-        is_first = decision.reason == "nothing cached"  # compared with nothing
-        state.watch.note(math.nan if is_first else metric, decision)
+        state.watch.note(metric if state.past else math.nan, decision)  # compared with nothing
         return decision
 
     def _verdict(self, slot: Slot, state: BranchState, metric: float) -> Decision:

@@ -27,7 +27,9 @@ class Buffers:
     rings: tuple[tuple[torch.Tensor, ...], ...]
 
     def tensors(self) -> list[torch.Tensor]:
-        return [*self.kept.values(), *(slot for ring in self.rings for slot in ring)]
+        """All that is cached; a kernel's scratch, whole numbers, is not."""
+        kept = [tensor for tensor in self.kept.values() if tensor.is_floating_point()]
+        return [*kept, *(slot for ring in self.rings for slot in ring)]
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,172 @@
+"""A policy of somebody else's, and calibration and tuning from the command line."""
+
+import ast
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import hits, plain, solve
+from zoo import SequentialDiT
+
+import fxcache
+from fxcache import ProfileError
+from fxcache.cli import main
+from fxcache.policy import Policy
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "custom_policy.py"
+
+SETUP = """
+import torch, fxcache
+from zoo import SequentialDiT
+
+def setup():
+    torch.manual_seed(0)
+    denoiser = fxcache.transform(SequentialDiT().eval(), backend="eager")
+
+    def run(seed):
+        x = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad(), denoiser.trajectory(num_steps=8):
+            for i in range(8):
+                x = x - 0.05 * denoiser(x, torch.full((2,), 1 - i / 8))
+        return x
+
+    return denoiser, run
+
+def half():
+    return setup()[0]
+
+def broken():
+    def run(seed):
+        raise ValueError("no weights here")
+    return setup()[0], run
+"""
+
+
+@pytest.fixture
+def setup_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    path = tmp_path / "mine.py"
+    path.write_text(SETUP)
+    return path
+
+
+def custom_policy():
+    """The class of the example, and the lines it takes."""
+    source = EXAMPLE.read_text()
+    space = runpy.run_path(str(EXAMPLE))
+    (node,) = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)]
+    return space["CalmSteps"], node.end_lineno - node.lineno + 1
+
+
+def test_a_policy_of_ones_own_is_short_and_known_nowhere_else():
+    cls, lines = custom_policy()
+    assert lines < 30
+    assert isinstance(cls(), Policy)
+    used = [p for p in ROOT.glob("fxcache/**/*.py") if cls.__name__ in p.read_text()]
+    assert used == []
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.5, 1e9])
+def test_a_policy_of_ones_own_runs(budget):
+    cls, _ = custom_policy()
+    torch.manual_seed(0)
+    model = SequentialDiT().eval()
+    denoiser = plain(model, cls(budget=budget))
+    with torch.no_grad():
+        outputs = solve(denoiser, steps=6)
+        if budget == 0:
+            expected = solve(model, steps=6)
+            assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+    assert any(hits(denoiser)) == (budget > 0)
+    assert not any(hits(denoiser)[:3])
+
+
+def test_the_example_runs():
+    pytest.importorskip("diffusers")
+    command = [sys.executable, str(EXAMPLE)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert "hits" in done.stdout
+    assert "sampled [2, 3, 32, 32]" in done.stdout
+
+
+def test_calibrate_on_the_command_line(setup_file, tmp_path, capsys):
+    path = tmp_path / "x.safetensors"
+    assert main(["calibrate", f"{setup_file}:setup", "--output", str(path)]) == 0
+    assert "MagCache profile of SequentialDiT, 8 steps" in capsys.readouterr().out
+    assert len(fxcache.Profile.load(path).policy().ratios) == 8
+
+
+def test_tune_on_the_command_line(setup_file, tmp_path, capsys):
+    path, plot = tmp_path / "s.json", tmp_path / "t.png"
+    arguments = ["tune", f"{setup_file}:setup", "--max-computed-steps", "4", "--verify-runs", "1"]
+    assert main([*arguments, "--output", str(path), "--plot", str(plot)]) == 0
+    assert "<- chosen" in capsys.readouterr().out
+    assert fxcache.load_schedule(path).num_computed <= 4
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nothing", "must define a function"),
+        ("half", "must return (denoiser or pipeline, run)"),
+        ("broken", "run raised ValueError"),
+    ],
+)
+def test_bad_targets_are_refused_and_nothing_is_written(setup_file, tmp_path, capsys, name, said):
+    path = tmp_path / "x.safetensors"
+    assert main(["calibrate", f"{setup_file}:{name}", "--output", str(path)]) == 2
+    assert said in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.py"]
+
+
+def test_a_missing_file_is_refused(capsys):
+    assert main(["tune", "nowhere.py:setup", "--min-psnr", "30"]) == 2
+    assert "FILE.py:FUNCTION or demo" in capsys.readouterr().err
+
+
+FORECASTS = [
+    fxcache.Reuse(),
+    fxcache.Taylor(order=2),
+    fxcache.Hermite(order=2, scale=0.6),
+    fxcache.AdamsBashforth(order=3),
+    fxcache.Chebyshev(order=2, ridge=0.3),
+]
+
+
+@pytest.mark.parametrize("forecast", FORECASTS, ids=lambda f: type(f).__name__)
+def test_schedules_are_saved_and_loaded(tmp_path, forecast):
+    policy = fxcache.StepSchedule.every(3, num_steps=9, warmup_steps=2, forecast=forecast)
+    assert fxcache.load_schedule(fxcache.save_schedule(policy, tmp_path / "s.json")) == policy
+
+
+@pytest.mark.parametrize("change", ["format", "mask", "forecast", "text", "missing"])
+def test_files_that_are_no_schedules_are_refused(tmp_path, change):
+    path = fxcache.save_schedule(fxcache.StepSchedule(mask=[0, 1]), tmp_path / "s.json")
+    content = json.loads(path.read_text())
+    if change == "missing":
+        path.unlink()
+    elif change == "text":
+        path.write_text(path.read_text()[:40])
+    else:
+        bad = {"format": "other", "mask": [], "forecast": {"name": "Oracle"}}
+        path.write_text(json.dumps({**content, change: bad[change]}))
+    with pytest.raises(ProfileError, match=r"s\.json"):
+        fxcache.load_schedule(path)
+
+
+def test_every_nth_step():
+    policy = fxcache.StepSchedule.every(2, num_steps=6)
+    assert policy.mask == (False, True, False, True, False, True)
+    assert policy.num_computed == 3
+    third = fxcache.StepSchedule.every(3, num_steps=9, warmup_steps=3)
+    assert [step for step, hit in enumerate(third.mask) if not hit] == [0, 1, 2, 5, 8]
+    with pytest.raises(fxcache.PolicyError, match="n must be an integer at least 1, got 0"):
+        fxcache.StepSchedule.every(0, num_steps=4)
