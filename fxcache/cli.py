@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     goal.add_argument("--max-computed-steps", type=int, help="of a trajectory, at most")
     goal.add_argument("--min-psnr", type=float, help="in dB, over the tested seeds")
     tune.add_argument("--runs", type=int, default=1, help="recorded uncached runs (default 1)")
+    tune.add_argument("--seed", type=int, default=0, help="the first seed (default 0)")
     tune.add_argument("--verify-runs", type=int, default=2, help="verifying runs (default 2)")
     tune.add_argument(
         "--output", type=Path, default=Path("schedule.json"), help="where the schedule goes"
@@ -147,6 +148,7 @@ def _tune(args: argparse.Namespace) -> int:
         min_psnr=args.min_psnr,
         runs=args.runs,
         verify_runs=args.verify_runs,
+        seed=args.seed,
     )
     print(result)
     print(f"written to {result.save(args.output)}")

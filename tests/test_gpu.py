@@ -12,7 +12,16 @@ from torch import nn
 from zoo import SequentialDiT
 
 import fxcache
-from fxcache import FirstBlockCache, StepSchedule, Taylor
+from fxcache import (
+    Chebyshev,
+    EasyCache,
+    FirstBlockCache,
+    MagCache,
+    SeaCache,
+    StepSchedule,
+    Taylor,
+    TeaCache,
+)
 from fxcache.runtime.device import CudaDevice
 
 pytestmark = [
@@ -22,6 +31,14 @@ pytestmark = [
 
 POLICY = FirstBlockCache(threshold=math.inf, max_consecutive_hits=2, forecast=Taylor(order=1))
 MASK = [False, True, True, False, True, True, False, True]
+POLICIES = [
+    POLICY,
+    StepSchedule(mask=MASK, forecast=Taylor(order=1)),
+    MagCache(ratios=[1.0] * 8, threshold=1, retention_ratio=0.2, forecast=Chebyshev(order=1)),
+    EasyCache(threshold=math.inf, warmup_steps=2, max_consecutive_hits=2),
+    TeaCache(coefficients=[0, 0, 0, 1, 0], threshold=math.inf, max_consecutive_hits=2),
+    SeaCache(threshold=math.inf),
+]
 
 
 def inputs(step, tokens=64):
@@ -42,7 +59,7 @@ def run(denoiser, steps=8, tokens=64):
 
 
 @pytest.mark.parametrize("kernel", ["aten", "triton"])
-@pytest.mark.parametrize("policy", [POLICY, StepSchedule(mask=MASK, forecast=Taylor(order=1))])
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
 @pytest.mark.parametrize("options", [{}, {"speculate": True}, {"guards": "trajectory"}])
 def test_replayed_graphs_compute_what_eager_does(model, policy, kernel, options):
     eager = fxcache.transform(model, policy, backend="eager", kernel="aten")
