@@ -24,7 +24,8 @@ from fxcache.passes.branch import (
     build_pieces,
     state_fakes,
 )
-from fxcache.passes.cut import Cut, cut, cut_whole
+from fxcache.passes.cut import Cut, cut
+from fxcache.passes.whole import cut_whole
 from fxcache.policy import FirstBlockCache, Policy
 from fxcache.runtime.device import GraphDevice, graph_device
 from fxcache.runtime.executor import StepExecutor

@@ -76,8 +76,7 @@ class Sampler:
         return result, seen
 
     def _called(self, seed: int) -> Any:
-        given = self.denoiser if isinstance(self.target, nn.Module) else self.target
-        bound = arguments(self.run, given, seed)
+        bound = arguments(self.run, self.target, self.denoiser, seed)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             try:
@@ -88,13 +87,13 @@ class Sampler:
                 ) from error
 
 
-def arguments(run: Run, target: Any, seed: int) -> inspect.BoundArguments:
+def arguments(run: Run, target: Any, denoiser: Any, seed: int) -> inspect.BoundArguments:
     """run(), run(seed), run(denoiser_or_pipe) or run(denoiser_or_pipe, seed).
 
     Of the arguments without a default, one that is called seed gets the seed, and of two the second
-    one. A lone one of another name gets the target if that is a plain model, which `run` cannot
-    know, or if it is named like one. An argument with a default is left alone, unless it is called
-    seed. Raises OptionError for a function that needs others.
+    one. A lone one of another name gets the target if it is named like one. In the place of a plain
+    model, which a function cannot call by itself, it gets the denoiser. An argument with a default
+    is left alone, unless it is called seed. Raises OptionError for a function that needs others.
     """
     if not callable(run):
         raise OptionError(f"run must be a function that samples, got {run!r}")
@@ -120,7 +119,8 @@ def arguments(run: Run, target: Any, seed: int) -> inspect.BoundArguments:
             f"run must take the denoiser as its argument where a {type(target).__name__} is given: "
             f"run(denoiser, seed). Or pass fxcache.transform(model, ...), and let run call that"
         )
-    values = {**dict.fromkeys(others, target), **dict.fromkeys(seeds, seed)}
+    given = denoiser if is_plain else target
+    values = {**dict.fromkeys(others, given), **dict.fromkeys(seeds, seed)}
     in_order = OrderedDict((p.name, values[p.name]) for p in named if p.name in values)
     return inspect.BoundArguments(signature, in_order)
 
@@ -133,7 +133,7 @@ def sampler_for(target: Any, run: Run, component: str | None = None) -> Iterator
     afterwards. Raises OptionError for a `run` that takes other arguments, a target without a
     denoiser, or with several if `component` does not say which.
     """
-    arguments(run, target, 0)
+    arguments(run, target, None, 0)
     if isinstance(target, DenoiserMethods):
         yield Sampler(target, run, target)
     elif isinstance(target, nn.Module):

@@ -134,7 +134,8 @@ def interpolated_sensitivity(gram: torch.Tensor, errors: dict[int, float]) -> to
             logs[step] = float(torch.log(torch.tensor(error / residual, dtype=torch.float64)))
     if not logs:
         return torch.ones(len(gram), dtype=torch.float64)
-    return torch.tensor([_interpolated(step, logs) for step in range(len(gram))]).double().exp()
+    steps = range(len(gram))
+    return torch.tensor([_interpolated(at, logs) for at in steps], dtype=torch.float64).exp()
 
 
 def _interpolated(at: int, known: dict[int, float]) -> float:

@@ -132,6 +132,59 @@ def test_a_missing_file_is_refused(capsys):
     assert "FILE.py:FUNCTION or demo" in capsys.readouterr().err
 
 
+class Writes(SequentialDiT):
+    def forward(self, x, t):
+        x.mul_(0.5)
+        return super().forward(x, t)
+
+
+class Returns(SequentialDiT):
+    """Two outputs, one of another shape than the sample, and one that is the time input."""
+
+    def forward(self, x, t):
+        y = super().forward(x, t)
+        return y, y.mean(-1), t
+
+
+def test_a_whole_model_that_writes_into_its_input_is_refused():
+    denoiser = plain(Writes().eval(), fxcache.EasyCache(final_steps=0))
+    with torch.no_grad(), pytest.raises(fxcache.CaptureError, match="input x"):
+        denoiser(torch.randn(2, 8, 4), torch.ones(2))
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_whole_model_with_several_outputs(backend):
+    torch.manual_seed(0)
+    policy = fxcache.EasyCache(threshold=1e9, warmup_steps=2, final_steps=0)
+    model = Returns().eval()
+    denoiser = fxcache.transform(model, policy, backend=backend)
+    x = [torch.randn(2, 8, 4) + 0.1 * i for i in range(3)]
+    with torch.no_grad():
+        outputs = [denoiser(x[i], torch.full((2,), 1 - i / 10)) for i in range(3)]
+        expected = [model(x[i], torch.full((2,), 1 - i / 10)) for i in range(3)]
+    assert hits(denoiser) == [False, False, True]
+    torch.testing.assert_close(outputs[1], expected[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs[2][0], x[2] + (expected[1][0] - x[1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs[2][1], expected[1][1], rtol=1e-4, atol=1e-5)
+    assert torch.equal(outputs[2][2], expected[2][2])
+
+
+def test_explain_says_that_the_span_is_the_whole_model():
+    explanation = fxcache.explain(
+        SequentialDiT().eval(), torch.randn(2, 8, 4), torch.ones(2), policy=fxcache.EasyCache()
+    )
+    assert "the span is the whole model" in str(explanation)
+    assert explanation.skipped_share == 1
+
+
+@pytest.mark.slow
+def test_the_demos_sampler_is_a_target(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    path = tmp_path / "x.safetensors"
+    assert main(["calibrate", "demo", "--runs", "1", "--output", str(path)]) == 0
+    assert "DiTTransformer2DModel, 30 steps" in capsys.readouterr().out
+
+
 FORECASTS = [
     fxcache.Reuse(),
     fxcache.Taylor(order=2),

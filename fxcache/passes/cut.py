@@ -23,7 +23,6 @@ from fxcache.capture import (
     is_stream_like,
     is_unbacked,
     same_layout,
-    same_size,
     tensor_of,
 )
 from fxcache.dataflow import (
@@ -37,7 +36,7 @@ from fxcache.dataflow import (
     written_storages,
 )
 from fxcache.errors import CaptureError, PolicyError, StackNotFoundError
-from fxcache.passes.probe import Probe, find_head_residual, find_input_probe, sample_input
+from fxcache.passes.probe import Probe, find_head_residual, find_input_probe
 from fxcache.policy.base import Span
 from fxcache.policy.probe import HeadResidual, ProbeKind
 from fxcache.stack import Block, Stack
@@ -120,7 +119,7 @@ def cut(
             f"stack {stack} has {len(blocks)} blocks, so head_blocks + tail_blocks must be at most "
             f"{len(blocks) - 1}"
         )
-    found = _early_probe(graph, stack, flow, inputs, probe)
+    found = early_probe(graph, stack, flow, inputs, probe)
     early = flow.ancestors(found.nodes) | set(found.nodes) if found is not None else set()
     core = _core(span_blocks, early)
     after_core = flow.descendants(core)
@@ -136,7 +135,7 @@ def cut(
     inner |= _absorbed(inner, partner)
     leaving = [n for n in inner if any(user not in inner for user in n.users)]
     leaving.sort(key=flow.position.__getitem__)
-    streams = tuple(Stream(node, partner(node)) for node in leaving if _is_floating(node))
+    streams = tuple(Stream(node, partner(node)) for node in leaving if is_floating(node))
     tail = (after_core | flow.descendants(inner)) - inner
     _check_writes(flow, inner, tail)
     if not streams:
@@ -145,23 +144,23 @@ def cut(
     if isinstance(probe, HeadResidual):
         found = find_head_residual(graph, stack, befores, flow, inputs, head_blocks, inner, tail)
     starts = set(blocks[0].nodes)
-    needed, snapshots = _kept(starts, befores, found, flow, inner | tail)
+    needed, snapshots = kept_nodes(starts, befores, found, flow, inner | tail)
     head, sunk, late = _place_rest(graph, flow, inner, tail, needed)
     return Cut(
         stack=stack,
         span_blocks=span_blocks,
-        head=_ordered(head, flow),
-        span=_ordered(inner | sunk, flow),
-        tail=_ordered(tail | late, flow),
+        head=ordered(head, flow),
+        span=ordered(inner | sunk, flow),
+        tail=ordered(tail | late, flow),
         streams=streams,
-        constants=tuple(node for node in leaving if not _is_floating(node)),
+        constants=tuple(node for node in leaving if not is_floating(node)),
         probe=found,
         snapshots=snapshots,
         timestep=inputs.timestep,
     )
 
 
-def _early_probe(
+def early_probe(
     graph: fx.Graph,
     stack: Stack | None,
     flow: DataFlow,
@@ -174,55 +173,7 @@ def _early_probe(
     return find_input_probe(graph, stack, flow, inputs, kind)
 
 
-def cut_whole(
-    graph: fx.Graph, flow: DataFlow, inputs: GraphInputs, *, probe: ProbeKind | None
-) -> Cut:
-    """Divide `graph` so that all of it is the span, whatever it is made of.
-
-    An output is cached as its difference to the noisy input where the two have one shape.
-
-    Raises CaptureError if the graph returns no floating tensor, or if there is nothing like `probe`
-    that does not depend on the span.
-    """
-    found = _early_probe(graph, None, flow, inputs, probe)
-    if probe is not None and found is None:
-        raise CaptureError(f"{probe} lies within the span: with the whole model as the span, "
-                           f"the probe must be an input")  # fmt: skip
-    given = set(graph.find_nodes(op="placeholder"))
-    results = [n for n in graph.output_node().all_input_nodes if n not in given]
-    sample = sample_input(graph, inputs)
-    streams = tuple(Stream(n, _same_shape(n, sample)) for n in results if _is_floating(n))
-    if not streams:
-        raise CaptureError("the model returns no floating tensor that it computed")
-    befores = [stream.before for stream in streams if stream.before is not None]
-    own = found.nodes if found is not None else []
-    head = (flow.ancestors(own) | set(own)) - given
-    span = set(graph.nodes) - given - head
-    needed, snapshots = _kept(set(), befores, found, flow, span)
-    head |= needed - given
-    return Cut(
-        stack=None,
-        span_blocks=(),
-        head=_ordered(head, flow),
-        span=_ordered(span - head, flow),
-        tail=(),
-        streams=streams,
-        constants=tuple(node for node in results if not _is_floating(node)),
-        probe=found,
-        snapshots=snapshots,
-        timestep=inputs.timestep,
-    )
-
-
-def _same_shape(node: fx.Node, sample: fx.Node | None) -> fx.Node | None:
-    """`sample`, if `node` has its shape: they differ in dtype at most."""
-    if sample is None or not _is_floating(sample):
-        return None
-    shape, other = tensor_of(node).shape, tensor_of(sample).shape
-    return sample if len(shape) == len(other) and all(map(same_size, shape, other)) else None
-
-
-def _is_floating(node: fx.Node) -> bool:
+def is_floating(node: fx.Node) -> bool:
     value = fake_tensor(node)
     return value is not None and (value.is_floating_point() or value.is_complex())
 
@@ -242,7 +193,7 @@ def _tuple_source(node: fx.Node) -> fx.Node | None:
     return node.args[0] if isinstance(fake_value(node.args[0]), tuple | list) else None
 
 
-def _ordered(nodes: Iterable[fx.Node], flow: DataFlow) -> tuple[fx.Node, ...]:
+def ordered(nodes: Iterable[fx.Node], flow: DataFlow) -> tuple[fx.Node, ...]:
     computing = (
         node
         for node in nodes
@@ -343,7 +294,7 @@ def _check_writes(flow: DataFlow, span: set[fx.Node], tail: set[fx.Node]) -> Non
                     )
 
 
-def _kept(
+def kept_nodes(
     first: set[fx.Node],
     befores: list[fx.Node],
     probe: Probe | None,
