@@ -108,7 +108,7 @@ class Report:
             steps, metrics = _measured([r for r in self.records if r.is_hit == is_hit])
             label = "hit" if is_hit else "miss"
             axes.scatter(steps, metrics, s=22, marker=marker, color=color, zorder=3, label=label)
-        axes.set(xlabel="step", ylabel="residual diff",
+        axes.set(xlabel="step", ylabel="metric",
                  title=f"{self.hits} hits, {self.misses} misses")  # fmt: skip
         axes.legend(fontsize="small", ncols=2)
         axes.grid(alpha=0.3)

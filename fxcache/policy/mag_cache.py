@@ -117,7 +117,8 @@ def _checked_tables(ratios: Any) -> Any:
 
 def _checked_table(name: str, ratios: Any) -> Table:
     try:
-        table = tuple(float(ratio) for ratio in ([None] if isinstance(ratios, str) else ratios))
+        given: Any = [None] if isinstance(ratios, str) else ratios
+        table = tuple(float(ratio) for ratio in given)
     except (TypeError, ValueError, OverflowError) as error:
         raise PolicyError(f"{name} must hold one number a step, got {ratios!r}") from error
     if len(table) < 2:

@@ -74,13 +74,16 @@ class ThresholdPolicy(NamedPolicy):
     def forced(self, history: History) -> Decision | None:
         """The miss that must be whatever was measured, None if nothing forces one."""
         limit = self.max_consecutive_hits
+        # What needs the number of steps says so at once, not when half of it is computed.
+        last = self._steps(history) - self.final_steps if self.final_steps else math.inf
+        is_inside = self._in_window(history)
         if not history.past:
             reason = "nothing cached"
         elif history.step < self.warmup_steps:
             reason = "warm-up"
-        elif self.final_steps and history.step >= self._steps(history) - self.final_steps:
+        elif history.step >= last:
             reason = "final step"
-        elif not self._in_window(history):
+        elif not is_inside:
             reason = "outside start..end"
         elif limit is not None and history.hits_in_a_row >= limit:
             reason = "max_consecutive_hits"

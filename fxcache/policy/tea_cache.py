@@ -81,7 +81,7 @@ class TeaCache(ThresholdPolicy):
 
 def _checked(coefficients: Any) -> tuple[float, ...]:
     try:
-        given = [None] if isinstance(coefficients, str) else coefficients
+        given: Any = [None] if isinstance(coefficients, str) else coefficients
         values = tuple(float(value) for value in given)
     except (TypeError, ValueError, OverflowError) as error:
         raise PolicyError(f"coefficients must be numbers, got {coefficients!r}") from error
