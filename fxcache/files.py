@@ -1,7 +1,6 @@
 """Write files as a whole or not at all."""
 
-import os
-import tempfile
+import uuid
 from pathlib import Path
 
 
@@ -10,11 +9,11 @@ def write_whole(path: Path, content: bytes) -> None:
 
     Raises OSError where that is not possible; nothing is left behind then.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with draft.open("xb") as file:
             file.write(content)
-        os.replace(temporary, path)
+        draft.replace(path)
     except BaseException:
-        os.unlink(temporary)
+        draft.unlink(missing_ok=True)
         raise

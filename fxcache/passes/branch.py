@@ -114,6 +114,9 @@ class _Writer:
                 [graph.proxy(residual) for residual in residuals],
                 None if weights is None else graph.proxy(weights),
             )
+            dtype = tensor_of(stream.after).dtype
+            if stream.before is not None and tensor_of(stream.before).dtype != dtype:
+                predicted = predicted.to(dtype)  # under autocast
             graph.define(stream.after, _laid_out_like(stream.after, predicted).node)
         for node in self.cut.constants:
             if fake_tensor(node) is not None:  # the tail may write into it, or return it

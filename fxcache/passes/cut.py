@@ -122,6 +122,8 @@ def cut(
     found = early_probe(graph, stack, flow, inputs, probe)
     early = flow.ancestors(found.nodes) | set(found.nodes) if found is not None else set()
     core = _core(span_blocks, early)
+    # What is measured early belongs to its block all the same: no stream begins there.
+    own = early.intersection(node for block in span_blocks for node in block.nodes)
     after_core = flow.descendants(core)
     inner = core | (after_core & flow.ancestors(core))
     first = set(span_blocks[0].nodes)
@@ -130,7 +132,7 @@ def cut(
     )
 
     def partner(node: fx.Node) -> fx.Node | None:
-        return _partner(node, inner, after_core, first, moving, flow)
+        return _partner(node, inner | own, after_core, first, moving, flow)
 
     inner |= _absorbed(inner, partner)
     leaving = [n for n in inner if any(user not in inner for user in n.users)]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -121,16 +122,39 @@ def _given(node: fx.Node) -> set[fx.Node]:
 
 
 def _frequency_axes(sample: fx.Node, flow: DataFlow) -> tuple[int, ...]:
-    """Height, width and frames of pictures and videos; of tokens or sound, the sequence."""
+    """Height, width and frames of pictures and videos; of tokens or sound, the sequence: all axes
+    but the samples' and the channels'.
+    """
     axes = tensor_of(sample).ndim
-    if axes != 3:
-        return tuple(range(min(2, axes - 1), axes))
+    channels = _channel_axis(sample, _first_layer(sample, flow))
+    return tuple(axis for axis in range(1, axes) if axis != channels) or (axes - 1,)
+
+
+def _channel_axis(sample: fx.Node, layer: fx.Node | None) -> int:
+    """The axis whose elements the first `layer` takes together: as many as it has inputs, or (of
+    patches) a divisor of them.
+    """
+    shape, weights = tensor_of(sample).shape, [] if layer is None else layer.all_input_nodes[1:]
+    if len(shape) == 3:
+        return 1 if layer is not None and "conv" in op_name(layer) else 2
+    taken = next((tensor_of(w).shape[1] for w in weights if is_stream_like(w)), None)
+    fitting = [axis for axis in (1, 2) if axis < len(shape) and same_size(shape[axis], taken or 0)]
+    parts = [axis for axis in (1, 2) if axis < len(shape) and _divides(shape[axis], taken)]
+    return (*fitting, *parts, 1)[0]
+
+
+def _divides(size: Any, number: Any) -> bool:
+    return isinstance(size, int) and isinstance(number, int) and number % size == 0
+
+
+def _first_layer(sample: fx.Node, flow: DataFlow) -> fx.Node | None:
+    """The first heavy node that reads `sample`, or what was made of it without a layer."""
     reached = {sample}
     for node in sorted(flow.descendants([sample]), key=flow.position.__getitem__):
         if is_heavy(node) and any(operand in reached for operand in node.all_input_nodes):
-            return (2,) if "conv" in op_name(node) else (1,)
+            return node
         reached.add(node)
-    return (1,)
+    return None
 
 
 def find_head_residual(

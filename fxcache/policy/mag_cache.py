@@ -25,9 +25,11 @@ class MagCache(NamedPolicy):
 
     Args:
         ratios: one a step, or by branch: ``{"cond": [...], "uncond": [...]}`` (a branch that is
-            not in it takes the first). Index 0 is the first step's, 1.0 by convention. For another
-            number of steps than the table's, announce ``denoiser.trajectory(num_steps=...)``: it is
-            resampled (nearest step, branch by branch). Steps beyond it are computed.
+            not in it takes "cond", or else the first). Index 0 is the first step's, 1.0 by
+            convention. For another number of steps than the table's, announce
+            ``denoiser.trajectory(num_steps=...)``: it is resampled (nearest step, branch by
+            branch). Steps beyond it are computed. As with `StepSchedule`, on a GPU every evaluation
+            of a branch counts as a step inside an announced trajectory.
         threshold: a hit needs an error below this, in [0, inf]. 0 never hits.
         retention_ratio: this fraction of the steps, rounded, is computed at the start. In [0, 1].
         max_consecutive_hits: at most so many hits in a row (the paper's K).
@@ -61,7 +63,8 @@ class MagCache(NamedPolicy):
         """The ratios of `branch` for `num_steps` steps (None: as many as the table has)."""
         ratios: Any = self.ratios
         if isinstance(ratios, Mapping):
-            ratios = ratios.get(branch, next(iter(ratios.values())))
+            default = ratios.get("cond", next(iter(ratios.values())))
+            ratios = ratios.get(branch, ratios.get(str(branch), default))
         return ratios if num_steps is None else resampled(ratios, num_steps)
 
     def rule(self, metric: float, history: History) -> Decision:

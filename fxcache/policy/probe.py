@@ -1,7 +1,8 @@
 """Probes: what a policy measures. The passes find it in the graph and write the measurement.
 
 Each has a `reference`: the probe is compared with its value at the last "computed" step, or at the
-"previous" step, computed or not.
+"previous" step, computed or not; and `needs`: so many steps must have been computed before the
+metric means anything.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ class HeadResidual:
     """The residual of the head blocks on the image stream; the metric is its residual diff."""
 
     reference: ClassVar[str] = "computed"
+    needs: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class ModulatedInput:
     """
 
     reference: ClassVar[str] = "previous"
+    needs: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class TimeEmbedding:
 
     layer: int = 1
     reference: ClassVar[str] = "previous"
+    needs: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class FilteredInput:
 
     power: float = 3.0
     reference: ClassVar[str] = "previous"
+    needs: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class ModelInput:
     """
 
     reference: ClassVar[str] = "previous"
+    needs: ClassVar[int] = 2
 
 
 ProbeKind = HeadResidual | ModulatedInput | TimeEmbedding | FilteredInput | ModelInput

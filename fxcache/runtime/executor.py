@@ -62,12 +62,11 @@ class StepExecutor:
             guess = self._guess(state, evaluation)
             metric, timestep = self._measured(evaluation, inputs, slot)
             decision = session.decide(slot, state, metric, timestep)
-            # Compared with nothing, it has no metric.
-            measured = metric if state.past and session.policy.probe is not None else None
+            measured = metric if session.is_measured(state) else None
             if decision.is_hit:
                 outputs = self._hit(state, evaluation, guess)
             else:
-                outputs = self._miss(state, evaluation, metric)
+                outputs = self._miss(state, evaluation, measured)
         except NewTrajectory:  # nothing was written, and the evaluation comes again
             raise
         except BaseException:
@@ -95,8 +94,12 @@ class StepExecutor:
         return math.nan, self.session.number_of(value, slot)
 
     def _guess(self, state: BranchState, evaluation: Evaluation) -> tuple[Any, Any] | None:
-        """With `speculate`: the weights of a hit at the next step, and its outputs, queued."""
-        if not self.speculate or not state.past or self.session.policy.probe is None:
+        """With `speculate`: the weights of a hit at the next step, and its outputs, queued.
+
+        Not where a hit keeps the probe: the evaluation may have to be begun anew.
+        """
+        probe = self.session.policy.probe
+        if not self.speculate or not state.past or probe is None or probe.reference == "previous":
             return None
         weights = self._weights(state, state.step + 1)
         return weights, evaluation.hit(state.constants, weights)
@@ -110,8 +113,10 @@ class StepExecutor:
             return outputs
         return evaluation.hit(state.constants, weights)
 
-    def _miss(self, state: BranchState, evaluation: Evaluation, metric: float) -> Sequence[Any]:
-        if self.session.policy.probe is not None and not math.isfinite(metric):
+    def _miss(
+        self, state: BranchState, evaluation: Evaluation, metric: float | None
+    ) -> Sequence[Any]:
+        if metric is not None and not math.isfinite(metric):
             # Either this evaluation or the last computed one is broken: no forecast from the two.
             state.forget()
         at = state.oldest_slot()

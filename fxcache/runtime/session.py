@@ -142,8 +142,13 @@ class Session:
             self._recognise(slot, state, timestep)
         slot.advance(state, timestep, self.direction.rising)
         decision = self._verdict(slot, state, metric)
-        state.watch.note(metric if state.past else math.nan, decision)  # compared with nothing
+        state.watch.note(metric if self.is_measured(state) else math.nan, decision)
         return decision
+
+    def is_measured(self, state: BranchState) -> bool:
+        """Whether the metric means anything: it was compared with this trajectory's own steps."""
+        probe = self.policy.probe
+        return probe is not None and state.computed >= probe.needs
 
     def _verdict(self, slot: Slot, state: BranchState, metric: float) -> Decision:
         """What the policy says, or what it said to the first branch of this step."""
@@ -153,6 +158,8 @@ class Session:
             assert verdict is not None
             if not state.past:
                 return Decision(False, "nothing cached")
+            if self.policy.probe is not None and not math.isfinite(metric):
+                return Decision(False, "not finite")
             return Decision(verdict.is_hit, None if verdict.is_hit else "the first branch computed")
         decision = self.policy.rule(metric, state.history(slot.num_steps, branch))
         slot.verdict = Verdict(branch, state.step, decision.is_hit)
@@ -225,6 +232,7 @@ class Session:
     def report(self) -> Report:
         """Everything noted since the start or the last reset."""
         for slot in self.slots.values():
-            self._conclude(slot)
+            if not slot.is_announced:  # probably over; of an announced one the end will be known
+                self._conclude(slot)
         cached = sum(slot.nbytes for slot in self.slots.values())
         return Report(tuple(self.records), cached, self.graphs, self.recompiles)

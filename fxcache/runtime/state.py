@@ -101,7 +101,9 @@ class BranchState:
         return len(self.buffers.rings[0]) if self.buffers is not None else 0
 
     def oldest_slot(self) -> int:
-        """The ring slot that the next miss writes."""
+        """The ring slot that the next miss writes: of this step, if it is held (Heun)."""
+        if self.past and self.past[0][0] == self.step:
+            return self.past[0][1]
         size = self.ring
         used = {slot for _, slot in self.past}
         free = [slot for slot in range(size) if slot not in used]

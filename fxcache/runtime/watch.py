@@ -58,4 +58,10 @@ class Watch:
         threshold = halving_threshold(policy, self.metrics, num_steps=num_steps, branch=branch)
         if threshold is None:
             return "Its other limits do not let it hit half of the steps at any threshold"
-        return f"A threshold of about {threshold:.3g} would have hit half of the steps"
+        return f"A threshold of about {_rounded_up(threshold):.6g} would have hit half of the steps"
+
+
+def _rounded_up(value: float) -> float:
+    """`value` with three digits, not below it."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return math.ceil(value / unit) * unit

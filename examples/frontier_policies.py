@@ -1,0 +1,141 @@
+"""fxcache's entries in `benchmark_frontier.py`: every policy, with every forecaster.
+
+To add a policy or a forecaster, add a line to `OURS`; run that script.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from frontier_measure import CALIBRATION_SEED, Sampler, Settings, Task, grid, regular_masks
+
+import fxcache
+from fxcache.demo.sampler import sample
+from fxcache.policy import (
+    AdamsBashforth,
+    Chebyshev,
+    EasyCache,
+    FirstBlockCache,
+    Forecast,
+    Hermite,
+    MagCache,
+    Policy,
+    Reuse,
+    SeaCache,
+    StepSchedule,
+    Taylor,
+    TeaCache,
+)
+
+#: A setting's name and a policy.
+Policies = Iterable[tuple[str, Policy]]
+
+FORECASTS: dict[str, Forecast] = {
+    "Reuse": Reuse(),
+    "Taylor(1)": Taylor(order=1),
+    "Taylor(2)": Taylor(order=2),
+    "Hermite(1)": Hermite(order=1),
+    "AdamsBashforth(2)": AdamsBashforth(order=2),
+    "Chebyshev(1)": Chebyshev(order=1),
+}
+
+
+def with_forecasts(make: Callable[..., Policy], **choices: Any) -> Policies:
+    """`make` with all combinations of the choices, with each forecaster."""
+    for setting in grid(**choices):
+        for name, forecast in FORECASTS.items():
+            shown = ", ".join([name, *(f"{key}={value}" for key, value in setting.items())])
+            yield shown, make(**setting, forecast=forecast)
+
+
+def first_block_cache(task: Task) -> Policies:
+    limits = {"max_consecutive_hits": (1, 2, 4), "warmup_steps": (6,)}
+    return with_forecasts(FirstBlockCache, threshold=(0.12, 0.2, 0.5), **limits)
+
+
+def easy_cache(task: Task) -> Policies:
+    return with_forecasts(EasyCache, threshold=(0.05, 0.1, 0.2, 0.4), warmup_steps=(6,))
+
+
+def sea_cache(task: Task) -> Policies:
+    limits = {"max_consecutive_hits": (1, 2, 4), "warmup_steps": (6,)}
+    return with_forecasts(SeaCache, threshold=(0.25, 1.0), **limits)
+
+
+def tea_cache(task: Task) -> Policies:
+    profile = fxcache.calibrate(task.load(), task.calibration_run, TeaCache, runs=1, progress=False)
+    make = functools.partial(TeaCache, coefficients=profile.coefficients(), warmup_steps=6)
+    return with_forecasts(make, threshold=(0.08, 0.15, 0.25, 0.5))
+
+
+def mag_cache(task: Task) -> Policies:
+    profile = fxcache.calibrate(task.load(), task.calibration_run, MagCache, runs=1, progress=False)
+    make = functools.partial(MagCache, ratios=next(iter(profile.ratios.values())))
+    return with_forecasts(make, threshold=(0.1, 1.0), max_consecutive_hits=(1, 2, 4))
+
+
+def step_schedule(task: Task) -> Policies:
+    for (mask_name, mask), (name, forecast) in itertools.product(
+        regular_masks(task.steps).items(), FORECASTS.items()
+    ):
+        if mask_name.startswith(("warm-up 4", "warm-up 6")):
+            yield f"{name}, {mask_name}", StepSchedule(mask=mask, forecast=forecast)
+
+
+def tuned(task: Task) -> Policies:
+    """What `fxcache.tune` finds for some budgets, on seeds that nobody else sees."""
+
+    def run(denoiser: Any, seed: int) -> torch.Tensor:
+        chunks = task.chunks((CALIBRATION_SEED + 1 + seed,), 8)
+        return torch.cat([sample(denoiser, c, steps=task.steps, seed=s) for c, s in chunks])
+
+    budgets = sorted(
+        {max(2, round(task.steps / speed)) for speed in (4, 3, 2.5, 2, 1.75, 1.5, 1.3)}
+    )
+    result = fxcache.tune(
+        task.load(),
+        run,
+        max_computed_steps=budgets[0],
+        runs=2,
+        verify_runs=1,
+        frontier=budgets,
+        progress=False,
+    )
+    for point in result.frontier:
+        yield f"{point.computed_steps} computed, {point.forecast}", point.policy
+
+
+#: Method and its policies, which are made when their turn comes. `task` knows the steps and samples
+#: for a calibration on seeds of its own.
+OURS: dict[str, Callable[[Task], Policies]] = {
+    "fxcache tune": tuned,
+    "fxcache StepSchedule": step_schedule,
+    "fxcache FirstBlockCache": first_block_cache,
+    "fxcache MagCache": mag_cache,
+    "fxcache EasyCache": easy_cache,
+    "fxcache TeaCache": tea_cache,
+    "fxcache SeaCache": sea_cache,
+}
+
+
+def fxcache_policy(policy: Policy, task: Task) -> Sampler:
+    """The denoiser with a policy; the share of computed blocks by fxcache's own report."""
+    model = task.load()
+    blocks = len(model.transformer_blocks)
+    skipped = (blocks - policy.span.head_blocks - policy.span.tail_blocks) / blocks
+    denoiser = fxcache.transform(model, policy, backend="eager")
+
+    def run(labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, float]:
+        denoiser.reset()
+        with denoiser.trajectory(num_steps=task.steps):
+            pictures = sample(denoiser, labels, steps=task.steps, seed=seed)
+        return pictures, 1 - skipped * denoiser.report().hit_rate
+
+    return run
+
+
+def ours(make: Callable[[Task], Policies], task: Task) -> Settings:
+    for name, policy in make(task):
+        yield name, functools.partial(fxcache_policy, policy, task)
