@@ -191,3 +191,17 @@ def test_the_gpu_benchmark_can_be_tried_without_one(tmp_path):
     run_script("benchmark_gpu.py", *options)
     result = json.loads(path.read_text())
     assert result["evaluations"]["512px"]["scheduled hit, graphs"]["ms_median"] > 0
+
+
+@pytest.mark.slow
+def test_the_frontier_is_measured_and_drawn(tmp_path):
+    script = ["benchmark_frontier.py", "--images", 2, "--seeds", 0, "--steps", 8]
+    few = ["--screening-images", 2, "--output", tmp_path]
+    printed = run_script(*script, *few, "--contestants", "fxcache tune:^[36] computed")
+    rows = json.loads((tmp_path / "frontier.json").read_text())["rows"]
+    assert {row.get("status", "ok") for row in rows} <= {"ok", "no hits: every block was computed"}
+    measured = [row for row in rows if "psnr" in row]
+    assert {row["method"] for row in measured} >= {"fxcache tune"}
+    assert all(0 < row["share"] <= 1 and row["speedup"] >= 1 for row in measured)
+    assert "fxcache tune" in printed
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
