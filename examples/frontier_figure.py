@@ -8,6 +8,8 @@ from typing import Any
 
 Row = dict[str, Any]
 LOW, HIGH = 1.3, 4.0
+#: Ours, in the order in which they take part.
+COLORS = ["#c5161d", "#1f5fb4", "#1a8a3a", "#e07b00", "#7b3fa0", "#00848c", "#b8357f", "#6b4a2b"]
 
 
 def measured(rows: Iterable[Row]) -> list[Row]:
@@ -113,8 +115,6 @@ def draw(rows: list[Row], path: Path) -> Path:
 
 def line_styles(rows: list[Row]) -> dict[str, dict[str, Any]]:
     """Colour, line and marker of each method; ours last, to be on top."""
-    from matplotlib import colormaps
-
     kinds = {row["method"]: row["kind"] for row in rows}
     by_kind = {k: [m for m in kinds if kinds[m] == k] for k in ("baseline", "peer", "ours")}
     styles: dict[str, dict[str, Any]] = {}
@@ -124,8 +124,7 @@ def line_styles(rows: list[Row]) -> dict[str, dict[str, Any]]:
         grey = "0.45" if method.startswith("diffusers") else "0.65"
         line = "--" if method.startswith("diffusers") else "-."
         styles[method] = {"color": grey, "linestyle": line, "linewidth": 1.2, "marker": marker}
-    for number, method in enumerate(by_kind["ours"]):
-        color = colormaps["turbo"](0.08 + 0.84 * number / max(1, len(by_kind["ours"]) - 1))
+    for method, color in zip(by_kind["ours"], COLORS * 9, strict=False):
         styles[method] = {"color": color, "linestyle": "-", "linewidth": 2.2, "marker": ""}
     return styles
 

@@ -91,9 +91,7 @@ def tuned(task: Task) -> Policies:
         chunks = task.chunks((CALIBRATION_SEED + 1 + seed,), 8)
         return torch.cat([sample(denoiser, c, steps=task.steps, seed=s) for c, s in chunks])
 
-    budgets = sorted(
-        {max(2, round(task.steps / speed)) for speed in (4, 3, 2.5, 2, 1.75, 1.5, 1.3)}
-    )
+    budgets = sorted({max(2, round(task.steps * number / 30)) for number in TUNED})
     result = fxcache.tune(
         task.load(),
         run,
@@ -106,6 +104,9 @@ def tuned(task: Task) -> Policies:
     for point in result.frontier:
         yield f"{point.computed_steps} computed, {point.forecast}", point.policy
 
+
+#: Numbers of computed steps of 30 that are tuned for.
+TUNED = (7, 8, 10, 12, 13, 15, 17, 19, 20, 23)
 
 #: Method and its policies, which are made when their turn comes. `task` knows the steps and samples
 #: for a calibration on seeds of its own.

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from fxcache.denoiser import DenoiserMethods, make_denoiser
-from fxcache.errors import FxCacheError, OptionError, PolicyError
+from fxcache.errors import FxCacheError, OptionError
 from fxcache.explain import Explanation, explain_model
-from fxcache.policy import FirstBlockCache, Policy
+from fxcache.policy import FirstBlockCache, Policy, check_policy
 from fxcache.runner import Settings
 
 
@@ -73,8 +73,7 @@ def transform(
     check_model(model)
     if policy is None:
         policy = FirstBlockCache()
-    if not isinstance(policy, Policy):
-        raise PolicyError(f"policy must be a policy like FirstBlockCache(...), got {policy!r}")
+    check_policy(policy)
     check_origin(model, policy)
     settings = Settings(
         policy,

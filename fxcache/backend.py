@@ -16,7 +16,7 @@ from torch import fx
 
 from fxcache.capture import GraphInputs, fake_value, graph_inputs, tensor_of
 from fxcache.dataflow import DataFlow, data_flow, op_name, storages
-from fxcache.errors import CaptureError, PolicyError, StackNotFoundError
+from fxcache.errors import CaptureError, StackNotFoundError
 from fxcache.layout import allocator, signature_of
 from fxcache.lower import Lowering, compile_pieces, resolve_lowering
 from fxcache.passes.branch import (
@@ -26,7 +26,7 @@ from fxcache.passes.branch import (
 )
 from fxcache.passes.cut import Cut, cut
 from fxcache.passes.whole import cut_whole
-from fxcache.policy import FirstBlockCache, Policy
+from fxcache.policy import FirstBlockCache, check_policy
 from fxcache.runtime.device import GraphDevice, graph_device
 from fxcache.runtime.executor import StepExecutor
 from fxcache.runtime.graphs import GraphedRegions
@@ -248,8 +248,7 @@ def fxcache_backend(
     """
     rest = dict(options or {})
     policy = rest.pop("policy", None) or FirstBlockCache()
-    if not isinstance(policy, Policy):
-        raise PolicyError(f"policy must be a policy like FirstBlockCache(...), got {policy!r}")
+    check_policy(policy)
     own = {name: rest.pop(name) for name in ("outline", "kernel", "speculate") if name in rest}
     backend = rest.pop("backend", "inductor")
     lowering = resolve_lowering(backend, mode, rest or None, None, **own)

@@ -128,6 +128,7 @@ def _explain(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace) -> int:
     import fxcache
 
+    _check_output(args.output)
     target, run = _load_target(args.target)
     kind = getattr(fxcache, args.policy)
     profile = fxcache.calibrate(target, run, kind, runs=args.runs)
@@ -139,6 +140,8 @@ def _calibrate(args: argparse.Namespace) -> int:
 def _tune(args: argparse.Namespace) -> int:
     import fxcache
 
+    for path in filter(None, (args.output, args.plot)):
+        _check_output(path)
     target, run = _load_target(args.target)
     result = fxcache.tune(
         target,
@@ -157,6 +160,12 @@ def _tune(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_output(path: Path) -> None:
+    """Raise OptionError if nothing can be written to `path`: before hours of sampling."""
+    if not path.parent.is_dir() or path.is_dir():
+        raise OptionError(f"{path} must be a file in a folder that is there")
+
+
 def _load_target(text: str) -> tuple[Any, Any]:
     """What to sample with: the demo's sampler, or what a function in a file returns."""
     if text == "demo":
@@ -166,10 +175,18 @@ def _load_target(text: str) -> tuple[Any, Any]:
     path, _, name = text.rpartition(":")
     if not path or not Path(path).is_file():
         raise OptionError(f"target must be FILE.py:FUNCTION or demo, got {text!r}")
-    function = runpy.run_path(path).get(name)
-    if not callable(function):
-        raise OptionError(f"{path} must define a function {name!r}")
-    pair = function()
+    sys.path.insert(0, str(Path(path).resolve().parent))  # as for a script
+    try:
+        function = runpy.run_path(path).get(name)
+        if not callable(function):
+            raise OptionError(f"{path} must define a function {name!r}")
+        pair = function()
+    except FxCacheError:
+        raise
+    except Exception as error:
+        raise OptionError(f"{text} raised {type(error).__name__}: {error}") from error
+    finally:
+        del sys.path[0]
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise OptionError(
             f"{text} must return (denoiser or pipeline, run), got a {type(pair).__name__}"

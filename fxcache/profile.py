@@ -19,7 +19,7 @@ FORMAT = "fxcache-profile-1"
 _REQUIRED = ("format", "method", "model", "config", "steps", "sampler", "date", "versions")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Profile:
     """A calibration; `policy()` makes a ready policy of it.
 
@@ -109,12 +109,27 @@ class Profile:
         """Write the profile as safetensors; the file is there as a whole or not at all."""
         from safetensors.torch import save
 
+        tensors = self._tensors()
+        metadata = {**self.metadata, "format": FORMAT}
+        metadata["digest"] = _digest(tensors, metadata)
+        write_whole(Path(path), save(tensors, metadata))
+        return Path(path)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """All tables as float64 tensors, by name."""
         tensors = {"pairs": self.pairs.double().contiguous()}
         for kind, table in (("ratios", self.ratios), ("errors", self.errors)):
             for name, values in table.items():
                 tensors[f"{kind}/{name}"] = torch.tensor(values, dtype=torch.float64)
-        write_whole(Path(path), save(tensors, {"format": FORMAT, **self.metadata}))
-        return Path(path)
+        return tensors
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Profile):
+            return NotImplemented
+        return _digest(self._tensors(), self.metadata) == _digest(other._tensors(), other.metadata)
+
+    def __hash__(self) -> int:
+        return hash(_digest(self._tensors(), self.metadata))
 
     @classmethod
     def load(cls, path: str | Path, model: Any = None) -> "Profile":
@@ -136,6 +151,7 @@ class Profile:
                 found[kind][name] = tuple(tensor.tolist())
         if "pairs" not in tensors:
             raise ProfileError(f"{path}: there are no pairs in the file")
+        digest, written = _digest(tensors, metadata), metadata.pop("digest", None)
         del metadata["format"]
         try:
             profile = cls(found["ratios"], tensors["pairs"], found["errors"], metadata)
@@ -146,6 +162,8 @@ class Profile:
                 f"{path}: ratios must have one value for each of the {metadata['steps']} steps, "
                 f"got {profile.num_steps}"
             )
+        if digest != written:
+            raise ProfileError(f"{path} is damaged: its content is not what was written")
         if model is not None:
             profile.check_model(model)
         return profile
@@ -209,3 +227,13 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if missing := [name for name in _REQUIRED if name not in metadata]:
         raise ProfileError(f"{path}: metadata lacks {', '.join(missing)}")
     return tensors, metadata
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """A hash of everything in a profile."""
+    text = {key: value for key, value in sorted(metadata.items()) if key != "digest"}
+    content = hashlib.sha256(json.dumps(text).encode())
+    for name, tensor in sorted(tensors.items()):
+        content.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        content.update(bytes(tensor.contiguous().flatten().view(torch.uint8).tolist()))
+    return content.hexdigest()

@@ -305,3 +305,13 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch, path):
     assert path.read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == ["folder", path.name]
     assert not os.listdir(tmp_path / "folder")
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    path = profile().save(tmp_path / "x.safetensors")
+    assert Profile.load(path) == profile()
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ProfileError, match="damaged"):
+        Profile.load(path)

@@ -1,6 +1,6 @@
 """Policies decide; they hold no state and touch no tensor."""
 
-from fxcache.policy.base import Decision, History, Origin, Policy, Span
+from fxcache.policy.base import Decision, History, Origin, Policy, Span, check_policy
 from fxcache.policy.easy_cache import EasyCache
 from fxcache.policy.first_block_cache import FirstBlockCache
 from fxcache.policy.forecast import (
@@ -36,4 +36,5 @@ __all__ = [
     "StepSchedule",
     "Taylor",
     "TeaCache",
+    "check_policy",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from fxcache.errors import PolicyError
 from fxcache.policy.forecast import Forecast
 from fxcache.policy.probe import ProbeKind
 
@@ -95,6 +96,12 @@ class Policy(Protocol):
 
     def rule(self, metric: float, history: History) -> Decision:
         """Decide on an evaluation whose probe measured `metric` (float32; may be NaN)."""
+
+
+def check_policy(value: object) -> None:
+    """Raise PolicyError unless `value` is a policy (an instance, not a class)."""
+    if isinstance(value, type) or not isinstance(value, Policy):
+        raise PolicyError(f"policy must be a policy like FirstBlockCache(...), got {value!r}")
 
 
 def as_float32(value: float) -> float:

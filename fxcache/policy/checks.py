@@ -1,6 +1,5 @@
 """Checks of policy parameters: each raises PolicyError with the name, the value and the range."""
 
-import math
 import numbers
 from typing import Any
 
@@ -10,8 +9,17 @@ from fxcache.errors import PolicyError
 def check_number(name: str, value: Any, low: float, high: float) -> None:
     """`value` must be a number in [low, high], not NaN."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or math.isnan(value) or not low <= value <= high:
+    if not is_number or not low <= value <= high or not _is_float(value):  # NaN is in no range
         raise PolicyError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}")
+
+
+def _is_float(value: Any) -> bool:
+    """Whether `value` can be a float: whole numbers may be too large."""
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:

@@ -37,7 +37,9 @@ class Fitted:
                 f"Fitted.fallback must need a ring of at most {self.ring}, got "
                 f"{self.fallback!r}, which needs {self.fallback.ring}"
             )
-        for (step, past), weights in self.table.items():
+        table = {(step, tuple(past)): tuple(w) for (step, past), w in self.table.items()}
+        object.__setattr__(self, "table", table)
+        for (step, past), weights in table.items():
             if not len(weights) == len(past) <= self.ring:
                 raise PolicyError(
                     f"Fitted.table must hold one weight for each past step, at most {self.ring}, "

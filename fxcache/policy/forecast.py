@@ -37,13 +37,13 @@ class Forecast(Protocol):
 
 def check_forecast(value: object) -> None:
     """Raise PolicyError unless `value` is a forecaster."""
-    if not isinstance(value, Forecast):
+    if isinstance(value, type) or not isinstance(value, Forecast):
         raise PolicyError(
             f"forecast must be a forecaster like Reuse() or Taylor(order=1), got {value!r}"
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Reuse:
     """The last residual as it is (First Block Cache, TeaCache, MagCache)."""
 
@@ -55,7 +55,7 @@ class Reuse:
         return [1.0]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Ordered:
     """What the forecasters with an order share: its check and, unless they differ, the ring."""
 
@@ -69,7 +69,7 @@ class _Ordered:
         return self.order + 1
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Taylor(_Ordered):
     """Extrapolation by finite differences over the last computed steps, which may be uneven.
 
@@ -94,7 +94,7 @@ class Taylor(_Ordered):
         return _weigh(step, past, self.ring, _lagrange)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Hermite(_Ordered):
     """Taylor's series with scaled Hermite polynomials in place of the powers.
 
@@ -139,7 +139,7 @@ class Hermite(_Ordered):
         return weights
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class AdamsBashforth(_Ordered):
     """The newest residual plus the integral of its extrapolated slope.
 
@@ -167,7 +167,7 @@ class AdamsBashforth(_Ordered):
         return _weigh(step, past, self.ring, _integrate)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Chebyshev(_Ordered):
     """Ridge regression of Chebyshev polynomials over the last five residuals.
 

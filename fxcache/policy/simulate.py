@@ -1,5 +1,6 @@
 """Replay a policy over a trajectory's metrics, without a model."""
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,15 +17,21 @@ def simulate(
     *,
     num_steps: int | None = None,
     branch: Hashable = None,
+    first_step: int = 0,
 ) -> list[Decision]:
     """What `policy` decides on a trajectory of one branch.
 
-    `metrics` has one number a step (NaN where nothing is measured). The metrics themselves may
-    depend on the decisions (a reference at the last computed step); here they are as they are.
+    `metrics` has one number a step (NaN where nothing is measured): the change since the step
+    before. Where the probe's reference is the last computed step, the changes since then are
+    added up, which is about what would be measured.
     """
+    adds_up = policy.probe is not None and policy.probe.reference == "computed"
     history, decisions = History(num_steps=num_steps, branch=branch), []
-    for step, metric in enumerate(metrics):
+    since = 0.0
+    for step, change in enumerate(metrics, start=first_step):
         history.step = step
+        since = change if math.isnan(since) else since + change
+        metric = since if adds_up else change
         decision = policy.rule(metric, history)
         decisions.append(decision)
         if decision.is_hit:
@@ -34,20 +41,28 @@ def simulate(
             history.past = (step, *history.past)[: policy.forecast.ring]
             history.accumulated, history.hits_in_a_row = 0.0, 0
             history.computed += 1
+            since = 0.0
     return decisions
 
 
 def halving_threshold(
-    policy: Any, metrics: Sequence[float], *, num_steps: int | None, branch: Hashable
+    policy: Any,
+    metrics: Sequence[float],
+    *,
+    num_steps: int | None,
+    branch: Hashable,
+    first_step: int = 0,
 ) -> float | None:
     """The least threshold at which `policy` hits half of the steps, None if its limits forbid that.
 
-    `policy` is a dataclass with a `threshold`.
+    `policy` is a dataclass with a `threshold`; the rest as in `simulate`.
     """
 
     def hits_half(threshold: float) -> bool:
         other = replace(policy, threshold=threshold)
-        decisions = simulate(other, metrics, num_steps=num_steps, branch=branch)
+        decisions = simulate(
+            other, metrics, num_steps=num_steps, branch=branch, first_step=first_step
+        )
         return 2 * sum(decision.is_hit for decision in decisions) >= len(decisions)
 
     if not hits_half(_HIGHEST):

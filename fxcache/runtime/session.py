@@ -108,10 +108,12 @@ class Session:
         self._conclude(slot)
         slot.begin(**{"num_steps": self.expected_steps, **announcement})
 
-    def _conclude(self, slot: Slot) -> None:
+    def _conclude(self, slot: Slot, *, is_over: bool = True) -> None:
         """Say once if the policy never hit, or always (unless that is wanted: to observe)."""
         if "hits" not in self._warned and self.observe is None:
             for branch, state in slot.branches.items():
+                if not is_over and not state.watch.is_judged:
+                    continue
                 if complaint := state.watch.complaint(self.policy, slot.num_steps, branch):
                     self.say_once("hits", complaint)
                     break
@@ -142,7 +144,8 @@ class Session:
             self._recognise(slot, state, timestep)
         slot.advance(state, timestep, self.direction.rising)
         decision = self._verdict(slot, state, metric)
-        state.watch.note(metric if self.is_measured(state) else math.nan, decision)
+        noted = metric if self.is_measured(state) else math.nan
+        state.watch.note(noted, decision, self.policy)
         return decision
 
     def is_measured(self, state: BranchState) -> bool:
@@ -233,6 +236,6 @@ class Session:
         """Everything noted since the start or the last reset."""
         for slot in self.slots.values():
             if not slot.is_announced:  # probably over; of an announced one the end will be known
-                self._conclude(slot)
+                self._conclude(slot, is_over=False)
         cached = sum(slot.nbytes for slot in self.slots.values())
         return Report(tuple(self.records), cached, self.graphs, self.recompiles)

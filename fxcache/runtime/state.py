@@ -67,7 +67,7 @@ class BranchState:
     def begin(self, first_step: int = 0) -> None:
         """Start a trajectory at `first_step`."""
         self.forget()
-        self.step, self.timestep, self.watch = first_step - 1, None, Watch()
+        self.step, self.timestep, self.watch = first_step - 1, None, Watch(first_step)
 
     def allocate(self, signature: Hashable, make: Callable[[], Buffers]) -> None:
         """Get buffers for a new layout. The old ones are freed first."""
@@ -172,7 +172,8 @@ class Slot:
     def branch(self, name: Hashable) -> BranchState:
         """The state of branch `name`."""
         if name not in self.branches:
-            self.branches[name] = BranchState(step=self.first_step - 1)
+            self.branches[name] = BranchState()
+            self.branches[name].begin(self.first_step)
         return self.branches[name]
 
     def begin(

@@ -11,24 +11,52 @@ from fxcache.policy.simulate import halving_threshold
 MIN_STEPS = 4
 MAX_STEPS = 1000
 #: Misses that are no verdict on what was measured.
-_UNAVOIDABLE = {"nothing cached", "warm-up", "final step", "outside start..end", "no rate yet"}
+_UNAVOIDABLE = {
+    "nothing cached",
+    "warm-up",
+    "final step",
+    "outside start..end",
+    "no rate yet",
+    "max_consecutive_hits",
+}
+_BEYOND = {"beyond the mask", "beyond the table"}
 
 
 class Watch:
-    """The decisions of one branch in one trajectory."""
+    """The decisions of one branch in one trajectory, which began at `first_step`."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_step: int = 0) -> None:
+        self.first_step = first_step
         self.decisions: list[Decision] = []
+        #: How much the probe changed since the step before, about.
+        self.changes: list[float] = []
         self.metrics: list[float] = []
+        self._hits_in_a_row = 0
 
-    def note(self, metric: float, decision: Decision) -> None:
+    def note(self, metric: float, decision: Decision, policy: Policy) -> None:
         if len(self.decisions) >= MAX_STEPS:  # somebody who never begins a new trajectory
             return
+        probe = policy.probe
+        adds_up = probe is not None and probe.reference == "computed"
+        self.changes.append(metric / (self._hits_in_a_row + 1) if adds_up else metric)
+        self._hits_in_a_row = self._hits_in_a_row + 1 if decision.is_hit else 0
         self.decisions.append(decision)
         self.metrics.append(metric)
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether some decision was free."""
+        return any(d.is_hit or d.reason not in _UNAVOIDABLE for d in self.decisions)
+
     def complaint(self, policy: Policy, num_steps: int | None, branch: Hashable) -> str | None:
         """What to tell the user about this trajectory, None if there is nothing to say."""
+        where = "" if branch is None else f" in branch {branch!r}"
+        beyond = sum(decision.reason in _BEYOND for decision in self.decisions)
+        if beyond:
+            return (
+                f"{type(policy).__name__} was made for fewer steps than the trajectory has{where}: "
+                f"{beyond} step(s) beyond it were computed, and the others are not placed well"
+            )
         free = [d for d in self.decisions if d.is_hit or d.reason not in _UNAVOIDABLE]
         if len(self.decisions) < MIN_STEPS or not hasattr(policy, "threshold"):
             return None
@@ -39,7 +67,6 @@ class Watch:
             what = "hit on every step where it was free to"
         else:
             return None
-        where = "" if branch is None else f" in branch {branch!r}"
         return (
             f"{type(policy).__name__}(threshold={policy.threshold:g}) {what} in a trajectory of "
             f"{len(self.decisions)} evaluations{where}: {self._range()}. "
@@ -48,14 +75,25 @@ class Watch:
 
     def _range(self) -> str:
         measured = [m for m in self.metrics if math.isfinite(m)] or [
-            d.score for d in self.decisions if d.reason not in _UNAVOIDABLE
+            d.score
+            for d in self.decisions
+            if d.reason not in _UNAVOIDABLE and math.isfinite(d.score)
         ]
         if not measured:
             return "nothing was measured where it was free to hit"
         return f"the metric was {min(measured):.4g} to {max(measured):.4g}"
 
     def _advice(self, policy: Any, num_steps: int | None, branch: Hashable) -> str:
-        threshold = halving_threshold(policy, self.metrics, num_steps=num_steps, branch=branch)
+        try:
+            threshold = halving_threshold(
+                policy,
+                self.changes,
+                num_steps=num_steps,
+                branch=branch,
+                first_step=self.first_step,
+            )
+        except Exception:  # noqa: BLE001 - a policy of the user's that takes no other threshold
+            return "Which threshold would have hit half of the steps is not known"
         if threshold is None:
             return "Its other limits do not let it hit half of the steps at any threshold"
         return f"A threshold of about {_rounded_up(threshold):.6g} would have hit half of the steps"
