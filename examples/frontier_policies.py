@@ -60,8 +60,8 @@ def easy_cache(task: Task) -> Policies:
 
 
 def sea_cache(task: Task) -> Policies:
-    limits = {"max_consecutive_hits": (1, 2, 4), "warmup_steps": (6,)}
-    return with_forecasts(SeaCache, threshold=(0.25, 1.0), **limits)
+    thresholds = (0.1, 0.15, 0.3, 0.6, 1.0)
+    return with_forecasts(SeaCache, threshold=thresholds, max_consecutive_hits=(2, 4))
 
 
 def tea_cache(task: Task) -> Policies:

@@ -308,8 +308,9 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch, path):
 
 
 def test_a_flipped_bit_is_noticed(tmp_path):
-    path = profile().save(tmp_path / "x.safetensors")
-    assert Profile.load(path) == profile()
+    own = profile()
+    path = own.save(tmp_path / "x.safetensors")
+    assert Profile.load(path) == own
     content = bytearray(path.read_bytes())
     content[-20] ^= 1
     path.write_bytes(content)
