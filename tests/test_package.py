@@ -151,7 +151,8 @@ def test_the_wheel_holds_everything(tmp_path):
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel]
     subprocess.run(install, check=True, capture_output=True)
     for name in ("py.typed", "kernels/reference.py", "demo/model/model.safetensors",
-                 "integrations/tiny_models.json"):  # fmt: skip
+                 "demo/model/schedule.json", "integrations/tiny_models.json",
+                 "policy/presets.json"):  # fmt: skip
         assert (target / "fxcache" / name).exists(), name
     code = "import fxcache, fxcache.kernels; print(fxcache.__file__)"
     shown = subprocess.run([sys.executable, "-P", "-c", code], env={"PYTHONPATH": str(target)},
