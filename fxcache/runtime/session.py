@@ -109,14 +109,20 @@ class Session:
         slot.begin(**{"num_steps": self.expected_steps, **announcement})
 
     def _conclude(self, slot: Slot, *, is_over: bool = True) -> None:
-        """Say once if the policy never hit, or always (unless that is wanted: to observe)."""
-        if "hits" not in self._warned and self.observe is None:
-            for branch, state in slot.branches.items():
-                if not is_over and not state.watch.is_judged:
-                    continue
-                if complaint := state.watch.complaint(self.policy, slot.num_steps, branch):
-                    self.say_once("hits", complaint)
-                    break
+        """Say once if the policy never hit in any branch, or always in all (unless that is wanted:
+        to observe).
+        """
+        if "hits" in self._warned or self.observe is not None:
+            return
+        watches = {
+            branch: state.watch
+            for branch, state in slot.branches.items()
+            if (is_over or state.watch.is_judged) and state.watch.verdict(self.policy) is not None
+        }
+        if len({watch.verdict(self.policy) for watch in watches.values()}) == 1:
+            branch, watch = next(iter(watches.items()))
+            if complaint := watch.complaint(self.policy, slot.num_steps, branch):
+                self.say_once("hits", complaint)
 
     def state(self) -> tuple[Slot, BranchState]:
         """The caller's slot and the state of the caller's branch in it."""

@@ -43,32 +43,38 @@ class Watch:
         self.decisions.append(decision)
         self.metrics.append(metric)
 
+    def verdict(self, policy: Policy) -> str | None:
+        """ "beyond" (the policy's table), "never", "always" or "mixed"; None: nothing to judge."""
+        if any(decision.reason in _BEYOND for decision in self.decisions):
+            return "beyond"
+        if len(self.decisions) < MIN_STEPS or not hasattr(policy, "threshold"):
+            return None
+        free = [d for d in self.decisions if d.is_hit or d.reason not in _UNAVOIDABLE]
+        hits = sum(decision.is_hit for decision in free)
+        if hits == 0:
+            return "never"
+        return "always" if hits == len(free) else "mixed"
+
     @property
     def is_judged(self) -> bool:
         """Whether some decision was free."""
         return any(d.is_hit or d.reason not in _UNAVOIDABLE for d in self.decisions)
 
-    def complaint(self, policy: Policy, num_steps: int | None, branch: Hashable) -> str | None:
+    def complaint(self, policy: Any, num_steps: int | None, branch: Hashable) -> str | None:
         """What to tell the user about this trajectory, None if there is nothing to say."""
+        name, verdict = type(policy).__name__, self.verdict(policy)
         where = "" if branch is None else f" in branch {branch!r}"
-        beyond = sum(decision.reason in _BEYOND for decision in self.decisions)
-        if beyond:
+        if verdict == "beyond":
+            beyond = sum(decision.reason in _BEYOND for decision in self.decisions)
             return (
-                f"{type(policy).__name__} was made for fewer steps than the trajectory has{where}: "
-                f"{beyond} step(s) beyond it were computed, and the others are not placed well"
+                f"{name} was made for fewer steps than the trajectory has{where}: {beyond} step(s) "
+                f"beyond it were computed, and the others are not placed well"
             )
-        free = [d for d in self.decisions if d.is_hit or d.reason not in _UNAVOIDABLE]
-        if len(self.decisions) < MIN_STEPS or not hasattr(policy, "threshold"):
+        if verdict not in ("never", "always"):
             return None
-        hits = sum(decision.is_hit for decision in free)
-        if hits == 0:
-            what = "never hit"
-        elif hits == len(free):
-            what = "hit on every step where it was free to"
-        else:
-            return None
+        what = "never hit" if verdict == "never" else "hit on every step where it was free to"
         return (
-            f"{type(policy).__name__}(threshold={policy.threshold:g}) {what} in a trajectory of "
+            f"{name}(threshold={policy.threshold:g}) {what} in a trajectory of "
             f"{len(self.decisions)} evaluations{where}: {self._range()}. "
             f"{self._advice(policy, num_steps, branch)}"
         )
