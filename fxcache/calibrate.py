@@ -92,7 +92,7 @@ def calibrate(
 
     Returns:
         Ratios by branch and step, pairs, and each forecaster's error at each step, means over the
-        runs; ``profile.policy()`` is ready to use.
+        runs. Of `MagCache` and `TeaCache`, ``profile.policy()`` is ready to use.
 
     Raises:
         PolicyError: for a `policy` that cannot be calibrated, or bad `runs` or `seeds`.

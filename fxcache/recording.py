@@ -34,7 +34,6 @@ class Trajectory:
     norms: list[torch.Tensor] = field(default_factory=list)
     metrics: list[float] = field(default_factory=list)
     changes: list[float] = field(default_factory=list)
-    timesteps: list[float | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.residuals)
@@ -113,7 +112,6 @@ class Recorder:
         found.norms.append(_token_norms(max(residuals, key=torch.numel)))
         found.metrics.append(metric)
         found.changes.append(_relative_change(output, self._outputs.get(key)))
-        found.timesteps.append(state.timestep)
         self._outputs[key] = output.clone()
 
     def _drawn(self, residual: torch.Tensor) -> torch.Tensor:

@@ -95,8 +95,7 @@ def schedule_costs(
     """The cost of a hit for `search`: its squared error, weighted by the step's `sensitivity`.
 
     By the sensitivity and not by its square: errors of neighbouring steps point the same way and
-    add up, so the early ones, which are largest, weigh less than they do alone. (On the demo's
-    model, squares lost 1.5 to 3 dB with `Taylor`.)
+    add up, so the early ones, which are largest, weigh less than they would alone.
     """
     known: dict[Place, float] = {}
 

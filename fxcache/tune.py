@@ -31,7 +31,7 @@ from fxcache.search import (
 
 log = logging.getLogger("fxcache")
 
-#: Residuals that are kept while schedules are tried. More did not help (see `search`).
+#: So many past residuals a fitted forecast is made of.
 RING = 3
 #: So many hits in a row are considered, unless the budget needs more.
 MAX_HITS = 6

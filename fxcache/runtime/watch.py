@@ -44,7 +44,7 @@ class Watch:
         self.metrics.append(metric)
 
     def verdict(self, policy: Policy) -> str | None:
-        """ "beyond" (the policy's table), "never", "always" or "mixed"; None: nothing to judge."""
+        """One of "beyond" (the policy's table), "never", "always", "mixed"; None: too short."""
         if any(decision.reason in _BEYOND for decision in self.decisions):
             return "beyond"
         if len(self.decisions) < MIN_STEPS or not hasattr(policy, "threshold"):
