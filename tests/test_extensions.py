@@ -223,3 +223,49 @@ def test_every_nth_step():
     assert [step for step, hit in enumerate(third.mask) if not hit] == [0, 1, 2, 5, 8]
     with pytest.raises(fxcache.PolicyError, match="n must be an integer at least 1, got 0"):
         fxcache.StepSchedule.every(0, num_steps=4)
+
+
+@pytest.mark.parametrize("bad", [fxcache.EasyCache, fxcache.FirstBlockCache, object(), "magcache"])
+def test_only_instances_are_policies(bad):
+    with pytest.raises(fxcache.PolicyError, match="policy must be a policy like"):
+        fxcache.transform(SequentialDiT().eval(), bad)
+    with pytest.raises(fxcache.PolicyError, match="forecast must be a forecaster"):
+        fxcache.FirstBlockCache(forecast=fxcache.Taylor)
+
+
+def test_a_second_evaluation_of_a_step_replaces_the_first_in_the_ring():
+    torch.manual_seed(0)
+    policy = fxcache.FirstBlockCache(threshold=0.0, forecast=fxcache.Taylor(1))
+    denoiser = plain(SequentialDiT().eval(), policy)
+    with torch.no_grad(), denoiser.trajectory(num_steps=3):
+        for t in (1.0, 0.6, 0.6, 0.3, 0.3):  # Heun
+            denoiser(torch.randn(2, 8, 4), torch.full((2,), t))
+        (state,) = denoiser._fxcache.session.slot.branches.values()
+        assert [step for step, _ in state.past] == [2, 1]
+        assert len({slot for _, slot in state.past}) == 2
+
+
+class Frames(SequentialDiT):
+    """A video [B, frames, channels, H, W], whose patches are a convolution a frame."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = torch.nn.Conv2d(4, 4, 1)
+
+    def forward(self, x, t):
+        b, f, c, h, w = x.shape
+        tokens = self.patch(x.flatten(0, 1)).unflatten(0, (b, f)).permute(0, 1, 3, 4, 2)
+        return super().forward(tokens.reshape(b, f * h * w, c), t)
+
+
+def test_sea_cache_filters_frames_and_not_channels(monkeypatch):
+    from fxcache.passes import probe
+
+    seen, original = [], probe._frequency_axes
+    monkeypatch.setattr(
+        probe, "_frequency_axes", lambda *args: seen.append(original(*args)) or seen[-1]
+    )
+    denoiser = plain(Frames().eval(), fxcache.SeaCache(final_steps=0))
+    with torch.no_grad():
+        denoiser(torch.randn(1, 3, 4, 2, 5), torch.ones(1))
+    assert seen == [(1, 3, 4)]
