@@ -15,6 +15,7 @@ from fxcache.errors import (
 )
 from fxcache.explain import Explanation
 from fxcache.frontier import TuneResult
+from fxcache.pipeline import Applied, apply
 from fxcache.policy import (
     AdamsBashforth,
     Chebyshev,
@@ -37,6 +38,7 @@ from fxcache.tune import tune
 __version__ = "0.1.0"
 __all__ = [
     "AdamsBashforth",
+    "Applied",
     "CaptureError",
     "Chebyshev",
     "EasyCache",
@@ -58,6 +60,7 @@ __all__ = [
     "Taylor",
     "TeaCache",
     "TuneResult",
+    "apply",
     "calibrate",
     "explain",
     "load_schedule",

@@ -4,9 +4,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
-from fxcache.denoiser import DenoiserMethods, make_denoiser
+from fxcache.denoiser import DenoiserMethods, give_back, make_denoiser
 from fxcache.errors import FxCacheError, OptionError
 from fxcache.explain import Explanation, explain_model
 from fxcache.policy import FirstBlockCache, Policy, check_policy
@@ -28,6 +29,8 @@ def transform(
     outline: bool = True,
     speculate: bool = False,
     guards: str = "always",
+    cache_dtype: torch.dtype | None = None,
+    cache_device: torch.device | str | None = None,
 ) -> nn.Module:
     """Make a denoiser that skips its block stack where `policy` allows it.
 
@@ -50,20 +53,37 @@ def transform(
             GPU that is to hide the wait for the decision (not measured yet), and it costs a hit's
             time on every miss.
         guards: "always" checks at each call what torch.compile checks: that weights, modules and
-            attributes of the model are those that were compiled. "trajectory" checks it at the
-            first evaluation of a branch in a trajectory, and of the others only the arguments. A
-            call then costs some microseconds instead of some for each weight. At your risk: do not
-            replace weights or modules, load or switch adapters, or change attributes of the model
-            amid a trajectory (weights may be written in place), do not rely on what ``forward``
-            does besides computing (counters), and announce trajectories: of an aborted one that is
-            followed by another from a lower timestep, nobody can tell.
+            attributes of the model are those that were compiled; and that what is cached is of the
+            weights as they are now: an optimizer's step, a loaded state, an adapter or a moving
+            average between two evaluations makes the next a miss, "weights changed". (Unseen on a
+            GPU amid a trajectory: writes through ``.data`` that are no optimizer's.) "trajectory"
+            checks it at the first evaluation of a branch in a trajectory, and of the others only
+            the arguments. A call then costs some microseconds instead of some for each weight. At
+            your risk: do not replace weights or modules, load or switch adapters, or change
+            attributes of the model amid a trajectory (weights may be written in place, but what is
+            cached stays that of the old ones), do not rely on what ``forward`` does besides
+            computing (counters), and announce trajectories: of an aborted one that is followed by
+            another from a lower timestep, nobody can tell.
+        cache_dtype: what residuals are kept in: torch.float32, bfloat16, float16, float8_e4m3fn or
+            float8_e5m2; None: as they are computed. Misses stay exact. A hit is off by what
+            rounding took from the residual, in the last four at most 2^-8, 2^-11, 2^-4 and 2^-3 of
+            each element (times the weights of a forecast, which grow with its order). Elements
+            beyond the dtype's range are kept as its largest number; in float8_e4m3fn those below
+            2^-10 become 0. What the next probe is compared with stays as it is.
+        cache_device: "cpu" keeps residuals in host memory (pinned, for a GPU); None where they are
+            computed. Every hit then waits for a transfer to the device, of one residual a stream
+            for reuse and of up to n + 1 for a forecast of order n, and every miss ends with one
+            from it. ``report().cached_by_device`` says how many bytes are kept where. What the next
+            probe is compared with stays on the device. Not with CUDA graphs (mode "reduce-overhead"
+            or "max-autotune").
 
     Returns:
         A module of the model's own class with the same call signature, outputs, parameter names
         and config, and with ``trajectory``, ``branch``, ``slot``, ``report`` and ``reset``.
 
     Raises:
-        OptionError: for an unknown backend or mode, or mode with options.
+        OptionError: for an unknown backend, mode, kernel, cache dtype or device, for mode with
+            options, or a cache device with CUDA graphs.
         PolicyError: for something that is no policy. At the first call: for one that does not fit
             the model's stack.
         StackNotFoundError, CaptureError: at the first call, if the model cannot be rewritten.
@@ -88,6 +108,8 @@ def transform(
         outline,
         speculate,
         guards,
+        cache_dtype=cache_dtype,
+        cache_device=cache_device,
     )
     denoiser: nn.Module = make_denoiser(model, settings)
     return denoiser
@@ -121,8 +143,7 @@ def restore(denoiser: nn.Module) -> nn.Module:
     """
     if not isinstance(denoiser, DenoiserMethods):
         raise FxCacheError(f"{type(denoiser).__name__} was not made by fxcache.transform")
-    denoiser.reset()
-    return denoiser._fxcache.model
+    return give_back(denoiser)
 
 
 def explain(

@@ -17,6 +17,7 @@ from torch import fx
 from fxcache.capture import GraphInputs, fake_value, graph_inputs, tensor_of
 from fxcache.dataflow import DataFlow, data_flow, op_name, storages
 from fxcache.errors import CaptureError, StackNotFoundError
+from fxcache.kernels import reference, residual_diff
 from fxcache.layout import allocator, signature_of
 from fxcache.lower import Lowering, compile_pieces, resolve_lowering
 from fxcache.passes.branch import (
@@ -25,17 +26,30 @@ from fxcache.passes.branch import (
     state_fakes,
 )
 from fxcache.passes.cut import Cut, cut
+from fxcache.passes.probe import sample_input
 from fxcache.passes.whole import cut_whole
-from fxcache.policy import FirstBlockCache, check_policy
+from fxcache.policy import FirstBlockCache, Policy, check_policy
+from fxcache.runtime.conditions import Conditions, conditioning
 from fxcache.runtime.device import GraphDevice, graph_device
 from fxcache.runtime.executor import StepExecutor
 from fxcache.runtime.graphs import GraphedRegions
+from fxcache.runtime.host import HostedRegions, is_away
 from fxcache.runtime.regions import Regions, Wiring
 from fxcache.runtime.session import Session
 from fxcache.runtime.state import Slot
+from fxcache.runtime.weights import is_number, weights_of
 from fxcache.stack import Stack, find_stack
 
 log = logging.getLogger("fxcache")
+
+# What the registered backend takes among its options, besides the policy and the backend.
+_OWN_OPTIONS = ("outline", "kernel", "speculate", "cache_dtype", "cache_device")
+
+_CHECKPOINTED = (
+    "the blocks are checkpointed (torch.utils.checkpoint, enable_gradient_checkpointing), and "
+    "nothing inside a checkpoint can be skipped: switch it off where a policy with "
+    "in_training=True caches steps with gradients"
+)
 
 
 class Backend:
@@ -80,14 +94,20 @@ class Backend:
         return compiled
 
     def _compiled(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        if self.list_weights is None and (torch.is_grad_enabled() or _has_dropout(gm.graph)):
-            log.warning("gradients are enabled, or dropout is on: this graph is not cached")
+        may_train = self.session.policy.in_training or self.list_weights is not None
+        if not may_train and (torch.is_grad_enabled() or _has_dropout(gm.graph)):
+            log.warning(
+                "gradients are enabled, or dropout is on: this graph is not cached. A policy with "
+                "in_training=True caches all the same"
+            )
             return self.lowering.whole(gm, example_inputs)
         inputs = graph_inputs(gm.graph, self.argument_names)
         try:
             found = self.analyse(gm, inputs)
         except StackNotFoundError as error:
             if self.fullgraph and not _is_part(gm):
+                if any("checkpoint" in op_name(n) for n in gm.graph.nodes if callable(n.target)):
+                    raise StackNotFoundError(_CHECKPOINTED) from error
                 raise
             log.info("compiled as it is: %s", error)
             self.refused.append((len(gm.graph.nodes), str(error)))
@@ -155,10 +175,12 @@ def rewrite(
     log.info("%s", found.describe())
     session.skipped_share = found.skipped_share
     flow = data_flow(gm.graph)
-    kept, residuals = state_fakes(found)
+    kept, residuals = state_fakes(found, lowering.cache_dtype)
     device = residuals[0].device
     kernels = lowering.kernels(device)
-    pieces = build_pieces(gm, found, flow, ring=ring, kernels=kernels)
+    pieces = build_pieces(
+        gm, found, flow, ring=ring, kernels=kernels, cache_dtype=lowering.cache_dtype
+    )
     if not lowering.is_eager:
         _check_aliases(pieces, found, flow)
     placeholders = gm.graph.find_nodes(op="placeholder")
@@ -178,25 +200,51 @@ def rewrite(
     # One a slot, for its pool: branches of a slot take turns, but another slot's graphs, replayed
     # by another thread amid an evaluation, must not share memory with it.
     devices: WeakKeyDictionary[Slot, GraphDevice | None] = WeakKeyDictionary()
-    weights, data = ([place[node] for node in nodes] for nodes in (inputs.weights, inputs.data))
+    weights = [place[node] for node in inputs.weights if not is_number(node)]
+    data = [place[node] for node in inputs.data]
+    on_host = is_away(lowering.cache_device, device)
 
     def make_regions(slot: Slot) -> Regions:
+        if on_host:
+            return HostedRegions(wiring, device)
         graphs = devices.setdefault(slot, graph_device(device)) if has_graphs else None
         if graphs is None:
             return Regions(wiring)
         return GraphedRegions(wiring, graphs, weights, data)
 
+    sample = sample_input(gm.graph, inputs)
     return StepExecutor(
         session,
         make_regions,
         data=data,
         has_numbers=bool(inputs.sizes),
+        sample=None if sample is None or _is_part(gm) else place[sample],
         timestep=None if found.timestep is None else place[found.timestep],
         ring=ring,
         signature=signature_of(placeholders, inputs, found, [*kept.values(), *residuals]),
-        allocate=allocator(placeholders, inputs, kept, residuals, ring),
+        allocate=allocator(placeholders, inputs, kept, residuals, ring, on_host=on_host),
+        weights=weights_of(gm.graph, inputs, flow, only_sampled=session.filters_guards),
+        conditions=_conditions(gm.graph, inputs, place, session.policy, lowering),
         speculate=lowering.speculate,
     )
+
+
+def _conditions(
+    graph: fx.Graph,
+    inputs: GraphInputs,
+    place: dict[fx.Node, int],
+    policy: Policy,
+    lowering: Lowering,
+) -> Conditions | None:
+    """What compares the conditioning inputs, None if the policy does not look at them."""
+    threshold = getattr(policy, "control_threshold", None)
+    if threshold is None:
+        return None
+    places = {node.name: place[node] for node in conditioning(graph, inputs)}
+    on_gpu = any(tensor_of(node).device.type == "cuda" for node in inputs.data)
+    # Nothing compiles this: plain operations would make many passes over memory.
+    plain = lowering.kernel == "aten" or not on_gpu
+    return Conditions(threshold, places, reference.residual_diff if plain else residual_diff)
 
 
 def _not_graphable(
@@ -205,6 +253,9 @@ def _not_graphable(
     """Why the pieces cannot be captured, None if they can."""
     if pieces.miss.results:
         return f"{pieces.miss.results[0]} leaves the span and is no stream"
+    away = [node for node in inputs.weights if tensor_of(node).device != device]
+    if any(tensor_of(node).ndim > 0 for node in away):
+        return f"{len(away)} weights are on {tensor_of(away[0]).device}, and offloaded there"
     for node, name in inputs.data.items():
         if tensor_of(node).device != device:
             return f"the input {name} is on {tensor_of(node).device}, the model on {device}"
@@ -242,14 +293,15 @@ def fxcache_backend(
     """``torch.compile(model, backend="fxcache", options={"policy": FirstBlockCache(...)})``.
 
     `options` may hold ``policy`` (default ``FirstBlockCache()``), ``backend`` (which compiles the
-    pieces, default "inductor"), ``outline``, ``kernel`` and ``speculate`` (as in
-    `fxcache.transform`) and that backend's own options. Each compiled graph keeps its own state;
-    trajectories are recognised by their timesteps. A graph without a block stack raises.
+    pieces, default "inductor"), ``outline``, ``kernel``, ``speculate``, ``cache_dtype`` and
+    ``cache_device`` (as in `fxcache.transform`) and that backend's own options. Each compiled graph
+    keeps its own state; trajectories are recognised by their timesteps. A graph without a block
+    stack raises.
     """
     rest = dict(options or {})
     policy = rest.pop("policy", None) or FirstBlockCache()
     check_policy(policy)
-    own = {name: rest.pop(name) for name in ("outline", "kernel", "speculate") if name in rest}
+    own = {name: rest.pop(name) for name in _OWN_OPTIONS if name in rest}
     backend = rest.pop("backend", "inductor")
     lowering = resolve_lowering(backend, mode, rest or None, None, **own)
     return Backend(Session(policy), lowering)(gm, example_inputs)

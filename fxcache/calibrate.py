@@ -58,6 +58,7 @@ _NEVER: dict[str, Any] = {
     "final_steps": 0,
     "forecast": Reuse(),
     "origin": None,
+    "control_threshold": None,
 }
 
 Branches = dict[Hashable, list[Trajectory]]

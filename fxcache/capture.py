@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensor
 #: Names under which denoisers take their time input, most common first.
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
 
+_OF_MODEL = re.compile(r"^L\['(model|self)'\]|\._(parameters|buffers)\[|_modules")
 _LOCAL = re.compile(r"^L\['\w+'\]")
 _SUBSCRIPT = re.compile(r"\[['\"]?(\w+)['\"]?\]")
 _PRIVATE = re.compile(r"\.(__dict__|_modules)(?=\.|$)")
@@ -106,18 +107,25 @@ def module_calls(node: fx.Node) -> list[ModuleCall]:
     return [ModuleCall(dotted_path(path), key, cls) for key, (path, cls) in stack.items()]
 
 
-def _source_name(node: fx.Node) -> str:
+def source_name(node: fx.Node) -> str:
+    """Where Dynamo found what the placeholder `node` stands for ("" if it does not say)."""
     source = getattr(node.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", "")
     return str(name() if callable(name) else name)  # a method up to torch 2.11, then a property
+
+
+def is_of_model(source: str) -> bool:
+    """Whether what Dynamo found at `source` belongs to the model, and not to its arguments."""
+    return bool(_OF_MODEL.search(source))
 
 
 @dataclass(frozen=True)
 class GraphInputs:
     """The placeholders of a captured graph, sorted by what they are.
 
-    `data` maps the caller's tensors to the names of their arguments; weights are parameters and
-    buffers; `sizes` are symbolic integers.
+    `data` maps the caller's tensors to the names of their arguments; weights are parameters,
+    buffers and other tensors of the model (floats among them, where they are inputs); `sizes` are
+    symbolic integers.
     """
 
     data: dict[fx.Node, str]
@@ -148,12 +156,10 @@ def graph_inputs(graph: fx.Graph, argument_names: tuple[str, ...] = ()) -> Graph
     """Sort the placeholders of `graph`; `argument_names` are those of positional arguments."""
     data, weights, sizes = {}, [], []
     for node in graph.find_nodes(op="placeholder"):
-        value, source = fake_value(node), _source_name(node)
+        value, source = fake_value(node), source_name(node)
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float):
             sizes.append(node)
-        elif isinstance(value, torch.nn.Parameter) or re.search(
-            r"\._(parameters|buffers)\[|_modules", source
-        ):
+        elif isinstance(value, torch.nn.Parameter) or is_of_model(source):
             weights.append(node)
         else:
             data[node] = _argument_name(source or node.name, argument_names)

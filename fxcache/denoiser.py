@@ -16,6 +16,7 @@ from typing import Any, cast
 from torch import nn
 
 from fxcache.errors import OptionError
+from fxcache.integrations import hooks
 from fxcache.policy import Policy
 from fxcache.report import Report
 from fxcache.runner import Runner, Settings
@@ -38,22 +39,51 @@ class DenoiserMethods:
         """The model's forward through the cache.
 
         A property, so that it precedes a forward that somebody wrote on the model (that one is
-        called inside), and so that one written on the denoiser (accelerate's hooks, which call the
-        forward that they found) goes around the cache instead of into the model.
+        called inside), and so that one written on the denoiser (by somebody who calls the forward
+        that was there) goes around the cache instead of into the model.
+
+        accelerate's hook is shared by the model and the denoiser, whichever of them it is put on
+        or taken from: it runs around the cached forward here, and around the plain one there.
         """
         try:
             return self._fxcache_override or self._fxcache_forward
         except AttributeError:  # made by a classmethod (from_config): a plain model
-            return cast(Callable[..., Any], super().forward)  # type: ignore[misc]
+            written = vars(self).get("forward")
+            return cast(Callable[..., Any], written or super().forward)  # type: ignore[misc]
 
     @forward.setter
     def forward(self, function: Callable[..., Any]) -> None:
-        own = function is self._fxcache_forward
-        object.__setattr__(self, "_fxcache_override", None if own else function)
+        own, shared = getattr(self, "_fxcache_forward", None), vars(self)
+        if own is None:
+            shared["forward"] = function
+        elif hooks.is_wrapper(function) and "_old_forward" in shared:
+            hooks.write_wrapper(self._fxcache.model, function)
+        elif function is own and "_old_forward" in shared and "_hf_hook" not in shared:
+            hooks.take_wrapper(self._fxcache.model)
+        else:
+            object.__setattr__(self, "_fxcache_override", None if function is own else function)
 
     @forward.deleter
     def forward(self) -> None:
         object.__setattr__(self, "_fxcache_override", None)
+
+    @property
+    def _old_forward(self) -> Callable[..., Any]:
+        """What accelerate's hook is wrapped around, for accelerate to put it back."""
+        if "_old_forward" not in vars(self):
+            raise AttributeError("no hook of accelerate is on this denoiser")
+        return cast(
+            Callable[..., Any], getattr(self, "_fxcache_forward", vars(self)["_old_forward"])
+        )
+
+    @_old_forward.setter
+    def _old_forward(self, function: Callable[..., Any]) -> None:
+        is_denoiser = hasattr(self, "_fxcache_forward")
+        vars(self)["_old_forward"] = self._fxcache.model.forward if is_denoiser else function
+
+    @_old_forward.deleter
+    def _old_forward(self) -> None:
+        del vars(self)["_old_forward"]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the denoiser is compiled already, with transform's own options."""
@@ -85,8 +115,11 @@ class DenoiserMethods:
             yield
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """The same as `branch`, under the name by which diffusers' pipelines call it."""
+    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
+        """The same as `branch`, under the name by which diffusers' pipelines call it.
+
+        What they say besides (``step_index``, ``sigma``, ...) is for diffusers' own caches.
+        """
         with self._fxcache.session.inside(branch=name):
             yield
 
@@ -108,6 +141,7 @@ def other_policy(denoiser: DenoiserMethods, policy: Policy) -> Iterator[Runner]:
     """Inside, `denoiser` follows `policy`, with a state of its own; then it is as it was."""
     cell = denoiser._fxcache_runner
     before, runner = cell[0], Runner(cell[0].model, replace(cell[0].settings, policy=policy))
+    runner.session.clock = before.session.clock
     cell[0] = runner
     try:
         yield runner
@@ -116,16 +150,36 @@ def other_policy(denoiser: DenoiserMethods, policy: Policy) -> Iterator[Runner]:
         runner.reset()
 
 
+def give_back(denoiser: DenoiserMethods) -> nn.Module:
+    """The model of `denoiser`, with the hooks that were put on either; the memory is freed."""
+    model, override = denoiser._fxcache.model, denoiser._fxcache_override
+    denoiser.reset()
+    hooks.make_untraceable(model)
+    hooks.hand_over(denoiser, model, denoiser._fxcache_forward, override)
+    object.__setattr__(denoiser, "_fxcache_override", None)
+    return model
+
+
 @functools.cache
 def _denoiser_class(model_class: Any) -> Any:
     """A subclass of `model_class` that goes by its name: pipelines check and write class names."""
+
+    class Alike(type(model_class)):  # type: ignore[misc]
+        """Equal to the model's class: pipelines ask for ``type(component) in expected``."""
+
+        def __eq__(cls, other: object) -> bool:
+            return cls is other or other is model_class
+
+        def __hash__(cls) -> int:
+            return hash(model_class)
+
     names = {
         "__slots__": ("_fxcache_runner", "_fxcache_forward", "_fxcache_override"),
         "__module__": model_class.__module__,
         "__qualname__": model_class.__qualname__,
         "__doc__": model_class.__doc__,
     }
-    return type(model_class.__name__, (DenoiserMethods, model_class), names)
+    return Alike(model_class.__name__, (DenoiserMethods, model_class), names)
 
 
 def make_denoiser(model: nn.Module, settings: Settings) -> Any:
@@ -136,7 +190,7 @@ def make_denoiser(model: nn.Module, settings: Settings) -> Any:
 
     @functools.wraps(model.forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return current[0](*args, **kwargs)
+        return hooks.around(model, current[0], *args, **kwargs)
 
     cls: Any = _denoiser_class(cast(Hashable, type(model)))
     denoiser = cls.__new__(cls)

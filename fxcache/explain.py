@@ -12,6 +12,7 @@ from torch import fx, nn
 from fxcache.backend import Backend
 from fxcache.capture import graph_inputs, tensor_of
 from fxcache.errors import FxCacheError, PolicyError, StackNotFoundError
+from fxcache.integrations import hooks
 from fxcache.passes.branch import state_fakes
 from fxcache.passes.cut import Cut
 from fxcache.passes.probe import Probe
@@ -134,7 +135,7 @@ def explain_model(
     analyst = _Analyst(runner.session, runner.lowering, argument_names=names, list_weights=weights)
     runner.use(analyst)
     with torch.no_grad(), suppress(StackNotFoundError):  # no graph at all
-        runner.evaluate(args, kwargs)
+        hooks.around(model, lambda *args, **kwargs: runner.evaluate(args, kwargs), *args, **kwargs)
     refused = tuple(f"{reason} ({nodes} nodes)" for nodes, reason in sorted(analyst.refused)[::-1])
     if analyst.cut is None:
         return Explanation(type(model).__name__, refused=refused)

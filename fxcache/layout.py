@@ -1,6 +1,6 @@
 """What a state belongs to, and how its buffers are made."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch._subclasses import FakeTensor
 from fxcache.capture import GraphInputs, fake_value
 from fxcache.errors import CaptureError
 from fxcache.passes.cut import Cut
-from fxcache.runtime.state import Buffers
+from fxcache.runtime.host import host_zeros
+from fxcache.runtime.state import Buffers, Signature
 
 
 def signature_of(
@@ -18,7 +19,7 @@ def signature_of(
     inputs: GraphInputs,
     found: Cut,
     state: Sequence[FakeTensor],
-) -> Callable[[Sequence[Any]], Hashable]:
+) -> Callable[[Sequence[Any]], Signature]:
     """What a state belongs to: the span, the layouts of the inputs and of what is kept.
 
     Constant where all is static. Recompiled graphs of one span share a state, those of two parts of
@@ -32,22 +33,23 @@ def signature_of(
     ]
     span = tuple(block.path for block in found.span_blocks)
     kept = (span, *map(_layout, state))
-    static = tuple(map(_layout, filter(_has_shape, map(fake_value, inputs.data))))
+    names = [node.name for node in inputs.data]
+    static = _layouts(names, map(fake_value, inputs.data))
     if not inputs.sizes:
-        constant = (static, (), kept)
+        constant = Signature(static, (), kept)
         return lambda values: constant
 
-    def layout(values: Sequence[Any]) -> Hashable:
-        given = filter(_has_shape, (values[place] for place in places))
-        numbers = tuple(values[place] for place in sizes)
-        return tuple(map(_layout, given)), numbers, kept
+    def layout(values: Sequence[Any]) -> Signature:
+        given = _layouts(names, (values[place] for place in places))
+        return Signature(given, tuple(values[place] for place in sizes), kept)
 
     return layout
 
 
-def _has_shape(value: Any) -> bool:
-    """Whether `value` is a tensor with dimensions (Dynamo makes some numbers scalar tensors)."""
-    return _is_tensor(value) and value.ndim > 0
+def _layouts(names: Sequence[str], values: Iterable[Any]) -> tuple[tuple[str, Hashable], ...]:
+    """Of tensors with dimensions (Dynamo makes some numbers scalar tensors)."""
+    given = zip(names, values, strict=True)
+    return tuple((name, _layout(v)) for name, v in given if _is_tensor(v) and v.ndim > 0)
 
 
 def _symbols(size: Any) -> set[Any]:
@@ -69,8 +71,12 @@ def allocator(
     kept: Mapping[str, FakeTensor],
     residuals: list[FakeTensor],
     ring: int,
+    *,
+    on_host: bool = False,
 ) -> Callable[[Sequence[Any]], Buffers]:
-    """Makes buffers like the fakes, symbolic sizes taken from the inputs of a call."""
+    """Makes buffers like the fakes, symbolic sizes taken from the inputs of a call; the rings in
+    host memory with `on_host`.
+    """
     places = {placeholders.index(node): fake_value(node) for node in inputs.sizes}
 
     def allocate(values: Sequence[Any]) -> Buffers:
@@ -80,14 +86,15 @@ def allocator(
             if isinstance(fake, torch.SymInt)
         }
 
-        def make(fake: torch.Tensor) -> torch.Tensor:
+        def make(fake: torch.Tensor, zeros: Callable[..., torch.Tensor]) -> torch.Tensor:
             shape = [_concrete(size, sizes) for size in fake.shape]
-            return torch.zeros(shape, dtype=fake.dtype, device=fake.device)
+            return zeros(shape, dtype=fake.dtype, device=fake.device)
 
+        ring_zeros = host_zeros if on_host else torch.zeros
         # Plain tensors even under inference_mode, so that later calls outside may write them.
         with torch.inference_mode(False), torch.no_grad():
-            rings = tuple(tuple(make(r) for _ in range(ring)) for r in residuals)
-            return Buffers({key: make(fake) for key, fake in kept.items()}, rings)
+            rings = tuple(tuple(make(r, ring_zeros) for _ in range(ring)) for r in residuals)
+            return Buffers({key: make(fake, torch.zeros) for key, fake in kept.items()}, rings)
 
     return allocate
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,6 +25,14 @@ log = logging.getLogger("fxcache")
 
 #: What `kernel` may be; what "auto" means is said at `Lowering.kernels`.
 KERNELS = ("auto", "triton", "aten")
+#: What `cache_dtype` may be, besides None: as residuals are computed.
+CACHE_DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
 
 # What torch.compile itself makes of `mode` and `options`.
 _inductor: Any = torch._TorchCompileInductorWrapper
@@ -40,7 +49,8 @@ class Lowering:
     `compiler` compiles a piece, `whole` a graph that is not cached. With `outline`, equal blocks
     are compiled once. `kernel` says who measures. With `graphs`, what is compiled is captured into
     CUDA graphs where there is a GPU. With `speculate`, the hit is queued before the decision is
-    known.
+    known. Residuals are kept in `cache_dtype` and on `cache_device` (None: as and where they are
+    computed).
     """
 
     compiler: Compiler
@@ -49,6 +59,8 @@ class Lowering:
     kernel: str = "auto"
     graphs: bool = False
     speculate: bool = False
+    cache_dtype: torch.dtype | None = None
+    cache_device: torch.device | None = None
 
     @property
     def is_eager(self) -> bool:
@@ -81,16 +93,22 @@ def resolve_lowering(
     outline: bool = True,
     kernel: str = "auto",
     speculate: bool = False,
+    cache_dtype: torch.dtype | None = None,
+    cache_device: torch.device | str | None = None,
 ) -> Lowering:
     """What `backend`, `mode` and `options` mean to torch.compile, and our own options.
 
-    Raises OptionError for an unknown backend, mode or option, and for mode with options.
+    Raises OptionError for an unknown backend, mode or option, for mode with options, and for
+    residuals on a `cache_device` with CUDA graphs.
     """
     if kernel not in KERNELS:
         raise OptionError(f"kernel must be one of {KERNELS}, got {kernel!r}")
     for name, value in (("outline", outline), ("speculate", speculate)):
         if not isinstance(value, bool):
             raise OptionError(f"{name} must be True or False, got {value!r}")
+    if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
+        raise OptionError(f"cache_dtype must be None or one of {CACHE_DTYPES}, got {cache_dtype!r}")
+    host = _host(cache_device)
     if mode is not None and options:
         raise OptionError(
             f"either mode or options can be given, not both: mode={mode!r}, options={options!r}"
@@ -102,7 +120,37 @@ def resolve_lowering(
         # and Inductor's own graphs would copy them.
         compiler.config["triton.cudagraphs"] = False
         graphs = True
-    return Lowering(compiler, whole, outline and backend != "eager", kernel, graphs, speculate)
+    if graphs and host is not None:
+        raise OptionError(
+            f"cache_device={cache_device!r} cannot be had with CUDA graphs (mode={mode!r}, "
+            f"options={options!r}), which read residuals where they lay at the capture: drop one "
+            f"of the two"
+        )
+    return Lowering(
+        compiler,
+        whole,
+        outline and backend != "eager",
+        kernel,
+        graphs,
+        speculate,
+        cache_dtype,
+        host,
+    )
+
+
+def _host(cache_device: Any) -> torch.device | None:
+    """The device that `cache_device` names: the host, or None."""
+    if isinstance(cache_device, torch.device | str):
+        with suppress(RuntimeError):  # no device goes by that name
+            device = torch.device(cache_device)
+            if device.type == "cpu":
+                return device
+    if cache_device is not None:
+        raise OptionError(
+            f'cache_device must be "cpu" (host memory) or None (where residuals are computed), '
+            f"got {cache_device!r}"
+        )
+    return None
 
 
 def _resolve_compiler(

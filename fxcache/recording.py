@@ -103,6 +103,8 @@ class Recorder:
         at = state.past[0][1]
         residuals = [ring[at].detach() for ring in state.allocated.rings]
         output = next(o.detach() for o in outputs if isinstance(o, torch.Tensor))
+        if residuals[0].is_cpu and not output.is_cpu:  # copies to the host may be under way
+            torch.accelerator.synchronize(output.device)
         if found.steps and found.steps[-1] == state.step:
             for kept in vars(found).values():
                 kept.pop()

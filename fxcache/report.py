@@ -1,7 +1,8 @@
 """What happened: one record an evaluation, as a table, as JSON and as a picture."""
 
-from collections.abc import Hashable
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ class Record:
 
     `step` counts steps of the trajectory from 0; `timestep` is the model's time input (None if it
     has none); `metric` is the policy's (residual diff; None if nothing was measured); `reason` says
-    why a miss was one.
+    why a miss was one. In reports of `fxcache.apply`, `component` is the pipeline's denoiser
+    ("transformer", ...).
     """
 
     step: int
@@ -23,20 +25,37 @@ class Record:
     reason: str | None
     trajectory: int = 0
     slot: Hashable = None
+    component: str | None = None
 
 
 @dataclass(frozen=True)
 class Report:
     """The evaluations since the denoiser was made or reset (the last 10,000 of them).
 
-    `cached_bytes` is the memory that the state holds now, `graphs` the number of graphs compiled,
-    `recompiles` those compiled after the first evaluation was through.
+    `cached_bytes` is the memory that the state holds now (`cached_by_device`: on which device how
+    much), `graphs` the number of graphs compiled, `recompiles` those compiled after the first
+    evaluation was through.
     """
 
     records: tuple[Record, ...]
     cached_bytes: int
     graphs: int
     recompiles: int
+    cached_by_device: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def merged(cls, reports: Mapping[str, "Report"]) -> "Report":
+        """One report of several denoisers, by component: trajectory by trajectory, step by step."""
+        records = [
+            replace(record, component=name)
+            for name, report in reports.items()
+            for record in report.records
+        ]
+        totals = [(r.cached_bytes, r.graphs, r.recompiles) for r in reports.values()]
+        in_order = sorted(records, key=lambda record: (record.trajectory, record.step))
+        devices = sum((Counter(r.cached_by_device) for r in reports.values()), Counter[str]())
+        cached, graphs, recompiles = (sum(column) for column in zip(*totals, strict=True))
+        return cls(tuple(in_order), cached, graphs, recompiles, dict(devices))
 
     @property
     def hits(self) -> int:
@@ -68,6 +87,7 @@ class Report:
             "misses": self.misses,
             "hit_rate": self.hit_rate,
             "cached_bytes": self.cached_bytes,
+            "cached_by_device": dict(self.cached_by_device),
             "graphs": self.graphs,
             "recompiles": self.recompiles,
         }
@@ -82,10 +102,17 @@ class Report:
             lines.append(f"{r.step:>4}  {branch:<10} {timestep:>10} {metric:>10}  {decision}")
         lines.append(
             f"{self.hits} hits, {self.misses} misses ({self.hit_rate:.0%}), "
-            f"{self.cached_bytes / 2**20:.2f} MiB cached, {self.graphs} graph(s), "
+            f"{_size(self.cached_bytes)} cached{self._places()}, {self.graphs} graph(s), "
             f"{self.recompiles} recompile(s)"
         )
         return "\n".join(lines)
+
+    def _places(self) -> str:
+        """How much is cached where, if that is not one device."""
+        if len(self.cached_by_device) < 2:
+            return ""
+        places = (f"{_size(held)} on {name}" for name, held in self.cached_by_device.items())
+        return f" ({', '.join(places)})"
 
     def plot(self, path: str | Path) -> Path:
         """Draw the metric over the steps, hits and misses marked, and write it to `path`.
@@ -114,6 +141,10 @@ class Report:
         axes.grid(alpha=0.3)
         figure.savefig(path, dpi=120)
         return Path(path)
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**20:.2f} MiB"
 
 
 def _measured(records: list[Record]) -> tuple[list[int], list[float]]:

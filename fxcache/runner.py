@@ -20,10 +20,12 @@ from torch._dynamo.exc import (
 from fxcache.backend import Backend
 from fxcache.capture import TIMESTEP_NAMES
 from fxcache.errors import CaptureError, FxCacheError, OptionError, StackNotFoundError
+from fxcache.integrations import hooks
 from fxcache.lower import resolve_lowering
 from fxcache.policy import Policy
 from fxcache.runtime.session import Session
 from fxcache.runtime.shortcut import NOT_TAKEN, Shortcut
+from fxcache.runtime.training import goes_around, pass_over
 
 log = logging.getLogger("fxcache")
 
@@ -48,6 +50,8 @@ class Settings:
     outline: bool = True
     speculate: bool = False
     guards: str = "always"
+    cache_dtype: torch.dtype | None = None
+    cache_device: torch.device | str | None = None
 
 
 # Where torch has it, frames behind a graph break are counted a compiled function, too.
@@ -70,8 +74,20 @@ _CAPTURE_MORE: dict[str, Any] = {
 }
 
 
-def _evaluate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return model.forward(*args, **kwargs)
+def _evaluate(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    forward: str | Callable[..., Any],
+) -> Any:
+    """The model's own `forward`: that of its class, or an attribute of the instance.
+
+    It is not looked up here: Dynamo takes a class that was allowed in graphs, as diffusers allows
+    whole transformers, for an operation without attributes.
+    """
+    if isinstance(forward, str):
+        return getattr(model, forward)(*args, **kwargs)
+    return forward(model, *args, **kwargs)
 
 
 def _own_evaluate() -> Callable[..., Any]:
@@ -94,6 +110,7 @@ class Runner:
         guard_filter = options.pop("guard_filter_fn", None)
         #: What of the options is Dynamo's and not the compiler's.
         self.dynamo_options = {"guard_filter_fn": guard_filter} if guard_filter else None
+        self.session.filters_guards = guard_filter is not None
         self.lowering = resolve_lowering(
             settings.backend,
             settings.mode,
@@ -102,6 +119,8 @@ class Runner:
             outline=settings.outline,
             kernel=settings.kernel,
             speculate=settings.speculate,
+            cache_dtype=settings.cache_dtype,
+            cache_device=settings.cache_device,
         )
         parameters = inspect.signature(model.forward).parameters.values()
         names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
@@ -134,7 +153,7 @@ class Runner:
         self.cached = self.compile(backend)
 
     def compile(self, backend: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
-        """A function of (model, args, kwargs) that Dynamo captures and hands to `backend`."""
+        """`_evaluate` as Dynamo captures it and hands it to `backend`."""
         return torch.compile(
             _own_evaluate(),
             backend=backend,
@@ -146,9 +165,9 @@ class Runner:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.settings.disable:
-            return self.model.forward(*args, **kwargs)
-        if self.gave_up or not self._may_cache():
-            return self.uncached(self.model, args, kwargs)
+            return _evaluate(self.model, args, kwargs, hooks.own_forward(self.model))
+        if self.gave_up or not self._may_cache(args, kwargs):
+            return self.evaluate_uncached(args, kwargs)
         try:
             return self.evaluate(args, kwargs)
         except (StackNotFoundError, CaptureError) as error:
@@ -156,7 +175,11 @@ class Runner:
                 raise
             warnings.warn(f"fxcache runs this model uncached: {error}", stacklevel=3)
             self.gave_up = True
-            return self.uncached(self.model, args, kwargs)
+            return self.evaluate_uncached(args, kwargs)
+
+    def evaluate_uncached(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One evaluation around the cache."""
+        return self.uncached(self.model, args, kwargs, hooks.own_forward(self.model))
 
     def reset(self) -> None:
         """Forget all state and every learned path."""
@@ -164,20 +187,13 @@ class Runner:
         if self.shortcut is not None:
             self.shortcut.forget()
 
-    def _may_cache(self) -> bool:
-        if self.session.policy.in_training:
+    def _may_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether an evaluation goes through the cache; if not, the state takes note of it."""
+        session, is_training = self.session, self.model.training
+        if not goes_around(session, is_training, args, kwargs):
             return True
-        if self.model.training:
-            self.session.say_once("training", "model.training is set: nothing is cached")
-            return False
-        if torch.is_grad_enabled():
-            self.session.say_once(
-                "gradients",
-                "gradients are enabled: nothing is cached. Sample under torch.no_grad() or "
-                "torch.inference_mode()",
-            )
-            return False
-        return True
+        pass_over(session, self._timestep(args, kwargs), is_training=is_training)
+        return False
 
     def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One evaluation through the cache.
@@ -185,26 +201,44 @@ class Runner:
         The model is captured as one graph if it can be. If it cannot and ``fullgraph=False``, it is
         captured in pieces, one of which must hold the stack.
         """
-        token = self.session.given_timestep.set(self._timestep(args, kwargs))
+        if hooks.replaces_weights(self.model):
+            raise CaptureError(hooks.obstacles(self.model))
+        timestep = self._timestep(args, kwargs)
+        token = self.session.given_timestep.set(timestep)
         try:
-            if self.shortcut is None or not self.is_whole:
-                return self._evaluate_checked(args, kwargs)
-            outputs = self.shortcut.evaluate(args, kwargs)
-            if outputs is NOT_TAKEN:
-                outputs = self._evaluate_checked(args, kwargs)
-                self.shortcut.learn(args, kwargs, outputs)
-            return outputs
+            if self.session.clock is None:
+                return self._evaluate_placed(args, kwargs)
+            with self.session.placed(timestep):
+                return self._evaluate_placed(args, kwargs)
         finally:
             self.session.last_call.set(None)  # it holds the caller's tensors
             self.session.given_timestep.reset(token)
 
+    def _evaluate_placed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One evaluation, past Dynamo where that way is known."""
+        if self.shortcut is None or not self.is_whole:
+            return self._evaluate_checked(args, kwargs)
+        outputs = self.shortcut.evaluate(args, kwargs)
+        if outputs is NOT_TAKEN:
+            outputs = self._evaluate_checked(args, kwargs)
+            self.shortcut.learn(args, kwargs, outputs)
+        return outputs
+
     def _evaluate_checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One evaluation through Dynamo, which checks its guards."""
         if not self.is_whole:
+            try:
+                return self._run_patched(args, kwargs)
+            except StackNotFoundError:  # hooks may have come that scatter it over more graphs
+                if not hooks.make_traceable(self.model):
+                    raise
+            self._break_up()
             return self._run_patched(args, kwargs)
         try:
             return self._run(args, kwargs)
         except CaptureError as error:
+            if hooks.make_traceable(self.model):
+                return self._evaluate_checked(args, kwargs)
             log.info("trying again with more captured: %s", error)
         try:
             return self._run_patched(args, kwargs)
@@ -236,12 +270,29 @@ class Runner:
                 return value
         return None
 
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the compiled model. Dynamo captures it only so often; then what it has is dropped
+        (a life of many adapters and sizes), and it begins anew.
+        """
+        try:
+            return self.cached(self.model, args, kwargs, hooks.own_forward(self.model))
+        except FailOnRecompileLimitHit:
+            self.session.say_once(
+                "recompiles",
+                f"{type(self.model).__name__} was captured {self.session.graphs} times and is "
+                f"captured anew: its adapters, attributes or the sizes of its inputs change again "
+                f"and again. TORCH_LOGS=recompiles shows what does; dynamic=True may help with "
+                f"sizes, and enable_lora_hotswap with adapters",
+            )
+        self.cached = self.compile(self.backend, fullgraph=self.is_whole)
+        return self.cached(self.model, args, kwargs, hooks.own_forward(self.model))
+
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the compiled model; errors of the pass and of the capture become our own."""
         session = self.session
         before = session.evaluations
         try:
-            outputs = self.cached(self.model, args, kwargs)
+            outputs = self._call(args, kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, FxCacheError):
                 raise error.inner_exception from None
@@ -250,16 +301,21 @@ class Runner:
             inspect.signature(self.model.forward).bind(
                 *args, **kwargs
             )  # a TypeError is the caller's
-            advice = "fullgraph=False may do. " if self.settings.fullgraph else ""
+            advice = hooks.obstacles(self.model)
+            if advice is None:
+                advice = "fullgraph=False may do." if self.settings.fullgraph else ""
             raise CaptureError(
                 f"{type(self.model).__name__} could not be captured in one graph by torch.compile. "
-                f"{advice}Dynamo says: {error}"
+                f"{advice} Dynamo says: {error}"
             ) from error
         if session.evaluations == before:
+            cause = hooks.obstacles(self.model) or (
+                "Graph breaks inside the blocks are the usual cause: TORCH_LOGS=graph_breaks shows "
+                "them"
+            )
             raise StackNotFoundError(
                 f"no graph of {type(self.model).__name__} holds its block stack: it breaks into "
-                f"{session.graphs} graphs. {self.backend.summary()} Graph breaks inside the blocks "
-                f"are the usual cause: TORCH_LOGS=graph_breaks shows them"
+                f"{session.graphs} graphs. {self.backend.summary()} {cause}"
             )
         if not self.is_whole and session.evaluations > before + 1:
             session.say_once(

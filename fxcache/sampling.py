@@ -14,12 +14,12 @@ from torch import nn
 from fxcache.api import transform
 from fxcache.denoiser import DenoiserMethods, other_policy
 from fxcache.errors import OptionError, ProfileError
+from fxcache.integrations.scheduler import SchedulerClock
+from fxcache.pipeline import COMPONENTS
 from fxcache.policy import Policy, StepSchedule
 from fxcache.runner import Runner
 from fxcache.runtime.state import Direction
 
-#: Where pipelines keep their denoisers.
-COMPONENTS = ("transformer", "transformer_2", "unet")
 #: The name of a lone argument of `run` that gets the denoiser, where run could do without.
 _TARGET_NAMES = {"denoiser", "pipe", "pipeline", "model", "transformer", "unet", "d", "m", "p"}
 
@@ -162,8 +162,10 @@ def _in_pipeline(pipe: Any, component: str | None, undo: ExitStack) -> Any:
     if isinstance(model, DenoiserMethods):
         return model
     denoiser = _eager(model)
-    setattr(pipe, name, denoiser)
-    undo.callback(setattr, pipe, name, model)
+    denoiser._fxcache.session.clock = SchedulerClock(pipe)
+    # Not by the pipeline's own attribute access, which would rewrite its config.
+    object.__setattr__(pipe, name, denoiser)
+    undo.callback(object.__setattr__, pipe, name, model)
     return denoiser
 
 

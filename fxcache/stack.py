@@ -8,6 +8,7 @@ single-stream list after it, the two sides of a UNet) are one chain; lists that 
 elsewhere.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxcache.capture import fake_value, is_stream_like, module_calls, same_layout, tensor_of
@@ -85,6 +87,7 @@ def node_flops(node: fx.Node) -> int:
     mode = next((v.fake_mode for v in _fakes((args, kwargs))), None)
     if mode is None:
         return 0
+    args, kwargs = torch.utils._pytree.tree_map(functools.partial(_unwrapped, mode), (args, kwargs))
     target = node.target
     call: Any = getattr(args[0], str(target)) if node.op == "call_method" else target
     args = args[1:] if node.op == "call_method" else args
@@ -96,6 +99,16 @@ def node_flops(node: fx.Node) -> int:
     except Exception:  # noqa: BLE001 - a node that cannot be counted counts nothing
         return 0
     return total if isinstance(total, int) else int(total.node.hint or 0)
+
+
+def _unwrapped(mode: torch._subclasses.FakeTensorMode, value: object) -> object:
+    """A plain tensor in the place of one that wraps others (quantized weights): torch cannot count
+    what the wrapper does instead of a product.
+    """
+    if not isinstance(value, torch.Tensor) or not is_traceable_wrapper_subclass(value):
+        return value
+    with mode:
+        return torch.empty(value.shape, dtype=value.dtype, device=value.device)
 
 
 def _no_guards(mode: torch._subclasses.FakeTensorMode) -> AbstractContextManager[None]:

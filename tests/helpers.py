@@ -17,6 +17,9 @@ NEVER = FirstBlockCache(threshold=0.0)
 ALWAYS = FirstBlockCache(threshold=math.inf)
 ALTERNATE = FirstBlockCache(threshold=math.inf, max_consecutive_hits=1)
 TAYLOR = FirstBlockCache(threshold=math.inf, warmup_steps=3, forecast=Taylor(order=2))
+FORECAST = FirstBlockCache(
+    threshold=math.inf, warmup_steps=3, max_consecutive_hits=2, forecast=Taylor(order=2)
+)
 MASK = StepSchedule(mask=[False, True, True, False, True, True, False, True])
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution")
@@ -173,3 +176,14 @@ def seeded(cls: Any) -> Any:
     """An instance in eval mode with seeded weights."""
     torch.manual_seed(0)
     return cls().eval()
+
+
+def all_buffers(denoiser: Any) -> list[Any]:
+    """The buffers that `denoiser` holds, of all slots and branches."""
+    slots = denoiser._fxcache.session.slots.values()
+    return [state.buffers for slot in slots for state in slot.branches.values()]
+
+
+def cached_residuals(denoiser: Any) -> list[torch.Tensor]:
+    """All residuals that `denoiser` has memory for."""
+    return [slot for own in all_buffers(denoiser) for ring in own.rings for slot in ring]

@@ -3,11 +3,19 @@
 import math
 
 import torch
-from helpers import sample, seeded, times
+from helpers import ALTERNATE, FORECAST, MASK, sample, seeded, times
 from torch import nn
 from zoo import SequentialDiT, StructuredDiT, make
 
-from fxcache import EasyCache, FirstBlockCache, MagCache, SeaCache, TeaCache
+from fxcache import (
+    EasyCache,
+    FirstBlockCache,
+    MagCache,
+    SeaCache,
+    StepSchedule,
+    Taylor,
+    TeaCache,
+)
 
 STEPS = 14
 POLY = (40.0, -7.0, 3.0, 1.5, 0.01)
@@ -17,6 +25,9 @@ SEA = SeaCache(threshold=0.3, final_steps=0)
 MAG = MagCache(ratios=[1.0, *[1.05] * 11], threshold=0.11, retention_ratio=0.0)
 FIRST = FirstBlockCache(threshold=0.2)
 MEASURING = [EASY, TEA, SEA, FIRST]
+SCHEDULE = StepSchedule(mask=MASK.mask, forecast=Taylor(order=2))
+#: One of each, and with and without a forecast.
+EVERY = [ALTERNATE, FORECAST, MASK, SCHEDULE, EASY, TEA, SEA, MAG]
 
 
 def name_of(value):

@@ -4,6 +4,7 @@ pytest -m gpu
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,3 +133,25 @@ def test_nan_is_a_miss(model):
         denoiser(**{**inputs(1), "x": inputs(1)["x"] * math.nan})
         denoiser(**inputs(2))
     assert hits(denoiser)[-3:] == [False, False, False]
+
+
+@pytest.mark.parametrize("scheduler", ["FlowMatchEulerDiscreteScheduler", "HeunDiscreteScheduler"])
+def test_steps_are_read_from_the_scheduler(model, scheduler):
+    """Without a read-back: a policy that measures nothing knows its steps (Heun's come twice)."""
+    diffusers = pytest.importorskip("diffusers")
+    mask = [False, True, False, True, False]
+    pipe = SimpleNamespace(scheduler=getattr(diffusers, scheduler)(), transformer=model)
+    with fxcache.apply(pipe, StepSchedule(mask=mask), mode="reduce-overhead") as handle:
+        for _ in range(3):
+            pipe.scheduler.set_timesteps(5, device="cuda")
+            pipe.scheduler.set_begin_index(0)
+            x = torch.randn(1, 64, 4, device="cuda")
+            for t in pipe.scheduler.timesteps:
+                output = pipe.transformer(x, t.expand(1) / 1000)
+                x = pipe.scheduler.step(output, t, x, return_dict=False)[0]
+        records = handle.report().records
+    number = len(records) // 3
+    assert [r.is_hit for r in records] == [mask[r.step] for r in records]
+    assert [r.step for r in records[:number]] == [r.step for r in records[number : 2 * number]]
+    assert {r.step for r in records} == set(range(5))
+    assert {r.branch for r in records} == {None}

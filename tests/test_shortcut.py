@@ -139,7 +139,7 @@ def test_gradients_and_training_in_between(model):
                 assert out.requires_grad == (i == 2)
             denoiser.eval()
     assert a.report().records == b.report().records
-    assert hits(a) == [False, True, True, True]
+    assert hits(a) == [False, True, False, False]  # what went around the cache is newer
 
 
 # --- weights ---

@@ -13,7 +13,7 @@ compared with.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -22,9 +22,10 @@ from torch._subclasses import FakeTensor
 from fxcache.capture import fake_tensor, tensor_of
 from fxcache.dataflow import DataFlow
 from fxcache.kernels import reference
-from fxcache.passes.cut import Cut
+from fxcache.passes.cut import Cut, Stream
 from fxcache.passes.measure import Measurement, residual_like
 from fxcache.passes.piece import Piece, PieceGraph, stages
+from fxcache.passes.store import largest_kept, saturated, stored_dtype
 
 WEIGHTS = "fxcache_weights"
 
@@ -49,23 +50,38 @@ class Pieces:
 
 
 def build_pieces(
-    gm: fx.GraphModule, cut: Cut, flow: DataFlow, *, ring: int, kernels: Any = reference
+    gm: fx.GraphModule,
+    cut: Cut,
+    flow: DataFlow,
+    *,
+    ring: int,
+    kernels: Any = reference,
+    cache_dtype: torch.dtype | None = None,
 ) -> Pieces:
     """Write the pieces of `gm` as `cut` divides it, with `ring` past residuals a stream.
 
     With ``ring=1`` the residual is added as it is; with more, a weight vector is one more input.
     `kernels` measures, predicts and refreshes: `fxcache.kernels.reference` or
-    `fxcache.kernels.ops`. `gm` is not changed.
+    `fxcache.kernels.ops`. Residuals are kept in `cache_dtype` (None: as they are computed). `gm` is
+    not changed.
     """
-    writer = _Writer(gm, cut, flow, kernels)
+    writer = _Writer(gm, cut, flow, kernels, cache_dtype)
     return Pieces(writer.head() if cut.probe is not None else None, writer.hit(ring), writer.miss())
 
 
 class _Writer:
     """What writing the three pieces shares: the cut, what crosses, and the open contexts."""
 
-    def __init__(self, gm: fx.GraphModule, cut: Cut, flow: DataFlow, kernels: Any) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        cut: Cut,
+        flow: DataFlow,
+        kernels: Any,
+        cache_dtype: torch.dtype | None,
+    ) -> None:
         self.gm, self.cut, self.flow, self.kernels = gm, cut, flow, kernels
+        self.cache_dtype = cache_dtype
         self.stages = stages(gm.graph)
         self.measurement = measurement_of(cut, kernels)
         befores = [stream.before for stream in cut.streams if stream.before is not None]
@@ -108,10 +124,9 @@ class _Writer:
         weights = graph.argument(WEIGHTS) if ring > 1 else None
         for index, stream in enumerate(self.cut.streams):
             before = None if stream.before is None else self._kept(graph, stream.before)
-            residuals = [graph.argument(ring_key(index, j)) for j in range(ring)]
             predicted = self.kernels.forecast(
                 None if before is None else graph.proxy(before),
-                [graph.proxy(residual) for residual in residuals],
+                [self._past(graph, stream, ring_key(index, j)) for j in range(ring)],
                 None if weights is None else graph.proxy(weights),
             )
             dtype = tensor_of(stream.after).dtype
@@ -130,9 +145,7 @@ class _Writer:
         graph = self._after_head()
         graph.emit(self.cut.span)
         for index, stream in enumerate(self.cut.streams):
-            after = graph.proxy(graph.read(stream.after))
-            before = None if stream.before is None else self._kept(graph, stream.before)
-            self._refresh(graph, after, before, slot_key(index))
+            self._refresh(graph, stream, slot_key(index))
         if self.measurement is not None:
             self.measurement.on_miss(graph, lambda node: self._kept(graph, node))
         constants = [graph.read(node) for node in self.cut.constants]
@@ -143,11 +156,25 @@ class _Writer:
         graph.emit(self.cut.tail)
         return graph.finish([*graph.outputs(), *kept], self.cut.constants)
 
-    def _refresh(self, graph: PieceGraph, after: Any, before: fx.Node | None, key: str) -> None:
-        """Store the residual ``after - before``, without its gradients."""
-        slot = graph.proxy(graph.argument(key))
-        base = None if before is None else graph.proxy(before).detach()
-        self.kernels.refresh(after.detach(), base, slot)
+    def _past(self, graph: PieceGraph, stream: Stream, key: str) -> Any:
+        """A past residual of `stream`, in the dtype that it was computed in."""
+        residual = graph.proxy(graph.argument(key))
+        computed = _residual_dtype(stream)
+        is_as_computed = stored_dtype(computed, self.cache_dtype) == computed
+        return residual if is_as_computed else residual.to(computed)
+
+    def _refresh(self, graph: PieceGraph, stream: Stream, key: str) -> None:
+        """Store the residual ``after - before`` of `stream`, without its gradients."""
+        value, base = graph.proxy(graph.read(stream.after)).detach(), None
+        if stream.before is not None:
+            base = graph.proxy(self._kept(graph, stream.before)).detach()
+        computed = _residual_dtype(stream)
+        stored = stored_dtype(computed, self.cache_dtype)
+        limit = largest_kept(computed, stored)
+        if limit is not None:
+            residual = value if base is None else value - base
+            value, base = saturated(residual, limit, stored), None
+        self.kernels.refresh(value, base, graph.proxy(graph.argument(key)))
 
     def _kept(self, graph: PieceGraph, node: fx.Node) -> fx.Node:
         """Read `node` as it was before anybody overwrote it."""
@@ -180,11 +207,27 @@ def measurement_of(cut: Cut, kernels: Any = reference) -> Measurement | None:
     return Measurement(cut.probe, cut.streams[0].after, cut.timestep, kernels)
 
 
-def state_fakes(cut: Cut) -> tuple[dict[str, FakeTensor], list[FakeTensor]]:
+def state_fakes(
+    cut: Cut, cache_dtype: torch.dtype | None = None
+) -> tuple[dict[str, FakeTensor], list[FakeTensor]]:
     """Fake tensors like what the measurement keeps, by key, and like each stream's residual
-    (contiguous).
+    (contiguous, in `cache_dtype`; None: as they are computed).
     """
     measurement = measurement_of(cut)
     with tensor_of(cut.streams[0].after).fake_mode, torch.no_grad():
-        residuals = [residual_like(stream.after, stream.before) for stream in cut.streams]
+        residuals = [_stored_like(stream, cache_dtype) for stream in cut.streams]
     return {} if measurement is None else measurement.kept(), residuals
+
+
+def _stored_like(stream: Stream, cache_dtype: torch.dtype | None) -> FakeTensor:
+    residual = residual_like(stream.after, stream.before)
+    stored = stored_dtype(residual.dtype, cache_dtype)
+    return residual if stored == residual.dtype else cast(FakeTensor, residual.to(stored))
+
+
+def _residual_dtype(stream: Stream) -> torch.dtype:
+    """The dtype in which the residual of `stream` is computed."""
+    dtype = tensor_of(stream.after).dtype
+    if stream.before is None:
+        return dtype
+    return torch.promote_types(dtype, tensor_of(stream.before).dtype)

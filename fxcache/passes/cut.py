@@ -82,7 +82,8 @@ class Cut:
         """About which share of the graph's FLOPs a hit skips, 0 to 1."""
         if self.stack is None:
             return 1.0
-        return sum(block.flops for block in self.span_blocks) / self.stack.graph_flops
+        skipped = sum(block.flops for block in self.span_blocks)
+        return skipped / self.stack.graph_flops if self.stack.graph_flops else 0.0
 
     def describe(self) -> str:
         """What the span is."""

@@ -70,7 +70,8 @@ class Origin:
 class Policy(Protocol):
     """The interface between policies and the runtime: four choices, and two options.
 
-    Policies are frozen and hold no state. Any object with these members is one.
+    Policies are frozen and hold no state. Any object with these members is one; it may have a
+    `control_threshold`, too (see `NamedPolicy`).
     """
 
     @property

@@ -20,12 +20,24 @@ class NamedPolicy:
         forecast: what a hit puts in the place of the residual: `Reuse()`, `Taylor(order=1)`, ...
         decide: where a step has several branches (cond, uncond), "each" decides for itself, or the
             "first" of a step for the others.
-        in_training: cache with gradients enabled too.
+        control_threshold: a hit also needs every conditioning input (what the caller gives the
+            model beside its noisy sample and the time: control residuals, text, adapter features)
+            to have changed by less than this since the last computed step, as residual diff
+            ``mean|c - c*| / mean|c*|``. In [0, inf]; 0 never hits. A value that is not finite, and
+            an input that came or went, is too much at any threshold. Costs a copy of these inputs
+            and, at each step that would be a hit, one more read-back (the only one, of a policy
+            that measures nothing). None: hits do not look at them, which costs nothing.
+        in_training: cache with gradients enabled, or ``model.training`` set, too. A hit then takes
+            its residual for a constant: gradients reach the inputs and the weights around the
+            span, and none reach the weights in it. Not with checkpoints in the blocks. Without it
+            such evaluations are the model's own, gradients included; they count as steps of their
+            trajectory, and what was cached before them is forgotten.
         origin: where a ready-made policy comes from; set by `preset` and by calibration.
     """
 
     forecast: Forecast = Reuse()
     decide: str = "each"
+    control_threshold: float | None = None
     in_training: bool = False
     origin: Origin | None = None
 
@@ -33,6 +45,8 @@ class NamedPolicy:
         check_forecast(self.forecast)
         if self.decide not in DECIDE:
             raise PolicyError(f"decide must be one of {DECIDE}, got {self.decide!r}")
+        if self.control_threshold is not None:
+            check_number("control_threshold", self.control_threshold, 0, math.inf)
         for name, kind in (("in_training", bool), ("origin", Origin | None)):
             value = getattr(self, name)
             if not isinstance(value, kind):

@@ -5,14 +5,17 @@ once, the metric and the timestep together; where the policy measures nothing, n
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from fxcache.policy import Decision
+from fxcache.runtime.conditions import Conditions
 from fxcache.runtime.regions import Evaluation, Regions
 from fxcache.runtime.session import NewTrajectory, Session
-from fxcache.runtime.state import BranchState, Buffers, Slot
+from fxcache.runtime.state import BranchState, Buffers, Signature, Slot
+from fxcache.runtime.weights import Weights
 
 
 class StepExecutor:
@@ -22,10 +25,13 @@ class StepExecutor:
         make_regions: what evaluates the graph for a slot, made anew for each set of buffers.
         data: the places of the caller's tensors among the inputs.
         has_numbers: whether some inputs are numbers.
+        sample: the place of the noisy input (None: it is not known).
         timestep: the place of the time input (None: the graph has none).
         ring: how many past residuals a stream.
         signature: says which layout the inputs have; another layout is another trajectory.
         allocate: makes buffers for the layout of the inputs.
+        weights: the graph's weights: residuals of others are forgotten.
+        conditions: the conditioning inputs, if the policy wants them looked at.
         speculate: queue the hit before the decision is known.
     """
 
@@ -36,16 +42,20 @@ class StepExecutor:
         *,
         data: Sequence[int],
         has_numbers: bool,
+        sample: int | None,
         timestep: int | None,
         ring: int,
-        signature: Callable[[Sequence[Any]], Hashable],
+        signature: Callable[[Sequence[Any]], Signature],
         allocate: Callable[[Sequence[Any]], Buffers],
+        weights: Weights,
+        conditions: Conditions | None = None,
         speculate: bool = False,
     ) -> None:
         self.session, self.make_regions = session, make_regions
         self.signature, self.allocate = signature, allocate
+        self.weights, self.conditions = weights, conditions
         self.data, self.has_numbers = tuple(data), has_numbers
-        self.timestep, self.ring, self.speculate = timestep, ring, speculate
+        self.sample, self.timestep, self.ring, self.speculate = sample, timestep, ring, speculate
         # By buffers and not in the state: recompiled graphs of one span share the state.
         self.regions: WeakKeyDictionary[Buffers, Regions] = WeakKeyDictionary()
 
@@ -55,27 +65,54 @@ class StepExecutor:
         try:
             signature = self.signature(inputs)
             if state.signature != signature:
-                if state.signature is not None and not slot.is_announced:
-                    session.begin(slot)
+                self._relaid(slot, state, signature)
                 state.allocate(signature, lambda: self.allocate(inputs))
             evaluation = self._regions(slot, state.allocated).begin(inputs, state.allocated)
+            self._check_weights(state, inputs)  # a GPU computes the head meanwhile
             guess = self._guess(state, evaluation)
             metric, timestep = self._measured(evaluation, inputs, slot)
-            decision = session.decide(slot, state, metric, timestep)
+            conditions = self.conditions
+            change = None
+            if conditions is not None:
+                change = partial(conditions.forbidding, inputs, state.allocated)
+            decision = session.decide(slot, state, metric, timestep, change)
             measured = metric if session.is_measured(state) else None
             if decision.is_hit:
                 outputs = self._hit(state, evaluation, guess)
             else:
-                outputs = self._miss(state, evaluation, measured)
+                if conditions is not None:
+                    conditions.keep(inputs, state.allocated)
+                outputs = self._miss(state, evaluation, measured, inputs)
         except NewTrajectory:  # nothing was written, and the evaluation comes again
             raise
         except BaseException:
             state.forget()  # whatever was half written is never read
             raise
         self._commit(slot, state, measured, decision, outputs)
+        if self.sample is not None:
+            session.examine(slot, state, inputs[self.sample], outputs)
         if not session.trusts_trajectory.get():  # else nobody asks, and the tensors would live on
             session.note_call(self, slot, inputs, outputs)
         return outputs
+
+    def _relaid(self, slot: Slot, state: BranchState, signature: Signature) -> None:
+        """Another layout is another trajectory, unless somebody says when it ends. So is a control
+        whose residuals came or went not, where the timestep tells trajectories apart.
+        """
+        if state.signature is None:
+            return
+        has_time = slot.is_known or state.timestep is not None
+        if has_time and state.signature.is_same_solve(signature):
+            state.lost = "control changed" if state.past else None
+        elif not slot.is_known:
+            self.session.begin(slot)
+
+    def _check_weights(self, state: BranchState, inputs: Sequence[Any]) -> None:
+        """Forget the residuals of other weights than these."""
+        if state.past and not self.session.trusts_trajectory.get():
+            state.stamp = self.weights.unchanged(state.stamp, inputs)
+            if state.stamp is None:
+                state.lose("weights changed")
 
     def _regions(self, slot: Slot, buffers: Buffers) -> Regions:
         regions = self.regions.get(buffers)
@@ -114,11 +151,17 @@ class StepExecutor:
         return evaluation.hit(state.constants, weights)
 
     def _miss(
-        self, state: BranchState, evaluation: Evaluation, metric: float | None
+        self,
+        state: BranchState,
+        evaluation: Evaluation,
+        metric: float | None,
+        inputs: Sequence[Any],
     ) -> Sequence[Any]:
         if metric is not None and not math.isfinite(metric):
             # Either this evaluation or the last computed one is broken: no forecast from the two.
             state.forget()
+        if not state.past:
+            state.stamp = self.weights.stamp(inputs)
         at = state.oldest_slot()
         # While the piece writes, the slot's old residual is no longer one.
         state.past = [entry for entry in state.past if entry[1] != at]

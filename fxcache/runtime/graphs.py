@@ -31,7 +31,8 @@ class GraphedRegions(Regions):
     Args:
         device: captures and reads.
         weights: places of parameters and buffers among the inputs.
-        data: places of the caller's tensors. All other inputs are numbers.
+        data: places of the caller's tensors. All other inputs are numbers (of the model: tensors in
+            host memory that hold one).
     """
 
     def __init__(
@@ -98,9 +99,10 @@ class GraphedRegions(Regions):
     def _fixed(self, inputs: Values, data: list[torch.Tensor]) -> tuple[Any, ...]:
         """What is part of a graph: where the weights lie, numbers, and the layouts of the data."""
         own = {*self.weights, *self.data}
+        others = (value for place, value in enumerate(inputs) if place not in own)
         return (
             [inputs[place].data_ptr() or _address(inputs[place]) for place in self.weights],
-            [value for place, value in enumerate(inputs) if place not in own],
+            [value.item() if isinstance(value, torch.Tensor) else value for value in others],
             [(value.shape, value.stride(), value.dtype) for value in data],
         )
 

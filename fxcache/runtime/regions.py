@@ -108,10 +108,10 @@ class Regions:
     def begin(self, inputs: Values, buffers: Buffers) -> Evaluation:
         """Run the head."""
         crossing, measured = self.wiring.head(inputs, buffers)
-        return _Direct(self.wiring, buffers, (*inputs, *crossing), measured)
+        return Direct(self.wiring, buffers, (*inputs, *crossing), measured)
 
 
-class _Direct:
+class Direct:
     """An evaluation by direct calls. See `Evaluation`."""
 
     def __init__(

@@ -6,13 +6,18 @@ anything is decided by `past` alone, which every new trajectory and every except
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from fxcache.policy import History
+from fxcache.runtime.clock import Timeline
+from fxcache.runtime.noise import Exam
 from fxcache.runtime.watch import Watch
+from fxcache.runtime.weights import Stamp
 
 log = logging.getLogger("fxcache")
 
@@ -25,19 +30,41 @@ class Buffers:
 
     kept: dict[str, torch.Tensor]
     rings: tuple[tuple[torch.Tensor, ...], ...]
+    #: Of a policy that looks at it: the conditioning of the last computed step, by name.
+    conditions: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def tensors(self) -> list[torch.Tensor]:
         """All that is cached; a kernel's scratch, whole numbers, is not."""
         kept = [tensor for tensor in self.kept.values() if tensor.is_floating_point()]
-        return [*kept, *(slot for ring in self.rings for slot in ring)]
+        rings = (slot for ring in self.rings for slot in ring)
+        return [*kept, *rings, *self.conditions.values()]
 
     @property
     def device(self) -> torch.device:
         return self.rings[0][0].device
 
     @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors())
+    def bytes_by_device(self) -> Counter[str]:
+        held: Counter[str] = Counter()
+        for tensor in self.tensors():
+            held[str(tensor.device)] += tensor.numel() * tensor.element_size()
+        return held
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a state belongs to: the inputs' layouts by name, sizes, the span and what is kept."""
+
+    inputs: tuple[tuple[str, Hashable], ...]
+    sizes: tuple[Any, ...]
+    kept: Hashable
+
+    def is_same_solve(self, other: "Signature") -> bool:
+        """Whether only other inputs are given: a control's residuals, say, came or went."""
+        own, others = dict(self.inputs), dict(other.inputs)
+        if (self.sizes, self.kept) != (other.sizes, other.kept) or own.keys() == others.keys():
+            return False
+        return all(own[name] == others[name] for name in own.keys() & others.keys())
 
 
 @dataclass
@@ -47,7 +74,7 @@ class BranchState:
     `past` holds (step, ring slot) of the residuals that are valid, newest first.
     """
 
-    signature: Hashable = None
+    signature: Signature | None = None
     buffers: Buffers | None = None
     past: list[tuple[int, int]] = field(default_factory=list)
     step: int = -1
@@ -57,6 +84,10 @@ class BranchState:
     computed: int = 0
     constants: tuple[object, ...] = ()
     watch: Watch = field(default_factory=Watch)
+    #: Why nothing is cached, if it is not that nothing was computed yet.
+    lost: str | None = None
+    #: The weights that the residuals were computed with.
+    stamp: Stamp | None = None
 
     def forget(self) -> None:
         """Nothing cached means anything any more."""
@@ -64,12 +95,18 @@ class BranchState:
         self.accumulated, self.hits_in_a_row, self.constants = 0.0, 0, ()
         self.computed = 0
 
+    def lose(self, reason: str) -> None:
+        """Forget, and have the next miss say why."""
+        self.forget()
+        self.lost = reason
+
     def begin(self, first_step: int = 0) -> None:
         """Start a trajectory at `first_step`."""
         self.forget()
         self.step, self.timestep, self.watch = first_step - 1, None, Watch(first_step)
+        self.lost = None
 
-    def allocate(self, signature: Hashable, make: Callable[[], Buffers]) -> None:
+    def allocate(self, signature: Signature, make: Callable[[], Buffers]) -> None:
         """Get buffers for a new layout. The old ones are freed first."""
         self.forget()
         self.signature = self.buffers = None
@@ -115,6 +152,7 @@ class BranchState:
         self.past = [(self.step, slot), *kept][: self.ring]
         self.accumulated, self.hits_in_a_row = 0.0, 0
         self.computed += 1
+        self.lost = None
 
     def reused(self, score: float) -> None:
         """Note a hit."""
@@ -168,6 +206,15 @@ class Slot:
     #: Which step each timestep of the trajectory is.
     steps: dict[float, int] = field(default_factory=dict)
     verdict: Verdict | None = None
+    #: Looks for the reason why nothing hits.
+    exam: Exam | None = None
+    #: What the sampler's scheduler says of this trajectory, where there is one.
+    timeline: Timeline | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether somebody says when the trajectory ends: the caller, or the scheduler."""
+        return self.is_announced or (self.timeline is not None and not self.timeline.has_stopped)
 
     def branch(self, name: Hashable) -> BranchState:
         """The state of branch `name`."""
@@ -185,7 +232,7 @@ class Slot:
         self.trajectory += 1
         self.is_announced, self.num_steps, self.first_step = announced, num_steps, first_step
         self.steps.clear()
-        self.verdict = None
+        self.verdict = self.exam = None
 
     def advance(self, state: BranchState, timestep: float | None, rising: bool) -> None:
         """Count a step of `state`, one of the branches.
@@ -200,6 +247,23 @@ class Slot:
             self.steps[timestep] = state.step
         state.timestep = timestep
 
+    def count(self, branch: Hashable, timestep: float | None, rising: bool) -> bool:
+        """Count an evaluation of `branch` around the cache as a step, if it may be one of this
+        trajectory; whether it is.
+        """
+        if self.timeline is not None:  # which says each step's number itself
+            return True
+        if not self.is_announced and (timestep is None or branch not in self.branches):
+            return False
+        state = self.branch(branch)
+        last = state.timestep
+        if last is None and not self.is_announced:
+            return False
+        if timestep is not None and last not in (None, timestep) and (timestep > last) != rising:
+            return False
+        self.advance(state, timestep, rising)
+        return True
+
     def _step_of(self, timestep: float, rising: bool) -> int:
         """The step of `timestep`, by what other branches have seen."""
         if timestep in self.steps:
@@ -208,5 +272,6 @@ class Slot:
         return max(seen, default=self.first_step - 1) + 1
 
     @property
-    def nbytes(self) -> int:
-        return sum(s.buffers.nbytes for s in self.branches.values() if s.buffers is not None)
+    def bytes_by_device(self) -> Counter[str]:
+        buffers = (s.buffers for s in self.branches.values() if s.buffers is not None)
+        return sum((own.bytes_by_device for own in buffers), Counter[str]())

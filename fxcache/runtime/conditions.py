@@ -1,0 +1,111 @@
+"""The conditioning of a denoiser: control residuals, text, adapter features; has it changed?
+
+They are inputs of the captured graph that a hit does not look at. A policy with a
+`control_threshold` has them compared with what they were at the last computed step: outside of the
+compiled pieces, by whoever is about to hit, all of them with one read-back.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxcache.capture import (
+    TIMESTEP_NAMES,
+    GraphInputs,
+    fake_tensor,
+    is_stream_like,
+    same_size,
+    tensor_of,
+)
+from fxcache.passes.probe import sample_input
+from fxcache.policy.base import as_float32
+from fxcache.runtime.state import Buffers
+
+#: Of a tensor, of no tensor, and of what it is compared with: [B, 2] sums (see `fxcache.kernels`).
+Measure = Callable[[torch.Tensor, None, torch.Tensor], torch.Tensor]
+
+
+def conditioning(graph: fx.Graph, inputs: GraphInputs) -> list[fx.Node]:
+    """The caller's floating-point tensors beside the noisy sample and the time."""
+    noisy = _samples(graph, inputs)
+    return [
+        node
+        for node, name in inputs.data.items()
+        if (value := fake_tensor(node)) is not None
+        and value.is_floating_point()
+        and value.ndim > 0
+        and not (node in noisy or node is inputs.timestep or _is_time(name))
+    ]
+
+
+def _is_time(name: str) -> bool:
+    return name in TIMESTEP_NAMES or "timestep" in name or "sigma" in name
+
+
+def _samples(graph: fx.Graph, inputs: GraphInputs) -> list[fx.Node | None]:
+    """The noisy samples: one for each shape among the outputs (pictures and sound), else the one
+    that looks most like it.
+    """
+    given = [node for node in inputs.data if is_stream_like(node)]
+    outputs = [node for node in graph.output_node().all_input_nodes if is_stream_like(node)]
+    first = [next((n for n in given if _same_shape(n, output)), None) for output in outputs]
+    return [node for node in first if node is not None] or [sample_input(graph, inputs)]
+
+
+def _same_shape(a: fx.Node, b: fx.Node) -> bool:
+    left, right = tensor_of(a).shape, tensor_of(b).shape
+    return len(left) == len(right) and all(map(same_size, left, right))
+
+
+class Conditions:
+    """Compares a graph's conditioning inputs with those of the last computed step.
+
+    Args:
+        threshold: the policy's `control_threshold`.
+        places: where they stand among the graph's inputs, by name. Recompiled graphs share a
+            state, so names are what is compared.
+        measure: sums of differences, as `fxcache.kernels.residual_diff`.
+    """
+
+    def __init__(self, threshold: float, places: Mapping[str, int], measure: Measure) -> None:
+        self.threshold = as_float32(threshold)
+        self.places, self.measure = dict(places), measure
+
+    def forbidding(self, inputs: Sequence[Any], buffers: Buffers) -> float | None:
+        """The change that forbids a hit, None if it is below the threshold."""
+        change = self.change(inputs, buffers)
+        return None if as_float32(change) < self.threshold else change  # of NaN: NaN
+
+    def change(self, inputs: Sequence[Any], buffers: Buffers) -> float:
+        """The largest residual diff of an input since the last computed step; inf if there were
+        others. One read-back.
+        """
+        kept = buffers.conditions
+        if kept.keys() != self.places.keys():
+            return math.inf
+        if not kept:
+            return 0.0
+        with torch.no_grad():
+            changes = [self._change(inputs[at], kept[name]) for name, at in self.places.items()]
+            device = changes[0].device
+            return float(torch.stack([change.to(device) for change in changes]).amax())
+
+    def _change(self, now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
+        if now.ndim < 2:
+            now, then = now.reshape(1, -1), then.reshape(1, -1)
+        total, scale = self.measure(now, None, then).sum(0).unbind(0)
+        # 0 / 0 is no difference, NaN / NaN is; what was all zero and no longer is changed by inf.
+        return torch.where(total == 0, total, total / scale)
+
+    def keep(self, inputs: Sequence[Any], buffers: Buffers) -> None:
+        """Copy them: the step is about to be computed."""
+        # Plain tensors even under inference_mode, so that later calls outside may write them.
+        with torch.inference_mode(False), torch.no_grad():
+            for name, at in self.places.items():
+                if name in buffers.conditions:
+                    buffers.conditions[name].copy_(inputs[at])
+                else:
+                    buffers.conditions[name] = inputs[at].detach().clone()

@@ -1,0 +1,342 @@
+"""`fxcache.apply` on a small loop with real schedulers: steps, trajectories, branches, removal.
+
+Pipelines of diffusers themselves are in test_pipelines.py.
+"""
+
+import gc
+import logging
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import ALTERNATE, ALWAYS, NEVER, assert_identical, seeded
+from loops import Flow, Pipe
+from zoo import SequentialDiT
+
+import fxcache
+from fxcache import MagCache, OptionError, PolicyError, StepSchedule
+
+diffusers = pytest.importorskip("diffusers")
+
+
+def apply(pipe, policy=ALTERNATE):
+    return fxcache.apply(pipe, policy, backend="eager")
+
+
+def steps(handle, branch=None):
+    return [r.step for r in handle.report().records if r.branch == branch]
+
+
+# --- steps and trajectories -----------------------------------------------------------------------
+
+
+def test_a_run_is_a_trajectory():
+    pipe = Pipe()
+    expected = pipe(4)
+    with apply(pipe, NEVER) as handle:
+        assert_identical(pipe(4), expected)
+        assert_identical(pipe(4), expected)
+        assert steps(handle) == [0, 1, 2, 3] * 2
+        assert len({r.trajectory for r in handle.report().records}) == 2
+    assert_identical(pipe(4), expected)
+
+
+def test_the_number_of_steps_is_read():
+    pipe = Pipe()
+    policy = fxcache.FirstBlockCache(threshold=float("inf"), start=0.5, end=0.8)
+    with apply(pipe, policy) as handle:
+        pipe(10)
+        pipe(4)
+        is_hit = [r.is_hit for r in handle.report().records]
+    assert [i for i, hit in enumerate(is_hit[:10]) if hit] == [5, 6, 7]
+    assert [i for i, hit in enumerate(is_hit[10:]) if hit] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "custom", [{"sigmas": [1.0, 0.7, 0.3]}, {"timesteps": [900.0, 500.0, 9.0]}]
+)
+def test_timesteps_of_the_caller(custom):
+    pipe = Pipe()
+    with apply(pipe, StepSchedule(mask=[False, True, False])) as handle:
+        pipe(**custom)
+        assert [(r.step, r.is_hit) for r in handle.report().records] == [
+            (0, False),
+            (1, True),
+            (2, False),
+        ]
+
+
+def test_a_run_that_begins_amid_the_schedule():
+    pipe = Pipe()
+    mask = [False, True, True, False, False, True, False, True]
+    with apply(pipe, StepSchedule(mask=mask)) as handle:
+        pipe(8, begin=3)
+        assert steps(handle) == [3, 4, 5, 6, 7]
+        assert [r.is_hit for r in handle.report().records] == mask[3:]
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler"])
+def test_schedulers_that_do_not_count(name):
+    """They have no step index: the first step is found by its timestep, the others follow."""
+    options = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+    pipe = Pipe(getattr(diffusers, name)(**options))
+    with apply(pipe, ALWAYS) as handle:
+        pipe(6)
+        assert sorted(set(steps(handle))) == list(range(6))
+        pipe(6, begin=2)
+        records = [r for r in handle.report().records if r.trajectory == 2]
+        assert records[0].step == (2 if name != "PNDMScheduler" else 1)  # its second is repeated
+        assert records[-1].step == 5
+        assert not records[0].is_hit
+
+
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
+def test_two_evaluations_at_one_timestep_are_one_step(name):
+    pipe = Pipe(getattr(diffusers, name)())
+    mask = [False, True, False, True, False]
+    with apply(pipe, StepSchedule(mask=mask)) as handle:
+        pipe(5)
+        records = handle.report().records
+        assert [r.step for r in records] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+        assert [r.is_hit for r in records] == [mask[r.step] for r in records]
+        assert {r.branch for r in records} == {None}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
+     "EulerAncestralDiscreteScheduler", "LCMScheduler", "EDMEulerScheduler"],
+)  # fmt: skip
+def test_schedulers_that_count(name):
+    pipe = Pipe(getattr(diffusers, name)())
+    with apply(pipe, ALTERNATE) as handle:
+        pipe(5)
+        pipe(5)
+        records = handle.report().records
+        number = len(pipe.scheduler.timesteps)
+        assert [r.step for r in records] == [*range(number)] * 2
+        assert not records[0].is_hit
+        assert not records[number].is_hit
+
+
+def test_the_scheduler_may_be_replaced():
+    pipe = Pipe()
+    with apply(pipe) as handle:
+        pipe(4)
+        pipe.scheduler = diffusers.DPMSolverMultistepScheduler()
+        pipe(3)
+        assert steps(handle) == [0, 1, 2, 3, 0, 1, 2]
+
+
+def test_an_interrupted_run_leaves_nothing_to_the_next():
+    fresh = Pipe()
+    with apply(fresh):
+        expected = fresh(5, seed=3)
+    pipe = Pipe()
+    with apply(pipe) as handle:
+        with pytest.raises(KeyboardInterrupt):
+            pipe(5, stop=2)
+        assert_identical(pipe(5, seed=3), expected)
+        assert steps(handle) == [0, 1, 0, 1, 2, 3, 4]
+
+
+def test_other_shapes_within_a_run():
+    """A change of layout is a miss, and not another trajectory: the scheduler goes on."""
+    pipe = Pipe()
+    pipe.scheduler.set_timesteps(4)
+    pipe.scheduler.set_begin_index(0)
+    with torch.no_grad(), apply(pipe, ALWAYS) as handle:
+        for step, t in enumerate(pipe.scheduler.timesteps):
+            x = torch.ones(1, 8 if step < 2 else 4, 4)
+            pipe.transformer(x, t.expand(1) / 1000)
+            pipe.scheduler.step(x, t, x)
+        records = handle.report().records
+    assert handle.report().records == ()
+    assert [(r.step, r.is_hit) for r in records] == [(0, False), (1, True), (2, False), (3, True)]
+
+
+# --- branches -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [(), ("cond", "uncond")])
+def test_branches_never_mix(names):
+    """Each call of a step has its own state, whether it has a name or not."""
+    pipe = Pipe()
+    with apply(pipe, MagCache(ratios=[1.0] * 6, retention_ratio=0.0)) as handle:
+        pipe(6, calls=2, names=names)
+        first, second = names or (None, "call 2")
+        assert steps(handle, first) == steps(handle, second) == [*range(6)]
+        states = pipe.transformer._fxcache.session.slot.branches
+        residuals = [states[name].buffers.rings[0][0] for name in (first, second)]
+        assert not torch.allclose(*residuals)
+
+
+def test_a_branch_that_comes_and_goes():
+    pipe = Pipe()
+    pipe.scheduler.set_timesteps(5)
+    with torch.no_grad(), apply(pipe, ALWAYS) as handle:
+        for step, t in enumerate(pipe.scheduler.timesteps):
+            x = torch.ones(1, 8, 4)
+            for _ in range(2 if step in (1, 3, 4) else 1):
+                pipe.transformer(x, t.expand(1) / 1000)
+            pipe.scheduler.step(x, t, x)
+        assert steps(handle) == [0, 1, 2, 3, 4]
+        assert steps(handle, "call 2") == [1, 3, 4]
+
+
+def test_two_denoisers_share_the_steps():
+    """Each expert knows the steps of the whole schedule."""
+    pipe = Pipe()
+    pipe.transformer_2 = seeded(SequentialDiT)
+    handle = apply(pipe, StepSchedule(mask=[False, True, False, False, True, True]))
+    pipe.scheduler.set_timesteps(6)
+    x = torch.ones(1, 8, 4)
+    for step, t in enumerate(pipe.scheduler.timesteps):
+        model = pipe.transformer if step < 3 else pipe.transformer_2
+        x = pipe.scheduler.step(model(x, t.expand(1) / 1000), t, x, return_dict=False)[0]
+    records = handle.report().records
+    assert [(r.component, r.step, r.is_hit) for r in records] == [
+        ("transformer", 0, False),
+        ("transformer", 1, True),
+        ("transformer", 2, False),
+        ("transformer_2", 3, False),
+        ("transformer_2", 4, True),
+        ("transformer_2", 5, True),
+    ]
+    assert handle.report().cached_bytes == sum(
+        d.report().cached_bytes for d in handle.denoisers.values()
+    )
+
+
+# --- another sampler calls ------------------------------------------------------------------------
+
+
+def test_a_scheduler_that_does_not_move_is_not_believed(caplog):
+    """A pipeline made of another's parts with a scheduler of its own, or a loop without one."""
+    pipe = Pipe()
+    with apply(pipe) as handle:
+        pipe(6)
+        other = Pipe(transformer=pipe.transformer)
+        for _ in range(2):
+            other(6, seed=5)
+        records = handle.report().records[6:]
+        assert [r.step for r in records] == [*range(6)] * 2
+        fresh = Pipe()
+        with apply(fresh):
+            expected = fresh(6, seed=5)
+        assert_identical(other(6, seed=5), expected)
+        assert_identical(pipe(6, seed=5), expected)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3])
+def test_another_sampler_after_an_interrupted_run(stop):
+    fresh = Pipe()
+    with apply(fresh, MagCache(ratios=[1.0] * 6, retention_ratio=0.0)):
+        expected = fresh(6, seed=5)
+    pipe = Pipe()
+    with apply(pipe, MagCache(ratios=[1.0] * 6, retention_ratio=0.0)):
+        with pytest.raises(KeyboardInterrupt):
+            pipe(6, stop=stop)
+        other = Pipe(transformer=pipe.transformer)
+        other(6, seed=1)
+        assert_identical(other(6, seed=5), expected)
+
+
+def test_a_trajectory_that_is_announced_goes_before():
+    pipe = Pipe()
+    pipe.scheduler.set_timesteps(6)
+    with torch.no_grad(), apply(pipe, ALWAYS) as handle:
+        with pipe.transformer.trajectory(num_steps=3, first_step=1):
+            for t in (0.7, 0.2):
+                pipe.transformer(torch.ones(1, 8, 4), torch.tensor([t]))
+        assert steps(handle) == [1, 2]
+
+
+# --- what is applied to, and removal --------------------------------------------------------------
+
+
+def test_only_the_denoiser_is_replaced_and_given_back():
+    pipe, other = Pipe(), Pipe()
+    before, model = dict(vars(pipe)), pipe.transformer
+    handle = apply(pipe)
+    assert isinstance(pipe.transformer, SequentialDiT)
+    assert {name for name in before if vars(pipe)[name] is not before[name]} == {"transformer"}
+    assert handle.denoisers == {"transformer": pipe.transformer}
+    pipe(4)
+    handle.remove()
+    assert vars(pipe) == before
+    assert pipe.transformer is model
+    assert type(other.transformer) is SequentialDiT
+    handle.remove()  # once more does nothing
+    assert vars(pipe) == before
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_removal_frees_the_memory():
+    pipe = Pipe()
+    handle = apply(pipe)
+    pipe(4)
+    state = pipe.transformer._fxcache.session.slot.branches[None]
+    residual = weakref.ref(state.buffers.rings[0][0])
+    assert handle.report().cached_bytes > 0
+    del state
+    handle.remove()
+    gc.collect()
+    assert residual() is None
+    assert handle.report().cached_bytes == 0
+
+
+def test_a_component_that_was_replaced_meanwhile_is_left(caplog):
+    pipe = Pipe()
+    handle = apply(pipe)
+    pipe.transformer = other = seeded(SequentialDiT)
+    with caplog.at_level(logging.WARNING, "fxcache"):
+        handle.remove()
+    assert pipe.transformer is other
+    assert "transformer of the pipeline was replaced" in caplog.text
+
+
+def test_refusals():
+    pipe = Pipe()
+    with pytest.raises(OptionError, match="is a model, not a pipeline"):
+        fxcache.apply(pipe.transformer)
+    with pytest.raises(OptionError, match="must be a pipeline of diffusers, got 'flux'"):
+        fxcache.apply("flux")
+    with pytest.raises(OptionError, match="must be a pipeline of diffusers"):
+        fxcache.apply(diffusers.FluxPipeline)
+    empty = SimpleNamespace(scheduler=Flow(), transformer=None, components={"vae": 1})
+    with pytest.raises(OptionError, match=r"has no denoiser: .* it has \['vae'\]"):
+        fxcache.apply(empty)
+    handle = apply(pipe)
+    with pytest.raises(OptionError, match=r"denoiser already: call remove\(\)"):
+        apply(pipe)
+    handle.remove()
+    for bad in (3, MagCache):
+        with pytest.raises(PolicyError, match="policy must be a policy"):
+            apply(pipe, bad)
+    with pytest.raises(PolicyError, match=r"one entry for each denoiser, \['transformer'\]"):
+        apply(pipe, {"unet": None})
+    with pytest.raises(OptionError, match="unknown backend"):
+        fxcache.apply(pipe, backend="nope")
+    assert type(pipe.transformer) is SequentialDiT
+    assert not isinstance(pipe.transformer, fxcache.denoiser.DenoiserMethods)
+
+
+def test_nothing_is_half_applied():
+    pipe = Pipe()
+    pipe.transformer_2 = fxcache.transform(seeded(SequentialDiT), ALWAYS, backend="eager")
+    model = pipe.transformer
+    with pytest.raises(OptionError, match="transformer_2 of this Pipe is a denoiser already"):
+        apply(pipe)
+    assert pipe.transformer is model
+
+
+def test_one_policy_for_each_denoiser():
+    pipe = Pipe()
+    pipe.transformer_2 = seeded(SequentialDiT)
+    policies = {"transformer": NEVER, "transformer_2": ALWAYS}
+    handle = apply(pipe, policies)
+    assert handle.policy == policies
+    handle.remove()
+    assert apply(pipe, ALWAYS).policy == ALWAYS

@@ -1,0 +1,129 @@
+"""What else is done with pipelines goes on working when fxcache was applied."""
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers import ALTERNATE, NEVER, assert_identical
+
+import fxcache
+
+pytest.importorskip("diffusers")
+import diffusers
+from pipelines import PIPELINES
+
+FLUX = PIPELINES["flux"]
+
+
+def run(pipe, seed=0):
+    return FLUX.call(pipe, "a fox", steps=4, size=32, batch=1, seed=seed)
+
+
+@pytest.fixture
+def pipe():
+    return FLUX.build()
+
+
+def test_components_config_and_attributes(pipe):
+    config, model = pipe.config, pipe.transformer
+    written = dict(config)
+    handle = fxcache.apply(pipe, NEVER, backend="eager")
+    assert pipe.components["transformer"] is pipe.transformer is handle.denoisers["transformer"]
+    assert pipe.config is config
+    assert dict(config) == written
+    assert isinstance(pipe.transformer, type(model))
+    assert type(pipe.transformer).__name__ == "FluxTransformer2DModel"
+    handle.remove()
+    assert pipe.components["transformer"] is model
+    assert dict(pipe.config) == written
+
+
+def test_save_pretrained(pipe, tmp_path):
+    expected = run(pipe)
+    with fxcache.apply(pipe, ALTERNATE, backend="eager"):
+        pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["transformer"] == ["diffusers", "FluxTransformer2DModel"]
+    loaded = diffusers.FluxPipeline.from_pretrained(tmp_path, local_files_only=True)
+    loaded.set_progress_bar_config(disable=True)
+    with fxcache.apply(loaded, NEVER, backend="eager"):
+        assert_identical(run(loaded), expected)
+
+
+def test_to_another_dtype(pipe):
+    """The pipeline and its denoiser move together, and nothing of before is reused."""
+    plain = FLUX.build()
+    for one in (pipe, plain):  # which all pipelines of the tests share
+        for name in ("text_encoder", "text_encoder_2", "vae"):
+            setattr(one, name, copy.deepcopy(getattr(one, name)))
+    plain.to(torch.bfloat16)
+    with fxcache.apply(pipe, NEVER, backend="eager"):
+        run(pipe)
+        pipe.to(torch.bfloat16)
+        assert pipe.transformer.dtype == torch.bfloat16
+        assert_identical(run(pipe), run(plain))
+
+
+def test_from_pipe_shares_the_denoiser(pipe):
+    family = PIPELINES["flux_img2img"]
+
+    def redraw(pipe):
+        return family.call(pipe, "a fox", steps=4, size=32, batch=1)
+
+    plain = diffusers.FluxImg2ImgPipeline.from_pipe(FLUX.build())
+    plain.set_progress_bar_config(disable=True)
+    handle = fxcache.apply(pipe, NEVER, backend="eager")
+    run(pipe)
+    other = diffusers.FluxImg2ImgPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    assert other.transformer is pipe.transformer
+    assert_identical(redraw(other), redraw(plain))
+    assert [r.step for r in handle.report().records[-4:]] == [2, 2, 3, 3]
+    # With a scheduler of its own, which the denoiser does not see, it is as right.
+    other.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(plain.scheduler.config)
+    assert_identical(redraw(other), redraw(plain))
+    assert_identical(run(pipe), run(FLUX.build()))
+
+
+def test_two_pipelines_of_one_class(pipe):
+    other = FLUX.build()
+    expected = run(other)
+    handle = fxcache.apply(pipe, ALTERNATE, backend="eager")
+    first = run(pipe)
+    assert_identical(run(other), expected)
+    assert type(other.transformer) is diffusers.FluxTransformer2DModel
+    with fxcache.apply(other, ALTERNATE, backend="eager") as own:
+        assert_identical(run(other), first)
+        assert own.report().hits == handle.report().hits > 0
+
+
+def test_an_exception_in_a_callback_leaves_nothing(pipe):
+    """The next run is as good as a first one, whatever the last one was stopped by."""
+
+    def stop(pipe, step, timestep, kwargs):
+        if step == 1:
+            raise RuntimeError("stopped")
+        return kwargs
+
+    fresh = FLUX.build()
+    with fxcache.apply(fresh, ALTERNATE, backend="eager"):
+        expected = run(fresh, seed=2)
+    with fxcache.apply(pipe, ALTERNATE, backend="eager"):
+        with pytest.raises(RuntimeError, match="stopped"):
+            pipe("a fox", num_inference_steps=4, height=32, width=32, callback_on_step_end=stop,
+                 max_sequence_length=16)  # fmt: skip
+        assert_identical(run(pipe, seed=2), expected)
+
+
+def test_interrupting_a_run(pipe):
+    def interrupt(pipe, step, timestep, kwargs):
+        pipe._interrupt = step == 1
+        return kwargs
+
+    with fxcache.apply(pipe, ALTERNATE, backend="eager") as handle:
+        pipe("a fox", num_inference_steps=4, height=32, width=32, callback_on_step_end=interrupt,
+             max_sequence_length=16)  # fmt: skip
+        first = run(pipe)
+        assert_identical(run(pipe), first)
+        assert max(r.step for r in handle.report().records) == 3

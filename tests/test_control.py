@@ -1,0 +1,280 @@
+"""Conditioning that changes along a trajectory, and `control_threshold`."""
+
+import math
+import re
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from controlled import Controlled, control, looking, run
+from helpers import (
+    ALTERNATE,
+    ALWAYS,
+    NEVER,
+    assert_identical,
+    graphed,
+    hits,
+    plain,
+    sample,
+    seeded,
+    short,
+    times,
+)
+from policy_cases import EASY, MAG, SEA, TEA, name_of
+from zoo import at_step, make
+
+import fxcache
+from fxcache import FirstBlockCache, PolicyError, StepSchedule
+from fxcache.policy import Decision, Forecast, Reuse, Span
+from fxcache.policy.probe import HeadResidual
+
+STEPS = 8
+
+
+@pytest.fixture
+def model():
+    return seeded(Controlled)
+
+
+# --- what a change does ---
+
+
+def test_misses_use_the_current_residuals():
+    """On the tiny Flux with ControlNet residuals inside the span."""
+    model, inputs = make("flux_controlnet")
+    never, some = plain(model, NEVER), plain(model, ALTERNATE)
+    outputs = []
+    for i in range(4):
+        given = at_step("flux_controlnet", inputs, i)
+        for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
+            given[name] = [each * (1 + i) for each in inputs[name]]
+        outputs.append(some(**given))
+        expected = model(**given)
+        assert_identical(never(**given), expected)
+        if i % 2 == 0:
+            assert_identical(outputs[-1], expected)
+    assert hits(some) == [False, True, False, True]
+
+
+def test_a_miss_exactly_where_one_residual_changes():
+    """Of the four that the tiny Flux is given each is looked at."""
+    model, inputs = make("flux_controlnet")
+    names = ("controlnet_block_samples", "controlnet_single_block_samples")
+    residuals = [value.clone() for name in names for value in inputs[name]]
+    denoiser = plain(model, looking(ALWAYS))
+    for i in range(10):
+        if i >= 2 and i % 2 == 0:
+            residuals[i // 2 - 1] *= 1.5
+        given = at_step("flux_controlnet", inputs, i)
+        output = denoiser(**given | {names[0]: residuals[:2], names[1]: residuals[2:]})
+        if i == 4:
+            given |= {names[0]: residuals[:2], names[1]: residuals[2:]}
+            assert_identical(output, model(**given))
+    reasons = [record.reason for record in denoiser.report().records]
+    assert reasons == ["nothing cached", None, *["control changed", None] * 4]
+
+
+def test_the_change_is_a_residual_diff_to_the_last_computed_step(model):
+    """It grows by 4 % of the first a step: 4, 8, then 12; then 4/1.12 = 3.6, 7.1, 10.7."""
+    controls = [control(1 + 0.04 * i) for i in range(8)]
+    denoiser = plain(model, looking(ALWAYS))
+    _, reasons = run(denoiser, controls)
+    assert [i for i, reason in enumerate(reasons) if reason] == [0, 3, 6]
+    assert set(reasons[1:]) == {None, "control changed"}
+
+
+@pytest.mark.parametrize(("limit", "is_hit"), [(0.26, True), (0.25, False)])
+def test_the_threshold_is_strict(model, limit, is_hit):
+    denoiser = plain(model, looking(ALWAYS, limit))
+    run(denoiser, [control(), control(1.25)])
+    assert hits(denoiser) == [False, is_hit]
+
+
+def test_values_at_the_edges(model):
+    """Under a limit of inf: only what has no measure is a change, and no trace of it is left."""
+    denoiser = plain(model, looking(StepSchedule(mask=[False, True, True, True]), math.inf))
+    hit = {(1.0, 1.0), (0.0, 0.0), (1e6, 0.0)}
+    miss = {(0.0, 1e-6), (1.0, math.nan), (math.nan, math.nan), (1.0, math.inf)}
+    for values in hit | miss:
+        filled = [torch.full((2, 8, 16), value) for value in values]
+        outputs, reasons = run(denoiser, [*filled, *[control()] * 2])
+        assert reasons[1] == (None if values in hit else "control changed"), values
+        assert reasons[3] is None
+        assert outputs[3].isfinite().all()
+
+
+def test_0_never_hits(model):
+    denoiser = plain(model, looking(ALWAYS, 0))
+    outputs, reasons = run(denoiser, [control()] * 4)
+    assert reasons == ["nothing cached", *["control changed"] * 3]
+    assert_identical(outputs, run(model_of(denoiser), [control()] * 4, announced=False)[0])
+
+
+def model_of(denoiser):
+    """The plain model, with an empty report."""
+    return fxcache.transform(fxcache.restore(denoiser), NEVER, backend="eager", disable=True)
+
+
+def test_a_vector_and_another_dtype(model):
+    denoiser = plain(model.bfloat16(), looking(ALWAYS))
+    for i, strength in enumerate((1.0, 1.0, 1.5, 1.5)):
+        given = {"control": control().bfloat16(), "strength": torch.tensor([strength]).bfloat16()}
+        denoiser(sample().bfloat16(), times(1 - i / 4).bfloat16(), **given)
+    assert hits(denoiser) == [False, True, False, True]
+
+
+# --- every policy, branch and compiler ---
+
+POLICIES = [
+    FirstBlockCache(threshold=9.0),
+    replace(EASY, threshold=9.0),
+    replace(TEA, threshold=9e9),
+    replace(SEA, threshold=9.0, max_consecutive_hits=9),
+    replace(MAG, threshold=9.0, max_consecutive_hits=9),
+    StepSchedule(mask=[True] * STEPS),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=name_of)
+def test_every_policy(model, policy):
+    """It hits at steps 5 and 6 if nothing changes, and where the control changes at 5 alone."""
+    denoiser = plain(model, looking(policy))
+    _, unchanged = run(denoiser, [control()] * STEPS)
+    controls = [control(2.0 if i >= 6 else 1.0) for i in range(STEPS)]
+    outputs, reasons = run(denoiser, controls)
+    assert unchanged[5] is unchanged[6] is reasons[5] is None
+    assert reasons[6] == "control changed"
+    assert_identical(outputs[6], model(sample() + 0.06, times(1 - 6 / STEPS), control(2.0)))
+
+
+@pytest.mark.parametrize("decide", ["each", "first"])
+def test_branches(model, decide):
+    """Whose control changes computes; a first branch that computes makes the second compute."""
+    denoiser = plain(model, looking(FirstBlockCache(threshold=math.inf, decide=decide)))
+    for changed, other in (("cond", "uncond"), ("uncond", "cond")):
+        denoiser.reset()
+        with denoiser.trajectory(num_steps=4):
+            for i in range(4):
+                for branch in ("cond", "uncond"):
+                    with denoiser.branch(branch):
+                        scale = 2.0 if i >= 2 and branch == changed else 1.0
+                        denoiser(sample(), times(1 - i / 4), control(scale))
+        reasons = {(r.step, r.branch): r.reason for r in denoiser.report().records}
+        assert reasons[2, changed] == "control changed"
+        is_led = decide == "first" and changed == "cond"
+        assert reasons[2, other] == ("the first branch computed" if is_led else None)
+        assert all(reasons[step, name] is None for step in (1, 3) for name in (changed, other))
+
+
+def test_replayed_graphs(model, device):
+    """The caller's inputs are looked at, not what the graphs read: the same decisions."""
+    policy = looking(FirstBlockCache(threshold=math.inf))
+    controls = [control(2.0 if i in (2, 3, 5) else 1.0) for i in range(STEPS)]
+    denoiser = graphed(model, policy)
+    expected, own = run(plain(model, policy), controls)
+    for _ in range(3):
+        outputs, reasons = run(denoiser, controls)
+        assert reasons == own
+        assert_identical(outputs, expected)
+    assert reasons.count("control changed") == 4
+    assert device.counts()[0] > 0
+
+
+def test_the_way_past_the_guards(model):
+    controls = [control(2.0 if i >= 3 else 1.0) for i in range(6)]
+    denoiser = short(model, looking(ALWAYS))
+    _, reasons = run(denoiser, controls)
+    assert [i for i, reason in enumerate(reasons) if reason == "control changed"] == [3]
+    _, reasons = run(denoiser, [*controls[:2], *[{}] * 4])
+    assert reasons == ["nothing cached", None, "control changed", None, None, None]
+
+
+@pytest.mark.slow
+def test_inductor(model):
+    denoiser = fxcache.transform(model, looking(ALWAYS))
+    _, reasons = run(denoiser, [control(2.0 if i >= 2 else 1.0) for i in range(4)])
+    assert reasons == ["nothing cached", None, "control changed", None]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{"backend": "eager"}, {"mode": "reduce-overhead"}], ids=str)
+def test_on_a_gpu(model, options):
+    model, changing = model.cuda(), [2.0 if i >= 3 else 1.0 for i in range(6)]
+    for policy in (ALWAYS, StepSchedule(mask=[True] * 6)):
+        denoiser = fxcache.transform(model, looking(policy), **options)
+        for _ in range(3):
+            with denoiser.trajectory(num_steps=6):
+                for i, scale in enumerate(changing):
+                    given = sample(), times(1 - i / 6), control(scale)
+                    denoiser(*(value.cuda() for value in given))
+        assert hits(denoiser) == [False, True, True, False, True, True] * 3
+
+
+# --- the option, and messages ---
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, "0.1", True])
+@pytest.mark.parametrize("policy", POLICIES, ids=name_of)
+def test_the_option_is_checked(policy, value):
+    with pytest.raises(PolicyError, match=r"^control_threshold must be .*\[0, inf\]") as error:
+        replace(policy, control_threshold=value)
+    assert repr(value) in str(error.value)
+
+
+REUSE = Reuse()
+
+
+@dataclass(frozen=True)
+class Own:
+    """Somebody's policy that knows nothing of the option."""
+
+    probe: HeadResidual = HeadResidual()
+    span: Span = Span(head_blocks=1)
+    forecast: Forecast = REUSE
+    decide: str = "each"
+    in_training: bool = False
+
+    def rule(self, metric, history):
+        return Decision(bool(history.past), None if history.past else "nothing cached")
+
+
+@dataclass(frozen=True)
+class OwnLooking(Own):
+    control_threshold: float = 0.1
+
+
+@pytest.mark.parametrize(("policy", "is_hit"), [(Own(), True), (OwnLooking(), False)])
+def test_policies_of_users(model, policy, is_hit):
+    denoiser = plain(model, policy)
+    run(denoiser, [control(), control(2.0)])
+    assert hits(denoiser) == [False, is_hit]
+
+
+@pytest.mark.parametrize(
+    ("policy", "decide"),
+    [(ALWAYS, "each"), (ALWAYS, "first"), (StepSchedule(mask=[True] * STEPS), "first")],
+    ids=name_of,
+)
+def test_a_policy_that_never_hits_for_the_controls_sake_says_so(model, caplog, policy, decide):
+    denoiser = plain(model, looking(replace(policy, decide=decide)))
+    for _ in range(2):
+        with denoiser.trajectory(num_steps=STEPS):
+            for i in range(STEPS):
+                for branch, scale in (("cond", 1 + 0.25 * (i % 2)), ("uncond", 1.0)):
+                    with denoiser.branch(branch):
+                        denoiser(sample(), times(1 - i / STEPS), control(scale))
+    messages = [record.message for record in caplog.records if "never hit" in record.message]
+    assert len(messages) == (decide == "first")  # else the other branch hits
+    for message in messages:
+        assert f"{type(policy).__name__}(control_threshold=0.1)" in message
+        assert "in branch 'cond'" in message
+        assert re.search(r"at 7 of the 7 .* conditioning .* by up to 0.25\.", message)
+        assert "A control_threshold above 0.25 would" in message
+
+
+def test_a_control_that_is_not_to_blame_is_not_blamed(model, caplog):
+    denoiser = plain(model, looking(FirstBlockCache(threshold=1e-9)))
+    run(denoiser, [control(1 + i) for i in range(STEPS)])
+    (message,) = [record.message for record in caplog.records if "never hit" in record.message]
+    assert "conditioning" not in message

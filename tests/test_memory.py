@@ -1,0 +1,239 @@
+"""Memory: it does not grow from trajectory to trajectory, and all of it is given back."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from helpers import (
+    ALTERNATE,
+    FORECAST,
+    all_buffers,
+    cached_residuals,
+    graphed,
+    hits,
+    plain,
+    seeded,
+    short,
+    solve,
+)
+from policy_cases import EASY
+from torch._subclasses import FakeTensor
+from zoo import SequentialDiT
+
+import fxcache
+from fxcache.runtime.regions import Wiring
+
+E4M3 = torch.float8_e4m3fn
+
+#: Ways to hold residuals, each a denoiser of a model.
+WAYS = {
+    "narrow": lambda model: plain(model, FORECAST, cache_dtype=E4M3),
+    "host": lambda model: short(model, FORECAST, cache_dtype=torch.float16, cache_device="cpu"),
+    "graphs": lambda model: graphed(model, FORECAST, cache_dtype=torch.float16),
+    "whole model": lambda model: plain(model, EASY, cache_dtype=torch.bfloat16),
+}
+
+
+@pytest.fixture
+def model():
+    """A head block and one that is skipped: the fewest that there can be."""
+    return seeded(lambda: SequentialDiT(depth=2))
+
+
+@pytest.fixture
+def make(request, monkeypatch):
+    """One of `WAYS`. The CPU stands in for a GPU with host memory, or with CUDA graphs."""
+    monkeypatch.setattr("fxcache.backend.is_away", lambda cache_device, device: bool(cache_device))
+    if request.param == "graphs":
+        request.getfixturevalue("device")
+    return WAYS[request.param]
+
+
+def by(*ways):
+    return pytest.mark.parametrize("make", ways, indirect=True)
+
+
+def alive():
+    """How many tensors there are, and how many bytes they hold."""
+    gc.collect()
+    found = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    real = [tensor for tensor in found if not issubclass(type(tensor), FakeTensor)]
+    memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in real}
+    return len(real), sum(memory.values())
+
+
+def references(denoiser):
+    """Weak references to all that holds memory."""
+    own = all_buffers(denoiser)
+    return [weakref.ref(thing) for thing in (*own, *cached_residuals(denoiser))]
+
+
+def assert_dead(found):
+    gc.collect()
+    assert found
+    assert [reference() for reference in found] == [None] * len(found)
+
+
+def run(denoiser, number):
+    """A trajectory of its own shape, in two branches."""
+    for branch in ("cond", "uncond"):
+        with denoiser.branch(branch):
+            solve(denoiser, 5, seed=number, tokens=(8, 5, 11)[number % 3])
+
+
+# --- it does not grow ---
+
+
+@by("host", "graphs")
+def test_50_trajectories_of_changing_shapes(model, make):
+    denoiser = make(model)
+    for number in range(6):
+        run(denoiser, number)
+    before, cached = alive(), denoiser.report().cached_bytes
+    for number in range(51):
+        run(denoiser, number)
+    after = alive()
+    assert after[0] <= before[0]
+    assert after[1] <= before[1]
+    assert denoiser.report().cached_bytes == cached > 0
+    assert any(hits(denoiser)[-10:])
+
+
+@by("host", "whole model")
+def test_50_requests_in_slots(model, make):
+    """Of a finished request nothing is left; of one under way, what it needs."""
+    denoiser = make(model)
+
+    def serve(number):
+        with denoiser.slot(number), denoiser.trajectory():
+            solve(denoiser, 5, tokens=(8, 5)[number % 2])
+            assert denoiser.report().cached_bytes > 0
+
+    for number in range(4):
+        serve(number)
+    before = alive()
+    for number in range(50):
+        serve(number)
+    after = alive()
+    assert denoiser.report().cached_bytes == 0
+    assert after[0] <= before[0]
+    assert after[1] <= before[1]
+
+
+def test_one_layout_is_held_at_a_time(model):
+    denoiser = WAYS["narrow"](model)
+    held = []
+    for tokens in (16, 4, 16):
+        solve(denoiser, tokens=tokens)
+        held.append(denoiser.report().cached_bytes)
+    assert held[0] == held[2] == 4 * held[1]
+
+
+def test_failed_evaluations_leave_nothing(model, monkeypatch):
+    denoiser = WAYS["narrow"](model)
+
+    def fail(*call):
+        raise RuntimeError("out of memory")
+
+    def failing():
+        with monkeypatch.context() as patch:
+            patch.setattr(Wiring, "miss", fail)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                solve(denoiser)
+        solve(denoiser)
+
+    failing()
+    before = alive()
+    for _ in range(5):
+        failing()
+    assert alive() <= before
+
+
+# --- it is given back ---
+
+
+@by("graphs", "whole model")
+def test_reset_gives_all_of_it_back(model, make):
+    denoiser = make(model)
+    before = alive()
+    held = []
+    for name in ("first", "second"):
+        with denoiser.slot(name):
+            run(denoiser, 0)
+        held += references(denoiser)
+    assert len(held) > 8
+    denoiser.reset()
+    assert_dead(held)
+    assert denoiser.report().cached_bytes == 0
+    assert denoiser.report().cached_by_device == {}
+    assert alive()[1] <= before[1]
+    run(denoiser, 0)
+    assert denoiser.report().cached_bytes > 0
+
+
+@by("host", "graphs")
+def test_a_deleted_denoiser_gives_all_of_it_back(model, make):
+    denoiser = make(model)
+    run(denoiser, 0)
+    held = references(denoiser)
+    del denoiser
+    assert_dead(held)
+
+
+def test_a_restored_model_holds_nothing(model):
+    denoiser = WAYS["narrow"](model)
+    before = alive()
+    run(denoiser, 0)
+    held = references(denoiser)
+    assert fxcache.restore(denoiser) is model
+    assert_dead(held)
+    assert alive()[1] <= before[1]
+
+
+def test_the_registered_backend_gives_it_back_with_its_code(model):
+    options = {"policy": FORECAST, "backend": "eager", "cache_dtype": E4M3}
+    compiled = torch.compile(model, backend="fxcache", options=options)
+    solve(compiled)
+    gc.collect()
+    narrow = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.dtype == E4M3]
+    held = [weakref.ref(tensor) for tensor in narrow]
+    assert len(held) == 3
+    del compiled, narrow
+    torch._dynamo.reset()
+    assert_dead(held)
+
+
+# --- pipelines ---
+
+
+def test_50_runs_of_a_pipeline():
+    """Flux, guided: two branches. Removal gives everything back."""
+    pytest.importorskip("diffusers")
+    from pipelines import PIPELINES
+
+    flux = PIPELINES["flux"]
+    pipe = flux.build()
+
+    def run_pipe(number):
+        flux.call(pipe, "a cat", steps=2, size=32, batch=1, seed=number)
+
+    run_pipe(0)
+    unused = alive()
+    handle = fxcache.apply(pipe, ALTERNATE, backend="eager", cache_dtype=E4M3)
+    run_pipe(0)
+    before, cached = alive(), handle.report().cached_bytes
+    for number in range(50):
+        run_pipe(number)
+    after = alive()
+    assert after[0] <= before[0]
+    assert after[1] <= before[1]
+    assert handle.report().cached_bytes == cached > 0
+    assert handle.report().hits == handle.report().misses == 51 * 2
+
+    held = references(pipe.transformer)
+    assert {residual.dtype for residual in cached_residuals(pipe.transformer)} == {E4M3}
+    handle.remove()
+    assert_dead(held)
+    assert handle.report().cached_bytes == 0
+    assert alive()[1] <= unused[1]
