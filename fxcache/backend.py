@@ -223,7 +223,7 @@ def rewrite(
         ring=ring,
         signature=signature_of(placeholders, inputs, found, [*kept.values(), *residuals]),
         allocate=allocator(placeholders, inputs, kept, residuals, ring, on_host=on_host),
-        weights=weights_of(gm.graph, inputs, flow, only_sampled=session.filters_guards),
+        weights=weights_of(gm.graph, inputs, flow),
         conditions=_conditions(gm.graph, inputs, place, session.policy, lowering),
         speculate=lowering.speculate,
     )
@@ -240,7 +240,7 @@ def _conditions(
     threshold = getattr(policy, "control_threshold", None)
     if threshold is None:
         return None
-    places = {node.name: place[node] for node in conditioning(graph, inputs)}
+    places = {inputs.paths[node]: place[node] for node in conditioning(graph, inputs)}
     on_gpu = any(tensor_of(node).device.type == "cuda" for node in inputs.data)
     # Nothing compiles this: plain operations would make many passes over memory.
     plain = lowering.kernel == "aten" or not on_gpu
@@ -253,14 +253,14 @@ def _not_graphable(
     """Why the pieces cannot be captured, None if they can."""
     if pieces.miss.results:
         return f"{pieces.miss.results[0]} leaves the span and is no stream"
-    away = [node for node in inputs.weights if tensor_of(node).device != device]
-    if any(tensor_of(node).ndim > 0 for node in away):
-        return f"{len(away)} weights are on {tensor_of(away[0]).device}, and offloaded there"
     for node, name in inputs.data.items():
         if tensor_of(node).device != device:
             return f"the input {name} is on {tensor_of(node).device}, the model on {device}"
         if not storages(node).isdisjoint(flow.writers):
             return f"the model writes into its input {name}"
+    away = [node for node in inputs.weights if tensor_of(node).device != device]
+    if any(tensor_of(node).ndim > 0 for node in away):
+        return f"{len(away)} weights are on {tensor_of(away[0]).device}, and offloaded there"
     return None
 
 

@@ -6,7 +6,7 @@ and dotted paths) look the same to the passes.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -131,6 +131,7 @@ class GraphInputs:
     data: dict[fx.Node, str]
     weights: tuple[fx.Node, ...]
     sizes: tuple[fx.Node, ...]
+    paths: dict[fx.Node, str] = field(default_factory=dict)
 
     @property
     def timestep(self) -> fx.Node | None:
@@ -154,7 +155,7 @@ class GraphInputs:
 
 def graph_inputs(graph: fx.Graph, argument_names: tuple[str, ...] = ()) -> GraphInputs:
     """Sort the placeholders of `graph`; `argument_names` are those of positional arguments."""
-    data, weights, sizes = {}, [], []
+    data, paths, weights, sizes = {}, {}, [], []
     for node in graph.find_nodes(op="placeholder"):
         value, source = fake_value(node), source_name(node)
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float):
@@ -162,14 +163,15 @@ def graph_inputs(graph: fx.Graph, argument_names: tuple[str, ...] = ()) -> Graph
         elif isinstance(value, torch.nn.Parameter) or is_of_model(source):
             weights.append(node)
         else:
-            data[node] = _argument_name(source or node.name, argument_names)
-    return GraphInputs(data, tuple(weights), tuple(sizes))
+            path = _argument_path(source or node.name, argument_names)
+            data[node], paths[node] = path[-1], ".".join(path)
+    return GraphInputs(data, tuple(weights), tuple(sizes), paths)
 
 
-def _argument_name(source: str, argument_names: tuple[str, ...]) -> str:
+def _argument_path(source: str, argument_names: tuple[str, ...]) -> list[str]:
+    """The argument that an input is given by, however it was passed, and its place in that."""
     keys: list[str] = re.findall(r"\['?(\w+)'?\]", source)
-    if not keys:
-        return source
-    if keys[-2:-1] == ["args"] and keys[-1].isdigit() and int(keys[-1]) < len(argument_names):
-        return argument_names[int(keys[-1])]
-    return keys[-1]
+    kind, *path = keys or [source]
+    if kind == "args" and path and path[0].isdigit() and int(path[0]) < len(argument_names):
+        path[0] = argument_names[int(path[0])]
+    return path if kind in ("args", "kwargs") and path else keys or [source]

@@ -33,7 +33,7 @@ def signature_of(
     ]
     span = tuple(block.path for block in found.span_blocks)
     kept = (span, *map(_layout, state))
-    names = [node.name for node in inputs.data]
+    names = [inputs.paths[node] for node in inputs.data]
     static = _layouts(names, map(fake_value, inputs.data))
     if not inputs.sizes:
         constant = Signature(static, (), kept)

@@ -110,7 +110,6 @@ class Runner:
         guard_filter = options.pop("guard_filter_fn", None)
         #: What of the options is Dynamo's and not the compiler's.
         self.dynamo_options = {"guard_filter_fn": guard_filter} if guard_filter else None
-        self.session.filters_guards = guard_filter is not None
         self.lowering = resolve_lowering(
             settings.backend,
             settings.mode,

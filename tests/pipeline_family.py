@@ -10,7 +10,7 @@ from pipeline_parts import TOKENS, seeded
 
 from fxcache.integrations.tiny import tiny_model
 
-NEGATIVE = "blurry"
+NEGATIVE = "very dull"
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Family:
 
     `arguments` are those of a call besides the usual ones, given its size and batch. `branches` are
     the names in the report. `first_step` is the first of `steps` steps that is run, `sections` the
-    solves of one call. `sizes` are those of a first and of another run (the same where a similar
-    family has two: dynamic sizes take long to capture); `batch` is the largest batch.
+    solves of one call. `sizes` are a smaller and a larger one, `batch` is the largest batch.
+    `dynamic` goes to fxcache.apply.
     """
 
     build: Callable[[], Any]
@@ -30,12 +30,13 @@ class Family:
     sections: int = 1
     sizes: tuple[int, int] = (32, 48)
     batch: int = 2
+    dynamic: bool | None = None
 
     def call(
         self, pipe: Any, prompt: str, *, steps: int, size: int, batch: int, seed: int = 0
     ) -> torch.Tensor:
         """Run the pipeline, VAE included."""
-        prompts = [prompt[i:] for i in range(batch)]
+        prompts = [prompt[i:] + prompt[:i] for i in range(batch)]
         negative = [NEGATIVE] * batch
         output = pipe(
             prompt=prompts if batch > 1 else prompt,
@@ -63,6 +64,13 @@ def family(arguments: Callable[[int, int], dict[str, Any]], **options: Any):
     return register
 
 
+def variant(arguments: Callable[[int, int], dict[str, Any]], **options: Any):
+    """A family whose architecture another one has, too: without dynamic shapes, which take long to
+    capture.
+    """
+    return family(arguments, dynamic=False, **options)
+
+
 def pipeline(cls: str, **components: Any) -> Any:
     pipe = getattr(diffusers, cls)(**components)
     pipe.set_progress_bar_config(disable=True)
@@ -79,6 +87,10 @@ def picture(size: int, batch: int = 1, channels: int = 3, seed: int = 7) -> torc
     """A picture to start from, in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(batch, channels, size, size, generator=generator)
+
+
+def half(steps: int) -> int:
+    return steps // 2
 
 
 def square(size: int) -> dict[str, int]:

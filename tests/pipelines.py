@@ -16,10 +16,12 @@ from pipeline_family import (
     Family,
     denoiser,
     family,
+    half,
     picture,
     pipeline,
     square,
     text,
+    variant,
     video,
 )
 
@@ -48,16 +50,12 @@ def flux_text(size: int) -> dict[str, Any]:
     return {**text(size), "true_cfg_scale": 2.0}
 
 
-def half(steps: int) -> int:
-    return steps // 2
-
-
 @family(lambda size, batch: flux_text(size), branches=GUIDED)
 def flux():
     return pipeline("FluxPipeline", **flux_parts())
 
 
-@family(
+@variant(
     lambda size, batch: {**flux_text(size), "image": picture(size), "strength": 0.5},
     branches=UNNAMED,
     first_step=half,
@@ -66,7 +64,7 @@ def flux_img2img():
     return pipeline("FluxImg2ImgPipeline", **flux_parts())
 
 
-@family(
+@variant(
     lambda size, batch: {
         **flux_text(size),
         "image": picture(size),
@@ -79,7 +77,10 @@ def flux_kontext():
     return pipeline("FluxKontextPipeline", **flux_parts())
 
 
-@family(lambda size, batch: {**flux_text(size), "control_image": picture(size)}, branches=UNNAMED)
+@variant(
+    lambda size, batch: {**flux_text(size), "control_image": picture(size)},
+    branches=UNNAMED,
+)
 def flux_controlnet():
     given = flux_parts()
     config = {**given["transformer"].config, "num_layers": 1, "num_single_layers": 1}
@@ -88,7 +89,7 @@ def flux_controlnet():
     return pipeline("FluxControlNetPipeline", controlnet=net, **given)
 
 
-@family(
+@variant(
     lambda size, batch: {
         **flux_text(size),
         "image": picture(size),
@@ -169,7 +170,7 @@ def sdxl():
     )
 
 
-@family(
+@variant(
     lambda size, batch: {
         # The refiner goes on from the base model's latents.
         "image": picture(size // 2, batch, channels=4),
@@ -177,7 +178,6 @@ def sdxl():
         "guidance_scale": 2.0,
     },
     first_step=half,
-    sizes=(32, 32),
 )
 def sdxl_refiner():
     return pipeline(
@@ -261,7 +261,7 @@ def hunyuan_video():
     return pipeline("HunyuanVideoPipeline", **hunyuan_parts("HunyuanVideoTransformer3DModel"))
 
 
-@family(
+@variant(
     lambda size, batch: {
         **hunyuan_text(size),
         "image": picture(size, batch),
@@ -270,7 +270,6 @@ def hunyuan_video():
     },
     branches=UNNAMED,
     sections=2,
-    sizes=(32, 32),
 )
 def hunyuan_framepack():
     return pipeline(
@@ -305,7 +304,7 @@ def wan_t2v():
     return wan("WanPipeline", transformer=denoiser("WanTransformer3DModel"))
 
 
-@family(lambda size, batch: {**video(size), "guidance_scale": 2.0}, branches=GUIDED, sizes=(32, 32))
+@variant(lambda size, batch: {**video(size), "guidance_scale": 2.0}, branches=GUIDED)
 def wan22():
     return wan(
         "WanPipeline",
@@ -315,7 +314,7 @@ def wan22():
     )
 
 
-@family(
+@variant(
     lambda size, batch: {
         **video(size),
         "image": picture(size),
@@ -335,7 +334,11 @@ def wan_i2v():
     )
 
 
-@family(lambda size, batch: {**video(size), "guidance_scale": 2.0}, branches=GUIDED, batch=1)
+@variant(
+    lambda size, batch: {**video(size), "guidance_scale": 2.0},
+    branches=GUIDED,
+    batch=1,
+)
 def wan_vace():
     return wan(
         "WanVACEPipeline",

@@ -34,8 +34,8 @@ def other_run(family: Family, pipe: Any) -> torch.Tensor:
     return family.call(pipe, "two blue dogs", steps=OTHER_STEPS, size=size, batch=batch, seed=1)
 
 
-def applied(pipe: Any, policy: Any) -> Any:
-    return fxcache.apply(pipe, policy, backend="eager")
+def applied(family: Family, pipe: Any, policy: Any) -> Any:
+    return fxcache.apply(pipe, policy, backend="eager", dynamic=family.dynamic)
 
 
 # --- what a report must hold ----------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_never_hitting_changes_nothing_and_remove_undoes_it(name):
     plain, before = first_run(family, pipe), dict(vars(pipe))
     sibling = copy.copy(pipe)  # another pipeline with the same models
 
-    with applied(pipe, NEVER) as handle:
+    with applied(family, pipe, NEVER) as handle:
         changed = {key for key, value in vars(pipe).items() if value is not before[key]}
         assert changed == set(handle.denoisers)
         assert_identical(first_run(family, pipe), plain)
@@ -110,7 +110,7 @@ def test_hits_second_runs_and_branches(name):
     family = PIPELINES[name]
     pipe = family.build()
     plain = first_run(family, pipe)
-    handle = applied(pipe, ALTERNATE)
+    handle = applied(family, pipe, ALTERNATE)
     cached = first_run(family, pipe)
     report = handle.report()
     assert seen(report) == expected(family, pipe, STEPS, hits=True)
@@ -120,7 +120,7 @@ def test_hits_second_runs_and_branches(name):
 
     torch._dynamo.reset()  # else sizes would be dynamic for the fresh pipeline, too
     fresh = family.build()
-    handle = applied(fresh, ALTERNATE)
+    handle = applied(family, fresh, ALTERNATE)
     with recorded(handle.denoisers) as calls:
         assert_identical(second, other_run(family, fresh))
     assert seen(handle.report()) == expected(family, fresh, OTHER_STEPS, hits=True)

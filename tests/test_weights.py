@@ -140,6 +140,20 @@ def test_of_many_weights_a_sample_is_enough():
     assert weights.unchanged(stamp, given) is None
 
 
+def test_no_sample_is_needed_for_what_optimizers_step_on_and_what_is_gone():
+    given = parameters(1200)
+    weights = graph(1200)
+    looked_at = set(map(id, weights.sampled(given)))
+    place = next(i for i, parameter in enumerate(given) if id(parameter) not in looked_at)
+    stamp = weights.stamp(given)
+    stepped(torch.optim.SGD, given[place : place + 1])
+    assert weights.unchanged(stamp, given) is None
+    stamp = weights.stamp(given)
+    given[place] = nn.Parameter(torch.zeros(4, 4))
+    gc.collect()
+    assert weights.unchanged(stamp, given) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int8, torch.complex128])
 def test_any_dtype(dtype):
     given = [torch.ones(2, dtype=dtype), torch.zeros(0, dtype=dtype)]

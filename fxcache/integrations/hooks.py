@@ -99,6 +99,7 @@ class _Traced:
     """What a hook amounts to while its module is captured; otherwise, the hook itself.
 
     Its module's weights are replaced by what ``weight.to(**move)`` gives until the forward is over.
+    That happens in Dynamo's eyes only: as all are put back, it writes none of them at a call.
 
     Args:
         hook: the hook.
@@ -146,7 +147,7 @@ class _Traced:
         if not torch.compiler.is_compiling():
             return self.hook.post_forward(module, output)
         if self.move is not None:
-            for store, name, weight in reversed(self.lent.pop()):
+            for store, name, weight in reversed(self.lent.pop()):  # some were lent twice
                 store[name] = weight
         return output
 
@@ -239,15 +240,12 @@ def _traced(module: nn.Module, name: str, hook: Any, lent: list[_Lent]) -> _Trac
     move = {"device": torch.device(group.onload_device), "non_blocking": bool(group.non_blocking)}
     named = list(module.named_modules())
     whole = [path for path, inner in named if any(inner is one for one in group.modules)]
-    weights = [*group.parameters, *group.buffers]  # some of them in these submodules
-    covered = {
-        id(weight) for one in group.modules for weight in (*one.parameters(), *one.buffers())
-    }
+    weights = [*group.parameters, *group.buffers]
     loose = [
         (path, key)
         for path, inner in named
         for key, weight in (*inner._parameters.items(), *inner._buffers.items())
-        if id(weight) not in covered and any(weight is one for one in weights)
+        if any(weight is one for one in weights)
     ]
     # A block of a group of several moves its own weights when its turn comes.
     kept = hook.config.exclude_kwargs or ()

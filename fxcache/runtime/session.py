@@ -55,8 +55,6 @@ class Session:
         self.keeps_calls = False
         #: Told of every evaluation: slot, state, metric (NaN: none) and outputs.
         self.observe: Callable[[Slot, BranchState, float, Sequence[Any]], None] | None = None
-        #: Whether the caller has Dynamo check less than it does by itself.
-        self.filters_guards = False
         #: The share of the graph's FLOPs that a hit skips, 0 to 1; known once it was rewritten.
         self.skipped_share = 0.0
         #: The step of the evaluation, if the clock says it.

@@ -4,12 +4,12 @@ Training steps, adapters and moving averages write weights between two evaluatio
 the cache. So a branch keeps a stamp of the weights that its graph read when a residual was stored,
 and the next evaluations compare it. What shows that a weight is another:
 
-* it is another tensor (adapters, ``load_state_dict(assign=True)``);
-* torch counted a write into it (optimizers, ``copy_``, ``load_state_dict``);
-* a torch optimizer stepped on it (fused ones are not counted);
-* its first element is another (writes through ``.data``, which nobody counts: moving averages of
-  diffusers, merged adapters). This is looked at in host memory, for at most `MAX_SAMPLED` weights
-  (for all else, too, where the caller filters Dynamo's guards, to save their time);
+* an optimizer of torch stepped on it;
+* it is gone, and another stands in its place (adapters, ``load_state_dict(assign=True)``);
+* it is another tensor, torch counted a write into it (``copy_``, ``load_state_dict``), or its first
+  element is another (writes through ``.data``, which nobody counts: moving averages of diffusers,
+  merged adapters; this is looked at in host memory only). At every evaluation `MAX_SAMPLED` weights
+  are asked: what writes weights writes many;
 * a number of the model is another: an adapter's scale, constant or not in the graph.
 
 That a weight lies elsewhere is no sign: modules are moved off a device and back. Off the host a
@@ -44,7 +44,7 @@ from fxcache.capture import (
 )
 from fxcache.dataflow import DataFlow, storages
 
-#: Of so many weights an element is looked at. A change of one weight in twenty goes unseen once in
+#: So many weights are looked at. A change of one weight in twenty goes unseen once in
 #: 27 times, of one in five once in a million times.
 MAX_SAMPLED = 64
 #: So many elements are copied of weights that do not lie in host memory.
@@ -76,7 +76,9 @@ class Weights:
         self.pick = _picker(tensors)
         self.registered, self.numbers = tuple(registered), dict(numbers)
         self.constants = functools.cache(constants)
-        self.sampled = _picker(_chosen(len(tensors)))
+        chosen = _chosen(len(tensors))
+        self.sampled = _picker(chosen)
+        self.pick_sampled = _picker([tensors[i] for i in chosen])
 
     def stamp(self, inputs: Sequence[Any]) -> "Stamp":
         """What the weights among `inputs` are now."""
@@ -98,12 +100,13 @@ class Weights:
         """
         if stamp is None or stamp.is_void:
             return None
-        tensors = self.pick(inputs)
         if stamp.weights is self:
-            holds = stamp.holds(tensors) and stamp.values == self.values(inputs)
+            holds = stamp.holds(self.pick_sampled(inputs)) and stamp.values == self.values(inputs)
             return stamp if holds else None
         then = stamp.tensors()
-        if then is None or not stamp.holds(then) or not self._is_like(stamp, then, tensors):
+        if then is None or not stamp.holds(stamp.weights.sampled(then)):
+            return None
+        if not self._is_like(stamp, then, self.pick(inputs)):
             return None
         known = stamp.weights.named(stamp.values)
         own = self.named(self.values(inputs))
@@ -139,18 +142,19 @@ class Stamp:
         voids = _voids(self)
         self.references = [ref(tensor, voids) for tensor in tensors]
         # While none is gone, no other tensor has one of these.
-        self.ids = list(map(id, tensors))
+        self.ids = set(map(id, tensors))
+        sampled = weights.sampled(tensors)
+        self.sampled_ids = list(map(id, sampled))
         #: Which of them torch counts writes of; None: all. (Of inference tensors it does not.)
-        counted = [not tensor.is_inference() for tensor in tensors]
+        counted = [not tensor.is_inference() for tensor in sampled]
         self.counted = None if all(counted) else counted
-        self.versions = self._versions(tensors)
-        self.memory = _Memory(weights.sampled(tensors))
+        self.versions = self._versions(sampled)
+        self.memory = _Memory(sampled)
 
-    def holds(self, tensors: Tensors) -> bool:
-        """Whether `tensors` are those of the stamp, and unchanged."""
-        if list(map(id, tensors)) != self.ids or self._versions(tensors) != self.versions:
+    def holds(self, sampled: Tensors) -> bool:
+        """Whether `sampled` are those of the stamp that are looked at, and unchanged."""
+        if list(map(id, sampled)) != self.sampled_ids or self._versions(sampled) != self.versions:
             return False
-        sampled = self.weights.sampled(tensors)
         if not self.memory.lies_as(sampled):
             moved = _Memory(sampled)
             if not moved.holds_what(self.memory):
@@ -290,10 +294,8 @@ def _note_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 # --- reading the capture ---
 
 
-def weights_of(
-    graph: fx.Graph, inputs: GraphInputs, flow: DataFlow, *, only_sampled: bool = False
-) -> Weights:
-    """The weights of a graph that is being captured; with `only_sampled`, at most `MAX_SAMPLED`."""
+def weights_of(graph: fx.Graph, inputs: GraphInputs, flow: DataFlow) -> Weights:
+    """The weights of a graph that is being captured."""
     tensors, registered, numbers = [], [], {}
     for place, node in enumerate(graph.find_nodes(op="placeholder")):
         source = source_name(node)
@@ -306,13 +308,7 @@ def weights_of(
             tensors.append(place)
             is_parameter = isinstance(fake_value(node), torch.nn.Parameter)
             registered.append(is_parameter or "_buffers" in source)
-    chosen = _chosen(len(tensors)) if only_sampled else range(len(tensors))
-    return Weights(
-        [tensors[i] for i in chosen],
-        [registered[i] for i in chosen],
-        numbers,
-        _constants_of_model(),
-    )
+    return Weights(tensors, registered, numbers, _constants_of_model())
 
 
 def is_number(node: fx.Node) -> bool:
