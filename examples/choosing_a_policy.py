@@ -31,6 +31,7 @@ from fxcache.policy.simulate import halving_threshold
 #: Of the pictures that are compared; of those that thresholds, tables and the schedule come from.
 SEED, OTHER_SEED = 0, 100
 SHOWN = 8
+NEVER = StepSchedule(mask=[False])
 ANCESTRAL = functools.partial(custom_loop.sample, name="ancestral")
 
 
@@ -73,10 +74,6 @@ class Bench:
         self.drawn.append((pictures[:SHOWN], report.records, policy))
         print(line(self.rows[-1]), flush=True)
 
-    def try_out_fewer_steps(self) -> None:
-        never = StepSchedule(mask=[False])
-        self.try_out(never, "fewer steps", setting="uncached", steps=self.steps // 2)
-
     def hitting_half(self, policy: Any) -> Any:
         """`policy` with the threshold that the log advises after a run that never hits."""
         report = self.sampled(replace(policy, threshold=0), self.steps, OTHER_SEED)[1]
@@ -98,10 +95,14 @@ def described(policy: Any) -> str:
 
 def line(row: dict[str, Any]) -> str:
     """A row of the page's tables."""
-    near = f"{row['psnr']:.1f} ({row['worst']:.1f})" if row["psnr"] < 99 else "-"
     metric = "-" if row["metric"] is None else f"{row['metric']:.3f}"
     cost = [f"{row['hits']}/{row['steps']}", f"{row['blocks']:.0%}"]
-    return "| " + " | ".join([row["policy"], row["setting"], *cost, near, metric]) + " |"
+    return "| " + " | ".join([row["policy"], row["setting"], *cost, near(row), metric]) + " |"
+
+
+def near(row: dict[str, Any]) -> str:
+    """Mean and worst PSNR."""
+    return f"{row['psnr']:.1f} ({row['worst']:.1f})" if row["psnr"] < 99 else "identical"
 
 
 def policies(bench: Bench) -> None:
@@ -129,7 +130,7 @@ def policies(bench: Bench) -> None:
     budget: Any = {"max_computed_steps": steps // 2, "frontier": (), "progress": False}
     tuned = fxcache.tune(bench.model, run, **budget)
     bench.try_out(tuned.policy, "tune", setting=f"found by sampling {len(seen)} times")
-    bench.try_out_fewer_steps()
+    bench.try_out(NEVER, "fewer steps", setting="uncached", steps=steps // 2)
 
 
 def thresholds(bench: Bench) -> None:
@@ -147,7 +148,7 @@ def samplers(bench: Bench) -> None:
     for policy in (FirstBlockCache(), every, replace(every, forecast=Taylor(order=1))):
         bench.try_out(policy)
     if bench.by is sample:  # another number of steps is other noise where it is fresh
-        bench.try_out_fewer_steps()
+        bench.try_out(NEVER, "fewer steps", setting="uncached", steps=bench.steps // 2)
 
 
 def draw(bench: Bench, path: Path, title: str) -> None:
@@ -164,9 +165,9 @@ def draw(bench: Bench, path: Path, title: str) -> None:
     note.set_xlabel(title, fontsize=12)
     for (left, right), row, own in zip(grid, bench.rows, bench.drawn, strict=True):
         pictures, records, policy = own
-        text = textwrap.fill(f"{row['policy']}: {row['setting']}", 40)
-        text += f"\n{row['hits']}/{row['steps']} hits, {row['blocks']:.0%} of the blocks, "
-        show(left, pictures, text + f"{row['psnr']:.1f} dB")
+        text = textwrap.fill(f"{row['policy']}: {row['setting']}", 36)
+        text += f"\n{row['hits']}/{row['steps']} hits, {row['blocks']:.0%} of blocks, "
+        show(left, pictures, text + near(row).replace(" (", " dB ("))
         if "difference" in title:
             show(right, 1 - 5 * (pictures - uncached).abs().amax(1, True).expand_as(uncached))
         else:
@@ -180,8 +181,8 @@ def draw(bench: Bench, path: Path, title: str) -> None:
 def show(axes: Any, pictures: torch.Tensor, text: str = "") -> None:
     """Pictures side by side."""
     strip = torch.nn.functional.pad(pictures, (1, 1, 1, 1), value=1.0).permute(2, 0, 3, 1)
-    axes.imshow(strip.flatten(1, 2).clamp(0, 1).numpy(), interpolation="bicubic")
-    axes.set(xticks=[], yticks=[])
+    axes.imshow(strip.flatten(1, 2).clamp(0, 1).numpy(), interpolation="nearest")
+    axes.set(xticks=[], yticks=[], anchor="W")
     axes.spines[:].set_visible(False)
     axes.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
 
@@ -196,18 +197,16 @@ def main(arguments: list[str] | None = None) -> None:
     few, fewest = min(args.images, SHOWN), max(4, 2 * round(args.steps / 8))
     results: dict[str, Any] = {"settings": {"images": args.images, "steps": args.steps}}
     results["versions"] = {"fxcache": fxcache.__version__, "torch": str(torch.__version__)}
-    measured = "residual diff by step: hits green, misses red, the threshold as a line"
-    first = Bench(args.images, args.steps)
     for name, part, bench, title in (
-        ("policies", policies, first, "difference to uncached, times 5"),
-        ("threshold", thresholds, first, measured),
+        ("policies", policies, Bench(args.images, args.steps), "difference to uncached, times 5"),
+        ("threshold", thresholds, Bench(few, args.steps), "residual diff: hits green, misses red"),
         ("few_steps", samplers, Bench(few, fewest), ""),
         ("ancestral", samplers, Bench(few, args.steps, ANCESTRAL), ""),
     ):
         part(bench)
+        results[name] = bench.rows
         if title:
             draw(bench, args.output / f"choosing_{name}.png", title)
-        results[name], bench.rows, bench.drawn = bench.rows, [], []
     (args.output / "choosing.json").write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -40,13 +40,16 @@ def test_components_config_and_attributes(pipe):
 
 
 def test_save_pretrained(pipe, tmp_path):
-    expected = run(pipe)
     with fxcache.apply(pipe, ALTERNATE, backend="eager"):
         pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["transformer"] == ["diffusers", "FluxTransformer2DModel"]
     loaded = diffusers.FluxPipeline.from_pretrained(tmp_path, local_files_only=True)
     loaded.set_progress_bar_config(disable=True)
+    before, after = pipe.transformer.state_dict(), loaded.transformer.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    expected = run(loaded)
     with fxcache.apply(loaded, NEVER, backend="eager"):
         assert_identical(run(loaded), expected)
 

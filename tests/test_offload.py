@@ -249,8 +249,7 @@ def test_model_offloading_of_a_pipeline(flux, pipe, where):
 # --- accelerate, on layers: refused ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["before", "after"])
-@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize(("where", "fullgraph"), [("before", True), ("after", False)])
 def test_sequential_offloading_is_refused(model, inputs, where, fullgraph):
     expected = model(**inputs)
     if where == "before":

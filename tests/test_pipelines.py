@@ -105,6 +105,7 @@ def test_never_hitting_changes_nothing_and_remove_undoes_it(name):
 # --- hits -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @NAMES
 def test_hits_second_runs_and_branches(name):
     family = PIPELINES[name]

@@ -80,7 +80,7 @@ def test_other_arguments_go_the_complete_way():
         lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
         lambda x: x[:1].expand(2, -1, -1),
         lambda x: x[:, :5],
-        nn.Parameter,
+        lambda x: nn.Parameter(x, requires_grad=False),
     ],
     ids=["strides", "expanded", "shape", "type"],
 )
