@@ -45,8 +45,8 @@ from fxcache.capture import (
 from fxcache.dataflow import DataFlow, storages
 
 #: So many weights are looked at. A change of one weight in twenty goes unseen once in
-#: 27 times, of one in five once in a million times.
-MAX_SAMPLED = 64
+#: 5 times, of one in five once in 1000 times.
+MAX_SAMPLED = 32
 #: So many elements are copied of weights that do not lie in host memory.
 MAX_COPIED = 16
 
