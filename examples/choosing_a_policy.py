@@ -193,6 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # more would wait for each other: the model is small
     args.output.mkdir(parents=True, exist_ok=True)
     few, fewest = min(args.images, SHOWN), max(4, 2 * round(args.steps / 8))
     results: dict[str, Any] = {"settings": {"images": args.images, "steps": args.steps}}

@@ -140,6 +140,7 @@ def test_what_the_page_concludes_is_in_the_figures():
     for name in ("FirstBlockCache", "MagCache", "EasyCache", "TeaCache", "SeaCache"):
         own, advised = rows_of(name)
         assert own["psnr"] + 1 < advised["psnr"], name
+        assert 6 < advised["psnr"] - fewer["psnr"] < 16 or name == "FirstBlockCache"
 
 
 def test_what_the_page_says_of_thresholds_is_in_the_figures():
@@ -165,6 +166,20 @@ def test_memory_is_as_the_page_says():
 
 
 # --- its code and its messages ---
+
+
+def test_reasons_and_messages_are_those_of_the_library():
+    files = (EXAMPLES.parent / "fxcache").rglob("*.py")
+    source = "".join(" ".join(re.sub(r'"\n\s*f?"', "", file.read_text()).split()) for file in files)
+    (reasons,) = (rows[2:] for rows in tables(PAGE) if rows[0].startswith("| reason |"))
+    quoted = re.findall(r"`([^`]+)`", "".join(row.split("|")[1] for row in reasons))
+    assert len(quoted) > 10
+    for reason in quoted:
+        assert f'"{reason}"' in source, reason
+    messages = re.findall(r"(?<!\*)\*([a-z ]+)\*", section("Reading the report"))
+    assert len(messages) == 5
+    for message in messages:
+        assert message in source, message
 
 
 class FluxPipeline:
