@@ -6,7 +6,7 @@ other pictures), First Block Cache at growing thresholds, few steps, and an ance
     python examples/choosing_a_policy.py [--images 24] [--steps 30] [--output DIR]
 
 Prints the rows of the page's tables; writes choosing.json, choosing_policies.png and
-choosing_threshold.png. Takes a few minutes; needs diffusers, safetensors and matplotlib.
+choosing_threshold.png. Takes about five minutes; needs diffusers, safetensors and matplotlib.
 """
 
 import argparse
