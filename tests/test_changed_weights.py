@@ -171,21 +171,6 @@ def test_whoever_trusts_trajectories_is_not_asked():
     assert hits(denoiser) == [False, True, True, True, False]
 
 
-def test_a_sample_of_the_weights_is_looked_at(monkeypatch):
-    monkeypatch.setattr("fxcache.runtime.weights.MAX_SAMPLED", 8)
-    model = small()
-    denoiser = plain(model)
-    at(denoiser, 0)
-    for step in (1, 3):
-        at(denoiser, step)
-        add_noise(model)
-        at(denoiser, step + 1)
-        _, state = denoiser._fxcache.session.state()
-        assert len(state.stamp.versions) == 8 < len(state.stamp.ids)
-    shown = [(r.is_hit, r.reason) for r in denoiser.report().records]
-    assert shown == [(False, "nothing cached"), *[(True, None), (False, CHANGED)] * 2]
-
-
 # --- what is no weight, and numbers that are like weights ---
 
 

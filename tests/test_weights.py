@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from fxcache.runtime import weights as room
-from fxcache.runtime.weights import MAX_SAMPLED, Weights
+from fxcache.runtime.weights import Weights
 
 
 def parameters(count=3):
@@ -130,27 +130,13 @@ def test_off_the_host_all_weights_must_move_and_hold_what_they_held(monkeypatch)
     assert weights.unchanged(stamp, given) is None
 
 
-def test_of_many_weights_a_sample_is_enough():
+@pytest.mark.parametrize("place", [0, 577, 1199])
+def test_one_of_many_weights_is_enough(place):
     given = parameters(1200)
     weights = graph(1200)
     stamp = weights.stamp(given)
-    assert len(stamp.memory.pointers) == MAX_SAMPLED
-    for parameter in given[::20]:  # an adapter merged into one layer of each block
-        parameter.data += 1e-3
-    assert weights.unchanged(stamp, given) is None
-
-
-def test_no_sample_is_needed_for_what_optimizers_step_on_and_what_is_gone():
-    given = parameters(1200)
-    weights = graph(1200)
-    looked_at = set(map(id, weights.sampled(given)))
-    place = next(i for i, parameter in enumerate(given) if id(parameter) not in looked_at)
-    stamp = weights.stamp(given)
-    stepped(torch.optim.SGD, given[place : place + 1])
-    assert weights.unchanged(stamp, given) is None
-    stamp = weights.stamp(given)
-    given[place] = nn.Parameter(torch.zeros(4, 4))
-    gc.collect()
+    assert weights.unchanged(stamp, given) is stamp
+    given[place].data += 1e-3  # an adapter merged into one layer
     assert weights.unchanged(stamp, given) is None
 
 
