@@ -38,8 +38,8 @@ FULL = {
 }
 TINY = {
     **FULL,
-    "num_layers": 2,
-    "num_single_layers": 4,
+    "num_layers": 1,
+    "num_single_layers": 2,
     "attention_head_dim": 16,
     "num_attention_heads": 2,
     "joint_attention_dim": 32,

@@ -1,6 +1,7 @@
 """What every test shares: deterministic threads, no gradients, and a clean Dynamo."""
 
 import dataclasses
+import gc
 import os
 
 # Compiling in this process keeps the two cores for the test itself and its warnings visible.
@@ -14,6 +15,16 @@ from zoo import SequentialDiT
 
 import fxcache
 from fxcache.lower import resolve_lowering
+
+
+def pytest_collection_finish():
+    """Leave what was imported out of every garbage collection to come."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

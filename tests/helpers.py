@@ -48,6 +48,15 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
         assert ((a - b).abs().max() / scale) < tolerance
 
 
+def follow(denoiser: Any, policy: Any) -> Any:
+    """`denoiser`, anew and with another policy of the same probe, span and forecast: it need not be
+    captured again.
+    """
+    denoiser.reset()
+    denoiser._fxcache.session.policy = policy
+    return denoiser
+
+
 def hits(denoiser: nn.Module) -> list[bool]:
     """Whether each evaluation so far was a hit."""
     return [record.is_hit for record in denoiser.report().records]

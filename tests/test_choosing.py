@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import follow
 
 import fxcache
 from fxcache.demo.metrics import psnr
@@ -276,9 +277,7 @@ def few_captures(monkeypatch):
         key = policy.probe, policy.span, policy.forecast.ring
         if key not in made:
             made[key] = transform(model, policy, **options)
-        made[key].reset()
-        made[key]._fxcache.session.policy = policy
-        return made[key]
+        return follow(made[key], policy)
 
     monkeypatch.setattr(fxcache, "transform", shared)
 

@@ -1,25 +1,59 @@
 """The pass on every model of the zoo, against the plain model and a reference made of hooks."""
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
-from helpers import ALWAYS, NEVER, Marked, assert_close, assert_identical, count_products, hits
+from helpers import (
+    ALWAYS,
+    NEVER,
+    Marked,
+    assert_close,
+    assert_identical,
+    count_products,
+    follow,
+    hits,
+)
+from torch import nn
 from zoo import ZOO, Entry, at_step, make
 
 import fxcache
 
 pytest.importorskip("diffusers")
 
-NAMES = pytest.mark.parametrize("name", list(ZOO))
+
+class Case(NamedTuple):
+    """An entry of the zoo and its denoiser, which several tests share: capturing is what takes
+    time.
+    """
+
+    name: str
+    model: nn.Module
+    inputs: dict[str, Any]
+    denoiser: Any
 
 
-def denoiser_of(name, model, policy):
-    return fxcache.transform(model, policy, backend="eager", fullgraph=ZOO[name].fullgraph)
+@pytest.fixture(scope="module", params=list(ZOO))
+def case(request):
+    torch._dynamo.reset()
+    model, inputs = make(request.param)
+    fullgraph = ZOO[request.param].fullgraph
+    denoiser = fxcache.transform(model, NEVER, backend="eager", fullgraph=fullgraph)
+    yield Case(request.param, model, inputs, denoiser)
+    torch._dynamo.reset()
 
 
-@NAMES
-def test_a_policy_that_never_hits_is_bit_identical(name):
-    model, inputs = make(name)
-    denoiser = denoiser_of(name, model, NEVER)
+@pytest.fixture(autouse=True)
+def clean_dynamo():
+    """In place of what other tests do: compiled code stays as long as its case."""
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+
+
+def test_a_policy_that_never_hits_is_bit_identical(case):
+    name, model, inputs, denoiser = case
+    follow(denoiser, NEVER)
     for step in range(4):
         given = at_step(name, inputs, step)
         assert_identical(denoiser(**given), model(**given))
@@ -68,11 +102,9 @@ class HookReference:
         return tuple(replaced if i == image else v for i, v in enumerate(output))
 
 
-@NAMES
-def test_a_hit_adds_the_residual(name):
-    entry = ZOO[name]
-    model, inputs = make(name)
-    denoiser = denoiser_of(name, model, ALWAYS)
+def test_a_hit_adds_the_residual(case):
+    name, model, inputs, denoiser = case
+    follow(denoiser, ALWAYS)
     first, second = at_step(name, inputs, 0), at_step(name, inputs, 1)
 
     full = denoiser(**first)
@@ -82,7 +114,7 @@ def test_a_hit_adds_the_residual(name):
     assert hits(denoiser) == [False, True, True]
 
     twin, _ = make(name)
-    reference = HookReference(entry, twin)
+    reference = HookReference(ZOO[name], twin)
     twin(**first)
     reference.replaying = True
     assert_close(hit, twin(**second))
@@ -90,12 +122,10 @@ def test_a_hit_adds_the_residual(name):
         assert_close(hit, model(**second))
 
 
-@NAMES
-def test_a_hit_skips_the_span(name):
-    entry = ZOO[name]
-    model, inputs = make(name)
-    denoiser = denoiser_of(name, model, ALWAYS)
-    span = [model.get_submodule(path) for path in entry.span]
+def test_a_hit_skips_the_span(case):
+    name, model, inputs, denoiser = case
+    follow(denoiser, ALWAYS)
+    span = [model.get_submodule(path) for path in ZOO[name].span]
     with Marked(span):
         in_span = count_products(lambda: model(**inputs), inside="span")
     whole = count_products(lambda: model(**inputs))
@@ -105,10 +135,9 @@ def test_a_hit_skips_the_span(name):
     assert 0 < hit <= whole - in_span
 
 
-@NAMES
-def test_only_what_leaves_the_span_is_cached(name):
+def test_only_what_leaves_the_span_is_cached(case):
+    name, model, inputs, denoiser = case
     entry = ZOO[name]
-    model, inputs = make(name)
     found = fxcache.explain(model, **inputs)
     assert entry.head in found.head_blocks
     # Blocks that stand in no list (a UNet's mid block) are skipped, but not counted.
@@ -118,7 +147,7 @@ def test_only_what_leaves_the_span_is_cached(name):
     (stream,) = found.streams
     assert stream.is_residual is not entry.as_is
 
-    denoiser = denoiser_of(name, model, ALWAYS)
+    follow(denoiser, ALWAYS)
     denoiser(**inputs)
     residual_and_probe = denoiser.report().cached_bytes
     assert stream.nbytes < residual_and_probe <= 2 * stream.nbytes + 65536

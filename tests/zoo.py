@@ -28,7 +28,7 @@ class Entry:
     place (or name) of the image stream in it; `as_is` says that the stream continues none.
     """
 
-    build: Callable[[], tuple[nn.Module, Inputs]]
+    build: Callable[..., tuple[nn.Module, Inputs]]
     head: str
     span: tuple[str, ...]
     time: float = 1000.0
@@ -43,22 +43,20 @@ ZOO: dict[str, Entry] = {}
 def entry(head: str, span: dict[str, range] | tuple[str, ...], **options: Any):
     """Register the builder of a zoo entry under its name."""
 
-    def register(build: Callable[[], tuple[nn.Module, Inputs]]):
-        paths = (
-            tuple(f"{path}.{i}" for path, indices in span.items() for i in indices)
-            if isinstance(span, dict)
-            else span
-        )
+    def register(build: Callable[..., tuple[nn.Module, Inputs]]):
+        paths = span
+        if isinstance(span, dict):
+            paths = tuple(f"{path}.{i}" for path, indices in span.items() for i in indices)
         ZOO[build.__name__] = Entry(build, head, paths, **options)
         return build
 
     return register
 
 
-def make(name: str) -> tuple[nn.Module, Inputs]:
-    """Build entry `name` in eval mode with seeded weights and inputs."""
+def make(name: str, **config: Any) -> tuple[nn.Module, Inputs]:
+    """Entry `name` in eval mode, with seeded weights and inputs; some take a `config`."""
     torch.manual_seed(0)
-    model, inputs = ZOO[name].build()
+    model, inputs = ZOO[name].build(**config)
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
@@ -199,8 +197,8 @@ def hunyuan_video():
 
 
 @entry("transformer_blocks.0", FLUX_SPAN, image=0)
-def hunyuan_framepack():
-    return tiny_model("HunyuanVideoFramepackTransformer3DModel")
+def hunyuan_framepack(**config):
+    return tiny_model("HunyuanVideoFramepackTransformer3DModel", **config)
 
 
 @entry("blocks.0", {"blocks": range(1, 3)})
@@ -217,8 +215,8 @@ def wan_i2v():
 
 
 @entry("blocks.0", {"blocks": range(1, 3)})
-def wan_vace():
-    return tiny_model("WanVACETransformer3DModel")
+def wan_vace(**config):
+    return tiny_model("WanVACETransformer3DModel", **config)
 
 
 @entry("transformer_blocks.0", THREE_BLOCKS)
