@@ -133,7 +133,10 @@ def check_model(model: Any) -> None:
     if isinstance(model, DenoiserMethods):
         raise OptionError("the model is a denoiser already; fxcache.restore(it) gives the model")
     if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
-        raise OptionError("the model is compiled already; pass the module that was compiled")
+        raise OptionError(
+            "the model is compiled already, and fxcache compiles it itself: pass the module that "
+            "was given to torch.compile (its _orig_mod), or leave model.compile() out"
+        )
 
 
 def restore(denoiser: nn.Module) -> nn.Module:

@@ -59,9 +59,9 @@ class Backend:
         session: where state and records are kept.
         lowering: compiles the pieces, and graphs without a stack.
         argument_names: the names of the model's positional arguments.
-        list_weights: how many elements the parameters of the model's heaviest list have. In a model
-            captured in pieces, a stack with at most half of them lies beside the real one. None:
-            the model is not known.
+        list_weights: gives how many elements the parameters of the model's heaviest list have. In a
+            model captured in pieces, a stack with at most half of them lies beside the real one.
+            None: the model is not known.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Backend:
         lowering: Lowering,
         *,
         argument_names: tuple[str, ...] = (),
-        list_weights: int | None = None,
+        list_weights: Callable[[], int] | None = None,
     ) -> None:
         self.session, self.lowering = session, lowering
         self.argument_names, self.list_weights = argument_names, list_weights
@@ -124,12 +124,13 @@ class Backend:
                                          "the whole model")  # fmt: skip
             return cut_whole(gm.graph, flow, inputs, probe=policy.probe)
         stack = find_stack(gm.graph, flow)
-        weights = _num_weights(stack)
-        if not self.fullgraph and 2 * weights <= (self.list_weights or 0):
-            raise StackNotFoundError(
-                f"{stack} has {weights} weights, the model's heaviest list {self.list_weights}: "
-                f"it lies beside the block stack, or is a part of it"
-            )
+        if not self.fullgraph and self.list_weights is not None:
+            weights, most = _num_weights(stack), self.list_weights()
+            if 2 * weights <= most:
+                raise StackNotFoundError(
+                    f"{stack} has {weights} weights, the model's heaviest list {most}: it lies "
+                    f"beside the block stack, or is a part of it"
+                )
         return cut(gm.graph, stack, flow, inputs, span=policy.span, probe=policy.probe)
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from fxcache.errors import OptionError
@@ -133,7 +134,17 @@ class DenoiserMethods:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles: the model is copied and transformed anew, with a state of its own."""
-        return make_denoiser, (self._fxcache.model, self._fxcache.settings)
+        if not hasattr(self, "_fxcache_runner"):  # made by a classmethod: a plain model
+            return super().__reduce_ex__(protocol)
+        runner = self._fxcache
+        # In two steps, as diffusers' registry of hooks may make the model refer to the denoiser.
+        return _unmade, (type(runner.model),), (runner.model, runner.settings)
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple):
+            _make(self, *state)
+        else:
+            super().__setstate__(state)  # type: ignore[misc]
 
 
 @contextmanager
@@ -184,20 +195,31 @@ def _denoiser_class(model_class: Any) -> Any:
 
 def make_denoiser(model: nn.Module, settings: Settings) -> Any:
     """A denoiser around `model`. See the module's docstring."""
+    denoiser = _unmade(type(model))
+    _make(denoiser, model, settings)
+    return denoiser
+
+
+def _unmade(model_class: type[nn.Module]) -> Any:
+    """A denoiser without a model, which `_make` gives it."""
+    cls: Any = _denoiser_class(cast(Hashable, model_class))
+    return cls.__new__(cls)
+
+
+def _make(denoiser: Any, model: nn.Module, settings: Settings) -> None:
     runner = Runner(model, settings)
     #: A cell, so that `other_policy` can put another runner here.
     current = [runner]
 
+    # What somebody else compiles around it is cut there.
+    @functools.partial(torch.compiler.disable, reason="fxcache compiles the denoiser itself")
     @functools.wraps(model.forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
         return hooks.around(model, current[0], *args, **kwargs)
 
-    cls: Any = _denoiser_class(cast(Hashable, type(model)))
-    denoiser = cls.__new__(cls)
     object.__setattr__(denoiser, "__dict__", model.__dict__)
     object.__setattr__(denoiser, "_fxcache_runner", current)
     object.__setattr__(denoiser, "_fxcache_forward", forward)
     object.__setattr__(denoiser, "_fxcache_override", None)
     # Dynamo keeps compiled code, and with it the session, longer than the denoiser lives.
     weakref.finalize(denoiser, runner.reset)
-    return denoiser

@@ -1,9 +1,11 @@
 """Call a model through the cache: capture it, hand its graphs to the backend, sort out errors."""
 
+import functools
 import inspect
 import logging
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,7 +140,7 @@ class Runner:
                 self.session,
                 self.lowering,
                 argument_names=names,
-                list_weights=_heaviest_list(model),
+                list_weights=functools.partial(_heaviest_list, weakref.ref(model)),
             )
         )
         is_eager = settings.backend == "eager"
@@ -325,11 +327,15 @@ class Runner:
         return outputs
 
 
-def _heaviest_list(model: nn.Module) -> int:
-    """How many elements the parameters of the heaviest list of blocks have (0: no such list)."""
+def _heaviest_list(reference: weakref.ref[nn.Module]) -> int:
+    """How many elements the parameters of a model's heaviest list of blocks have (0: no such list).
+
+    Compiled code, which keeps this, must not keep the model.
+    """
+    model = reference()
     lists = [
         module
-        for module in model.modules()
+        for module in (() if model is None else model.modules())
         if isinstance(module, nn.ModuleList | nn.Sequential)
         and any(next(child.children(), None) is not None for child in module)
     ]

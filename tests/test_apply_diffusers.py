@@ -130,3 +130,82 @@ def test_interrupting_a_run(pipe):
         first = run(pipe)
         assert_identical(run(pipe), first)
         assert max(r.step for r in handle.report().records) == 3
+
+
+def test_a_copied_pipeline_has_a_cache_of_its_own(pipe):
+    """Hooks of diffusers make the model refer to the denoiser."""
+    handle = fxcache.apply(pipe, ALTERNATE, backend="eager")
+    expected, records = run(pipe), handle.report().records
+    assert vars(pipe.transformer)["_diffusers_hook"]._module_ref is pipe.transformer
+    copied = copy.deepcopy(pipe)
+    assert vars(copied.transformer)["_diffusers_hook"]._module_ref is copied.transformer
+    assert_identical(run(copied), expected)
+    assert copied.transformer.report().hits == handle.report().hits > 0
+    assert handle.report().records == records
+    model = copy.deepcopy(fxcache.restore(copied.transformer))
+    assert type(model) is diffusers.FluxTransformer2DModel
+
+
+@pytest.mark.parametrize("policy", [NEVER, ALTERNATE])
+def test_compiling_around_it(pipe, policy):
+    """``torch.compile`` cuts at the denoiser, which goes on as it was."""
+    handle = fxcache.apply(pipe, policy, backend="eager")
+    expected, records = run(pipe), handle.report().records
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    assert_identical(run(pipe), expected)
+    assert [r.is_hit for r in handle.report().records] == 2 * [r.is_hit for r in records]
+    assert handle.report().graphs == 1
+
+
+def test_guidance_that_ends_amid_a_run():
+    """The batch is halved: what was cached of two branches is not used for one."""
+    family = PIPELINES["sdxl"]
+
+    def end_guidance(pipe, step, timestep, given):
+        if step == 2:
+            pipe._guidance_scale = 0.0
+            given = {name: value.chunk(2)[-1] for name, value in given.items()}
+        return given
+
+    def guided(pipe):
+        names = ["prompt_embeds", "add_text_embeds", "add_time_ids"]
+        return pipe(
+            "a fox", num_inference_steps=8, height=32, width=32, output_type="pt",
+            generator=torch.Generator().manual_seed(0), callback_on_step_end=end_guidance,
+            callback_on_step_end_tensor_inputs=names,
+        )[0]  # fmt: skip
+
+    pipe = family.build()
+    expected = guided(pipe)
+    with fxcache.apply(pipe, NEVER, backend="eager"):
+        assert_identical(guided(pipe), expected)
+    with fxcache.apply(pipe, ALTERNATE, backend="eager") as handle:
+        guided(pipe)
+        records = handle.report().records
+    assert [r.is_hit for r in records] == [False, True, False] + [False, True] * 2 + [False]
+    assert [r.step for r in records if r.reason == "nothing cached"] == [0, 3]
+    assert len({r.trajectory for r in records}) == 1
+
+
+def test_a_modular_pipeline(pipe):
+    modular = pytest.importorskip("diffusers.modular_pipelines.flux")
+    blocks = modular.FluxAutoBlocks().init_pipeline()
+    blocks.update_components(
+        **{name: pipe.components[name] for name in blocks.components if name in pipe.components}
+    )
+    blocks.set_progress_bar_config(disable=True)
+
+    def sample():
+        generator = torch.Generator().manual_seed(0)
+        return blocks(prompt="a fox", num_inference_steps=4, height=32, width=32,
+                      generator=generator, output="images", output_type="pt")  # fmt: skip
+
+    expected = sample()
+    with fxcache.apply(blocks, NEVER, backend="eager"):
+        assert_identical(sample(), expected)
+    with fxcache.apply(blocks, ALTERNATE, backend="eager") as handle:
+        sample()
+        assert [(r.step, r.is_hit) for r in handle.report().records] == [
+            (0, False), (1, True), (2, False), (3, True)
+        ]  # fmt: skip
+    assert_identical(sample(), expected)

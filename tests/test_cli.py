@@ -62,7 +62,7 @@ def test_help(capsys):
 
 @pytest.mark.slow
 def test_demo(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fxcache.demo.run.IMAGES", 8)
+    monkeypatch.setattr("fxcache.demo.run.IMAGES", 4)
     assert main(["demo", "--steps", "10", "--output", str(tmp_path), "--seed", "3"]) == 0
     out = capsys.readouterr().out
     assert "hits/steps" in out

@@ -69,10 +69,10 @@ def test_nan_is_a_miss_and_is_left_behind(model, policy):
 
 @pytest.mark.parametrize("policy", [*MEASURING, MAG], ids=name_of)
 def test_second_trajectories_are_as_good_as_first(model, policy):
-    denoiser = plain(model, policy)
+    denoiser, fresh = plain(model, policy), plain(model, policy)
     for seed, steps, shape in ((0, 8, {}), (1, 8, {}), (0, 6, {"batch": 3}), (0, 11, {"tokens": 5}),
                                (0, 8, {})):  # fmt: skip
-        fresh = plain(model, policy)
+        fresh.reset()
         assert_identical(run(denoiser, steps, seed, **shape), run(fresh, steps, seed, **shape))
         assert last_hits(denoiser, steps) == hits(fresh)
     assert any(hits(denoiser))

@@ -173,8 +173,8 @@ def lumina2():
 
 
 @entry("down_blocks.0", UNET_SPAN, as_is=True)
-def sd15_unet():
-    return tiny_model("UNet2DConditionModel")
+def sd15_unet(**config):
+    return tiny_model("UNet2DConditionModel", **config)
 
 
 @entry("down_blocks.0", UNET_SPAN, as_is=True)
