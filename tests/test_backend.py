@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import ALWAYS, NEVER, assert_close, assert_identical, count_products
+from helpers import ALWAYS, NEVER, assert_close, assert_identical, count_products, hits, plain
 from zoo import BreaksAfter, BreaksBefore, token_inputs
 
 import fxcache
@@ -94,3 +94,35 @@ def test_a_callable_backend_compiles_the_pieces(model):
     given = token_inputs()
     assert_identical(denoiser(**given), model(**given))
     assert len(seen) == 4  # head, hit, the span's block, what a miss does behind it
+
+
+# --- a denoiser inside what somebody else compiles ---
+
+
+def steps(denoiser, x, num_steps=4):
+    """A loop that announces its trajectory and names its branch."""
+    with denoiser.trajectory(num_steps=num_steps):
+        for i in range(num_steps):
+            with denoiser.branch("cond"):
+                x = x - 0.1 * denoiser(x, torch.full((2,), 1 - i / num_steps))
+    return x
+
+
+def test_a_compiled_loop_is_cut_at_the_denoiser(model):
+    denoiser = plain(model, ALWAYS)
+    x, _ = at(1.0)
+    expected, made = steps(denoiser, x), hits(denoiser)
+    compiled_steps = torch.compile(steps, backend="eager")
+    for _ in range(2):
+        denoiser.reset()
+        assert_identical(compiled_steps(denoiser, x), expected)
+        assert hits(denoiser) == made == [False, True, True, True]
+    assert denoiser.report().graphs == 1
+
+
+def test_it_cannot_be_a_part_of_one_graph(model):
+    denoiser = plain(model, ALWAYS)
+    whole = torch.compile(lambda x, t: x + denoiser(x, t), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="fxcache compiles the denoiser itself"):
+        whole(*at(1.0))
+    assert hits(denoiser) == []
