@@ -150,6 +150,15 @@ def test_any_dtype(dtype):
     assert weights.unchanged(stamp, given) is None
 
 
+@pytest.mark.parametrize("changed", [0, 3])
+def test_a_change_that_rounds_to_none_in_the_first_element(changed):
+    given = [torch.ones(4, dtype=torch.bfloat16), torch.ones(4, 2, dtype=torch.bfloat16).T]
+    weights = graph(2)
+    stamp = weights.stamp(given)
+    given[0].data[changed] += 0.01
+    assert weights.unchanged(stamp, given) is None
+
+
 def test_inference_tensors_have_no_count_of_writes():
     with torch.inference_mode():
         given = [torch.ones(3), torch.ones(3)]

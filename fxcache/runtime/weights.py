@@ -7,7 +7,7 @@ and the next evaluations compare it. What shows that a weight is another:
 * an optimizer of torch stepped on it;
 * it is gone, and another stands in its place (adapters, ``load_state_dict(assign=True)``);
 * it is another tensor, torch counted a write into it (``copy_``, ``load_state_dict``), or its first
-  element is another (writes through ``.data``, which nobody counts: moving averages of diffusers,
+  elements are others (writes through ``.data``, which nobody counts: moving averages of diffusers,
   merged adapters; this is looked at in host memory only);
 * a number of the model is another: an adapter's scale, constant or not in the graph.
 
@@ -180,7 +180,7 @@ def _voids(stamp: Stamp) -> Callable[[Any], None]:
 
 
 class _Memory:
-    """Where tensors lie, and an element of each (off the host: of some)."""
+    """Where tensors lie, and the first elements of each (off the host: the first of some)."""
 
     def __init__(self, tensors: Tensors) -> None:
         #: None of them wraps others or has a layout of its own.
@@ -243,7 +243,12 @@ def _is_on_host(tensor: torch.Tensor) -> bool:
 
 
 def _cell(tensor: torch.Tensor) -> Any:
-    """The type of an integer as large as an element of `tensor`, or smaller."""
+    """The type of an integer over the first eight bytes of `tensor`, or over an element.
+
+    Several elements, since a small change rounds to none in some of low precision.
+    """
+    if tensor.nbytes >= 8 and tensor.is_contiguous():
+        return c_uint64
     return _CELLS.get(tensor.element_size(), c_uint64)
 
 
