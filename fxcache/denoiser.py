@@ -211,12 +211,13 @@ def _make(denoiser: Any, model: nn.Module, settings: Settings) -> None:
     #: A cell, so that `other_policy` can put another runner here.
     current = [runner]
 
-    # What somebody else compiles around it is cut there.
-    @functools.partial(torch.compiler.disable, reason="fxcache compiles the denoiser itself")
     @functools.wraps(model.forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
         return hooks.around(model, current[0], *args, **kwargs)
 
+    if not settings.disable:  # what somebody else compiles around it is cut there
+        reason = "fxcache compiles the denoiser itself"
+        forward = torch.compiler.disable(forward, reason=reason)
     object.__setattr__(denoiser, "__dict__", model.__dict__)
     object.__setattr__(denoiser, "_fxcache_runner", current)
     object.__setattr__(denoiser, "_fxcache_forward", forward)

@@ -121,10 +121,17 @@ def apply(
     }
     clock = SchedulerClock(pipe)
     for name, denoiser in denoisers.items():
-        _session(denoiser).clock = clock
-        # Not by the pipeline's own attribute access, which would rewrite its config.
-        object.__setattr__(pipe, name, denoiser)
+        put(pipe, name, denoiser, clock)
     return Applied(pipe, denoisers)
+
+
+def put(pipe: Any, name: str, denoiser: nn.Module, clock: SchedulerClock) -> None:
+    """Make `denoiser` the component `name` of `pipe`, whose scheduler `clock` reads.
+
+    Not by the pipeline's own attribute access, which would rewrite its config.
+    """
+    _session(denoiser).clock = clock
+    object.__setattr__(pipe, name, denoiser)
 
 
 def denoisers_of(pipe: Any) -> dict[str, nn.Module]:

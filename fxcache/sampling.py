@@ -15,7 +15,7 @@ from fxcache.api import transform
 from fxcache.denoiser import DenoiserMethods, other_policy
 from fxcache.errors import OptionError, ProfileError
 from fxcache.integrations.scheduler import SchedulerClock
-from fxcache.pipeline import COMPONENTS
+from fxcache.pipeline import COMPONENTS, put
 from fxcache.policy import Policy, StepSchedule
 from fxcache.runner import Runner
 from fxcache.runtime.state import Direction
@@ -162,9 +162,7 @@ def _in_pipeline(pipe: Any, component: str | None, undo: ExitStack) -> Any:
     if isinstance(model, DenoiserMethods):
         return model
     denoiser = _eager(model)
-    denoiser._fxcache.session.clock = SchedulerClock(pipe)
-    # Not by the pipeline's own attribute access, which would rewrite its config.
-    object.__setattr__(pipe, name, denoiser)
+    put(pipe, name, denoiser, SchedulerClock(pipe))
     undo.callback(object.__setattr__, pipe, name, model)
     return denoiser
 

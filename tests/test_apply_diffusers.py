@@ -146,6 +146,15 @@ def test_a_copied_pipeline_has_a_cache_of_its_own(pipe):
     assert type(model) is diffusers.FluxTransformer2DModel
 
 
+def test_a_model_made_by_a_denoisers_class_can_be_copied(pipe):
+    fxcache.apply(pipe, ALTERNATE, backend="eager")
+    model = type(pipe.transformer).from_config(pipe.transformer.config)
+    copied = copy.deepcopy(model)
+    assert copied.state_dict().keys() == model.state_dict().keys()
+    assert copied.proj_out.weight is not model.proj_out.weight
+    assert torch.equal(copied.proj_out.weight, model.proj_out.weight)
+
+
 @pytest.mark.parametrize("policy", [NEVER, ALTERNATE])
 def test_compiling_around_it(pipe, policy):
     """``torch.compile`` cuts at the denoiser, which goes on as it was."""

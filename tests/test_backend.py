@@ -126,3 +126,9 @@ def test_it_cannot_be_a_part_of_one_graph(model):
     with pytest.raises(torch._dynamo.exc.Unsupported, match="fxcache compiles the denoiser itself"):
         whole(*at(1.0))
     assert hits(denoiser) == []
+
+
+def test_what_is_disabled_may_be_a_part_of_one_graph(model):
+    denoiser = fxcache.transform(model, ALWAYS, backend="eager", disable=True)
+    whole = torch.compile(denoiser, backend="eager", fullgraph=True)
+    assert_identical(whole(*at(1.0)), model(*at(1.0)))

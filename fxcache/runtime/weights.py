@@ -11,10 +11,10 @@ and the next evaluations compare it. What shows that a weight is another:
   merged adapters; this is looked at in host memory only);
 * a number of the model is another: an adapter's scale, constant or not in the graph.
 
-All weights are asked at every evaluation (0.2 us each on the host, 0.5 us if the processor's caches
-hold nothing of them): a merged adapter may have written one of a thousand. That a weight lies
-elsewhere is no sign: modules are moved off a device and back. Off the host a weight whose memory is
-the same counts as unchanged, so there a write through ``.data`` amid a trajectory is not seen.
+All weights are asked at every evaluation: a merged adapter may have written one of a thousand
+(``examples/benchmark_overhead.py`` shows what it costs). That a weight lies elsewhere is no sign:
+modules are moved off a device and back. Off the host a weight whose memory is the same counts as
+unchanged, so there a write through ``.data`` amid a trajectory is not seen.
 """
 
 import functools
