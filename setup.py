@@ -5,6 +5,7 @@ from setuptools import setup
 setup(
     packages=[
         "fxcache",
+        "fxcache.capture",
         "fxcache.demo",
         "fxcache.integrations",
         "fxcache.kernels",

@@ -24,7 +24,6 @@ class CalmSteps:
     span: Span = Span(head_blocks=1)  # what a hit skips
     forecast: Forecast = Taylor(order=1)  # what stands in for it
     decide: str = "each"
-    in_training: bool = False
 
     def rule(self, metric: float, history: History) -> Decision:
         if not history.past or history.step < 3:

@@ -21,7 +21,7 @@ def transform(
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
     dynamic: bool | None = None,
-    fullgraph: bool = True,
+    fullgraph: bool | None = None,
     options: dict[str, Any] | None = None,
     disable: bool = False,
     fallback: bool = False,
@@ -31,6 +31,7 @@ def transform(
     guards: str = "always",
     cache_dtype: torch.dtype | None = None,
     cache_device: torch.device | str | None = None,
+    audit: bool = True,
 ) -> nn.Module:
     """Make a denoiser that skips its block stack where `policy` allows it.
 
@@ -40,7 +41,9 @@ def transform(
         policy: when to skip; None means ``FirstBlockCache()``.
         backend: what compiles the pieces: "inductor", "eager" (none), or any name or callable that
             torch.compile takes.
-        mode, dynamic, fullgraph, options, disable: as in torch.compile.
+        mode, dynamic, options, disable: as in torch.compile.
+        fullgraph: True insists on one graph. None (or False): one graph; else one with more
+            captured (``.tolist()``, warnings); else pieces, one of which holds the stack.
         fallback: run a model that cannot be rewritten uncached, with one warning, instead of
             raising.
         kernel: who measures: "aten" (plain operations, which the compiler fuses with what is around
@@ -76,6 +79,9 @@ def transform(
             from it. ``report().cached_by_device`` says how many bytes are kept where. What the next
             probe is compared with stays on the device. Not with CUDA graphs (mode "reduce-overhead"
             or "max-autotune").
+        audit: once a capture, after the first computed step, evaluate the model once more on a
+            slightly moved sample, and a hit there: where that does not follow the sample, nothing
+            is reused, and a warning says so. It costs an evaluation and a hit. False leaves it out.
 
     Returns:
         A module of the model's own class with the same call signature, outputs, parameter names
@@ -110,6 +116,7 @@ def transform(
         guards,
         cache_dtype=cache_dtype,
         cache_device=cache_device,
+        audit=audit,
     )
     denoiser: nn.Module = make_denoiser(model, settings)
     return denoiser

@@ -1,7 +1,6 @@
 """Say what the pass finds in a model and what it would do, without compiling anything."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,16 +8,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxcache.backend import Backend
-from fxcache.capture import graph_inputs, tensor_of
+from fxcache.capture.backend import Backend, rewrite
 from fxcache.errors import FxCacheError, PolicyError, StackNotFoundError
 from fxcache.integrations import hooks
-from fxcache.passes.branch import state_fakes
-from fxcache.passes.cut import Cut
+from fxcache.passes.cut import Cut, Stream
+from fxcache.passes.graph import GraphInputs, bytes_of, shape_of, tensor_of
 from fxcache.passes.probe import Probe
 from fxcache.policy import Policy
 from fxcache.runner import Runner, Settings
-from fxcache.stack import node_flops
+
+
+#: Some policies need a number of steps, though the first is computed whatever it is.
+ANY = 28
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,17 @@ class Explanation:
         stack: the block stack, as ``path (blocks)`` joined by ``+``; None if there is none; "the
             whole model" if the policy's span is that.
         blocks, head_blocks, span_blocks, tail_blocks: paths of the blocks, in execution order.
+        is_u_shape: what is skipped lies below a level of skips, whose readers run on every hit.
+        sample: names of the noisy inputs.
         streams: what leaves the span and is cached.
         probe: what is measured.
         timestep: the name of the time input, None if the graph has none.
-        flops: FLOPs of one evaluation; skipped_flops: those that a hit skips.
+        flops: FLOPs of one evaluation that depend on the sample; skipped_flops: of these, what a
+            hit skips.
+        audit: how well a hit follows a slightly moved sample: 0 exactly, 1 as returning the old
+            output would (None: it could not be tried).
         refused: for each graph that was not rewritten, why; the largest first.
+        notes: what else was seen.
     """
 
     model: str
@@ -57,12 +64,16 @@ class Explanation:
     head_blocks: tuple[str, ...] = ()
     span_blocks: tuple[str, ...] = ()
     tail_blocks: tuple[str, ...] = ()
+    is_u_shape: bool = False
+    sample: tuple[str, ...] = ()
     streams: tuple[StreamInfo, ...] = ()
     probe: str | None = None
     timestep: str | None = None
     flops: int = 0
     skipped_flops: int = 0
+    audit: float | None = None
     refused: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -77,18 +88,23 @@ class Explanation:
         if self.stack is None:
             return "\n".join([f"{self.model}: no block stack", *self._refusals()])
         cached = sum(stream.nbytes for stream in self.streams)
+        shape = ", a U shape" if self.is_u_shape else ""
+        audit = "not tried" if self.audit is None else f"{self.audit:.2f} (below 1 it follows)"
         lines = [
-            f"{self.model}: {len(self.blocks)} blocks in {self.stack}"
+            f"{self.model}: {len(self.blocks)} blocks in {self.stack}{shape}"
             if self.blocks
             else f"{self.model}: the span is {self.stack}",
             f"  head   {_run(self.head_blocks)}",
             f"  span   {_run(self.span_blocks)}",
             f"  tail   {_run(self.tail_blocks)}",
+            f"  sample {', '.join(self.sample)}",
             f"  probe  {self.probe or 'nothing is measured'}",
             *(f"  stream {stream}" for stream in self.streams),
             f"  time   {self.timestep or 'not found: steps are counted by evaluations'}",
+            f"  audit  {audit}",
             f"  a hit skips {self.skipped_share:.1%} of {self.flops / 1e9:.3g} GFLOP and needs "
             f"{cached / 2**20:.3g} MiB a branch",
+            *(f"  note   {note}" for note in self.notes),
             *self._refusals(),
         ]
         return "\n".join(lines)
@@ -107,82 +123,82 @@ def _run(paths: Sequence[str]) -> str:
 
 
 class _Analyst(Backend):
-    """A backend that looks and changes nothing."""
+    """A backend that remembers what it found."""
 
-    cut: Cut | None = None
-    timestep: str | None = None
+    found: tuple[Cut, Probe | None] | None = None
 
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        self.session.graphs += 1
-        self.session.evaluations += 1
-        inputs = graph_inputs(gm.graph, self.argument_names)
+    def compile_graph(
+        self, gm: fx.GraphModule, inputs: GraphInputs, *, is_part: bool
+    ) -> Callable[..., Any]:
         try:
-            self.cut = self.analyse(gm, inputs)
-            self.timestep = inputs.data.get(inputs.timestep) if inputs.timestep else None
+            cut, probe = self.analyse(gm, inputs, is_part=is_part)
         except PolicyError:
             raise
         except FxCacheError as error:
             self.refused.append((len(gm.graph.nodes), str(error)))
-        return gm.forward
+            self.session.evaluations += 1
+            return gm
+        self.found = cut, probe
+        return rewrite(gm, cut, probe, self.session, self.lowering, is_part=is_part)
 
 
 def explain_model(
     model: nn.Module, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Explanation:
-    """Run the model once through Dynamo, look at its graphs and describe what was found."""
-    runner = Runner(model, Settings(policy, backend="eager", fullgraph=False))
-    names, weights = runner.backend.argument_names, runner.backend.list_weights
-    analyst = _Analyst(runner.session, runner.lowering, argument_names=names, list_weights=weights)
+    """Run the model once through the pass, and describe what was found."""
+    runner = Runner(model, Settings(policy, backend="eager"))
+    old = runner.backend
+    analyst = _Analyst(
+        runner.session,
+        runner.lowering,
+        argument_names=old.argument_names,
+        num_weights=old.num_weights,
+    )
     runner.use(analyst)
-    with torch.no_grad(), suppress(StackNotFoundError):  # no graph at all
+    announced = runner.session.trajectory(num_steps=ANY)
+    with torch.no_grad(), announced, suppress(StackNotFoundError):  # no graph at all
         hooks.around(model, lambda *args, **kwargs: runner.evaluate(args, kwargs), *args, **kwargs)
     refused = tuple(f"{reason} ({nodes} nodes)" for nodes, reason in sorted(analyst.refused)[::-1])
-    if analyst.cut is None:
+    if analyst.found is None:
         return Explanation(type(model).__name__, refused=refused)
-    return _describe(type(model).__name__, analyst.cut, analyst.timestep, refused)
+    return _describe(type(model).__name__, *analyst.found, runner.session.report().audit, refused)
 
 
 def _describe(
-    model: str, found: Cut, timestep: str | None, refused: tuple[str, ...]
+    model: str, cut: Cut, probe: Probe | None, audit: float | None, refused: tuple[str, ...]
 ) -> Explanation:
-    stack = found.stack
-    paths = [block.path for block in stack.blocks] if stack is not None else []
-    first = paths.index(found.span_blocks[0].path) if paths else 0
-    last = first + len(found.span_blocks)
-    nodes = (*found.head, *found.span, *found.tail)
-    _, residuals = state_fakes(found)
-    streams = [
-        StreamInfo(
-            stream.after.name,
-            tuple(size if isinstance(size, int) else str(size) for size in residual.shape),
-            str(residual.dtype).removeprefix("torch."),
-            stream.before is not None,
-            _nbytes(residual),
-        )
-        for stream, residual in zip(found.streams, residuals, strict=True)
-    ]
-    probe = found.probe
+    facts = cut.facts
+    inputs = facts.inputs
     return Explanation(
         model,
-        stack="the whole model" if stack is None else str(stack),
-        head_blocks=tuple(paths[:first]),
-        span_blocks=tuple(paths[first:last]),
-        tail_blocks=tuple(paths[last:]),
-        streams=tuple(streams),
+        stack=cut.stack,
+        head_blocks=cut.head_units,
+        span_blocks=cut.span_units,
+        tail_blocks=cut.tail_units,
+        is_u_shape=cut.is_u_shape,
+        sample=tuple(inputs.paths.get(node, node.name) for node in facts.samples),
+        streams=tuple(map(_stream, cut.streams)),
         probe=None if probe is None else _measured(probe),
-        timestep=timestep,
-        flops=sum(map(node_flops, nodes)) if stack is None else stack.graph_flops,
-        skipped_flops=sum(node_flops(node) for node in found.span),
+        timestep=None if inputs.timestep is None else inputs.data[inputs.timestep],
+        flops=facts.total,
+        skipped_flops=round(cut.skipped_share * facts.total),
+        audit=audit,
         refused=refused,
+        notes=cut.notes,
+    )
+
+
+def _stream(stream: Stream) -> StreamInfo:
+    value = tensor_of(stream.after)
+    return StreamInfo(
+        stream.after.name,
+        tuple(size if isinstance(size, int) else str(size) for size in value.shape),
+        str(value.dtype).removeprefix("torch."),
+        stream.skeleton is not None,
+        bytes_of(stream.after),
     )
 
 
 def _measured(probe: Probe) -> str:
-    names = " - ".join(node.name for node in probe.nodes)
-    return f"{names} {list(tensor_of(probe.after).shape)}"
-
-
-def _nbytes(fake: torch.Tensor) -> int:
-    """The memory of a tensor like `fake`, symbolic sizes at their hints."""
-    sizes = (size if isinstance(size, int) else size.node.hint or 1 for size in fake.shape)
-    return math.prod(sizes) * fake.element_size()
+    kept = "" if probe.skeleton is None else " - " + ", ".join(n.name for n in probe.reads[1:2])
+    return f"{probe.node.name}{kept} {list(shape_of(probe.node) or ())}"

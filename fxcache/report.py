@@ -1,5 +1,6 @@
 """What happened: one record an evaluation, as a table, as JSON and as a picture."""
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -34,7 +35,8 @@ class Report:
 
     `cached_bytes` is the memory that the state holds now (`cached_by_device`: on which device how
     much), `graphs` the number of graphs compiled, `recompiles` those compiled after the first
-    evaluation was through.
+    evaluation was through. `audit` is how well a hit followed a slightly moved sample, at worst: 0
+    exactly, 1 as returning the old output would, None not tried.
     """
 
     records: tuple[Record, ...]
@@ -42,6 +44,7 @@ class Report:
     graphs: int
     recompiles: int
     cached_by_device: Mapping[str, int] = field(default_factory=dict)
+    audit: float | None = None
 
     @classmethod
     def merged(cls, reports: Mapping[str, "Report"]) -> "Report":
@@ -55,7 +58,9 @@ class Report:
         in_order = sorted(records, key=lambda record: (record.trajectory, record.step))
         devices = sum((Counter(r.cached_by_device) for r in reports.values()), Counter[str]())
         cached, graphs, recompiles = (sum(column) for column in zip(*totals, strict=True))
-        return cls(tuple(in_order), cached, graphs, recompiles, dict(devices))
+        audits = [report.audit for report in reports.values() if report.audit is not None]
+        worst = max(audits, default=None)
+        return cls(tuple(in_order), cached, graphs, recompiles, dict(devices), worst)
 
     @property
     def hits(self) -> int:
@@ -90,6 +95,7 @@ class Report:
             "cached_by_device": dict(self.cached_by_device),
             "graphs": self.graphs,
             "recompiles": self.recompiles,
+            "audit": self.audit if self.audit is None or math.isfinite(self.audit) else None,
         }
 
     def __str__(self) -> str:
@@ -104,6 +110,7 @@ class Report:
             f"{self.hits} hits, {self.misses} misses ({self.hit_rate:.0%}), "
             f"{_size(self.cached_bytes)} cached{self._places()}, {self.graphs} graph(s), "
             f"{self.recompiles} recompile(s)"
+            + ("" if self.audit is None else f", audit {self.audit:.2f}")
         )
         return "\n".join(lines)
 

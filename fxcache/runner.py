@@ -7,23 +7,19 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import (
-    BackendCompilerFailed,
-    FailOnRecompileLimitHit,
-    Unsupported,
-    UserError,
-)
 
-from fxcache.backend import Backend
-from fxcache.capture import TIMESTEP_NAMES
+from fxcache.capture import torch_internals as internals
+from fxcache.capture.backend import Backend
+from fxcache.capture.compile import resolve_lowering
 from fxcache.errors import CaptureError, FxCacheError, OptionError, StackNotFoundError
 from fxcache.integrations import hooks
-from fxcache.lower import resolve_lowering
+from fxcache.passes.graph import TIMESTEP_NAMES
 from fxcache.policy import Policy
 from fxcache.runtime.session import Session
 from fxcache.runtime.shortcut import NOT_TAKEN, Shortcut
@@ -44,7 +40,7 @@ class Settings:
     backend: str | Callable[..., Any] = "inductor"
     mode: str | None = None
     dynamic: bool | None = None
-    fullgraph: bool = True
+    fullgraph: bool | None = None
     options: dict[str, Any] | None = field(default=None)
     disable: bool = False
     fallback: bool = False
@@ -54,26 +50,7 @@ class Settings:
     guards: str = "always"
     cache_dtype: torch.dtype | None = None
     cache_device: torch.device | str | None = None
-
-
-# Where torch has it, frames behind a graph break are counted a compiled function, too.
-_ISOLATED: dict[str, Any] = (
-    {"isolate_recompiles": True}
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters
-    else {}
-)
-
-
-# Switches of Dynamo, as far as this torch has them, that leave more of a model in one graph.
-_CAPTURE_MORE: dict[str, Any] = {
-    name: value
-    for name, value in {
-        "capture_scalar_outputs": True,
-        "capture_dynamic_output_shape_ops": True,
-        "ignore_logging_functions": {warnings.warn},
-    }.items()
-    if hasattr(torch._dynamo.config, name)
-}
+    audit: bool = True
 
 
 def _evaluate(
@@ -122,6 +99,7 @@ class Runner:
             speculate=settings.speculate,
             cache_dtype=settings.cache_dtype,
             cache_device=settings.cache_device,
+            audit=settings.audit,
         )
         parameters = inspect.signature(model.forward).parameters.values()
         names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
@@ -131,6 +109,8 @@ class Runner:
             for p in parameters
             if p.name in TIMESTEP_NAMES
         }
+        if settings.fullgraph not in (None, True, False):
+            raise OptionError(f"fullgraph must be None, True or False, got {settings.fullgraph!r}")
         self.gave_up = False
         if settings.guards not in GUARDS:
             raise OptionError(f"guards must be one of {GUARDS}, got {settings.guards!r}")
@@ -140,7 +120,7 @@ class Runner:
                 self.session,
                 self.lowering,
                 argument_names=names,
-                list_weights=functools.partial(_heaviest_list, weakref.ref(model)),
+                num_weights=functools.partial(_num_weights, weakref.ref(model)),
             )
         )
         is_eager = settings.backend == "eager"
@@ -150,7 +130,8 @@ class Runner:
 
     def use(self, backend: Backend) -> None:
         """Capture anew, for `backend`."""
-        self.backend, self.is_whole = backend, True
+        #: The model is one graph; it became so with more of Dynamo's switches on.
+        self.backend, self.is_whole, self.captures_more = backend, True, False
         self.cached = self.compile(backend)
 
     def compile(self, backend: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
@@ -161,7 +142,7 @@ class Runner:
             fullgraph=fullgraph,
             dynamic=self.settings.dynamic,
             options=dict(self.dynamo_options) if self.dynamo_options else None,
-            **_ISOLATED,
+            **internals.ISOLATED,
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -190,8 +171,8 @@ class Runner:
 
     def _may_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether an evaluation goes through the cache; if not, the state takes note of it."""
-        session, is_training = self.session, self.model.training
-        if not goes_around(session, is_training, args, kwargs):
+        session, is_training = self.session, self.model.training and torch.is_grad_enabled()
+        if not goes_around(session, args, kwargs):
             return True
         pass_over(session, self._timestep(args, kwargs), is_training=is_training)
         return False
@@ -226,37 +207,35 @@ class Runner:
         return outputs
 
     def _evaluate_checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One evaluation through Dynamo, which checks its guards."""
-        if not self.is_whole:
-            try:
-                return self._run_patched(args, kwargs)
-            except StackNotFoundError:  # hooks may have come that scatter it over more graphs
-                if not hooks.make_traceable(self.model):
-                    raise
-            self._break_up()
-            return self._run_patched(args, kwargs)
-        try:
-            return self._run(args, kwargs)
-        except CaptureError as error:
-            if hooks.make_traceable(self.model):
-                return self._evaluate_checked(args, kwargs)
-            log.info("trying again with more captured: %s", error)
-        try:
-            return self._run_patched(args, kwargs)
-        except CaptureError as error:
-            if self.settings.fullgraph:
-                raise
-            log.info("capturing in pieces: %s", error)
-        self._break_up()
-        return self._run_patched(args, kwargs)
+        """One evaluation through Dynamo, which checks its guards.
 
-    def _run_patched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call with those switches of Dynamo on that avoid graph breaks, for this call only."""
-        with torch._dynamo.config.patch(_CAPTURE_MORE):
+        What fails as one graph is tried with more captured, then in pieces, one of which must hold
+        the stack. What then works is the way of all later evaluations.
+        """
+        try:
             return self._run(args, kwargs)
+        except (CaptureError, StackNotFoundError) as error:
+            if hooks.make_traceable(self.model):  # hooks have come that break the graph
+                return self._evaluate_checked(args, kwargs)
+            if not self.is_whole or isinstance(error, StackNotFoundError):
+                raise
+            first = error
+        if not self.captures_more:
+            log.info("trying again with more captured: %s", first)
+            self.captures_more = True
+            try:
+                return self._run(args, kwargs)
+            except CaptureError as error:
+                self.captures_more, first = False, error
+        if self.settings.fullgraph or hooks.obstacles(self.model):
+            raise first
+        log.info("capturing in pieces: %s", first)
+        self._break_up()
+        return self._run(args, kwargs)
 
     def _break_up(self) -> None:
         self.is_whole = self.backend.fullgraph = False
+        self.captures_more = True
         self.backend.refused.clear()
         self.session.graphs = 0
         self.cached = self.compile(self.backend, fullgraph=False)
@@ -277,7 +256,7 @@ class Runner:
         """
         try:
             return self.cached(self.model, args, kwargs, hooks.own_forward(self.model))
-        except FailOnRecompileLimitHit:
+        except internals.FailOnRecompileLimitHit:
             self.session.say_once(
                 "recompiles",
                 f"{type(self.model).__name__} was captured {self.session.graphs} times and is "
@@ -293,21 +272,19 @@ class Runner:
         session = self.session
         before = session.evaluations
         try:
-            outputs = self._call(args, kwargs)
-        except BackendCompilerFailed as error:
+            with internals.capturing_more() if self.captures_more else nullcontext():
+                outputs = self._call(args, kwargs)
+        except internals.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, FxCacheError):
                 raise error.inner_exception from None
             raise
-        except (Unsupported, UserError, FailOnRecompileLimitHit) as error:
+        except internals.NOT_CAPTURED as error:
             inspect.signature(self.model.forward).bind(
                 *args, **kwargs
             )  # a TypeError is the caller's
-            advice = hooks.obstacles(self.model)
-            if advice is None:
-                advice = "fullgraph=False may do." if self.settings.fullgraph else ""
             raise CaptureError(
                 f"{type(self.model).__name__} could not be captured in one graph by torch.compile. "
-                f"{advice} Dynamo says: {error}"
+                f"{hooks.obstacles(self.model) or ''} Dynamo says: {error}"
             ) from error
         if session.evaluations == before:
             cause = hooks.obstacles(self.model) or (
@@ -327,16 +304,9 @@ class Runner:
         return outputs
 
 
-def _heaviest_list(reference: weakref.ref[nn.Module]) -> int:
-    """How many elements the parameters of a model's heaviest list of blocks have (0: no such list).
-
-    Compiled code, which keeps this, must not keep the model.
+def _num_weights(reference: weakref.ref[nn.Module]) -> int:
+    """How many elements a model's parameters have. Compiled code, which keeps this, must not keep
+    the model.
     """
     model = reference()
-    lists = [
-        module
-        for module in (() if model is None else model.modules())
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-        and any(next(child.children(), None) is not None for child in module)
-    ]
-    return max((sum(p.numel() for p in blocks.parameters()) for blocks in lists), default=0)
+    return 0 if model is None else sum(p.numel() for p in model.parameters())

@@ -14,7 +14,7 @@ from helpers import ALWAYS, CountingDevice
 from zoo import SequentialDiT
 
 import fxcache
-from fxcache.lower import resolve_lowering
+from fxcache.capture.compile import resolve_lowering
 
 
 def pytest_collection_finish():
@@ -54,7 +54,7 @@ def denoiser(model):
 def device(monkeypatch):
     """Stands in for the GPU of denoisers whose backend is a function."""
     device = CountingDevice()
-    monkeypatch.setattr("fxcache.backend.graph_device", lambda _: device)
+    monkeypatch.setattr("fxcache.capture.backend.graph_device", lambda _: device)
 
     def resolve(*args, **options):
         return dataclasses.replace(resolve_lowering(*args, **options), graphs=callable(args[0]))

@@ -50,7 +50,7 @@ def away(monkeypatch):
     """
     calls, begin = [], HostedRegions.begin
     monkeypatch.setattr(HostedRegions, "begin", lambda *given: calls.append(1) or begin(*given))
-    monkeypatch.setattr("fxcache.backend.is_away", lambda cache_device, device: bool(cache_device))
+    monkeypatch.setattr("fxcache.capture.backend.is_away", lambda host, device: bool(host))
     return calls
 
 
@@ -68,14 +68,14 @@ class Wiring:
     def head(self, inputs, own):
         return (inputs[0] + 1,), torch.tensor([0.25])
 
-    def hit(self, values, own, constants, weights):
-        self.given.append((values, own, constants, weights))
+    def hit(self, values, own, weights):
+        self.given.append((values, own, weights))
         return ["output"]
 
     def miss(self, values, own, slot):
         for number, ring in enumerate(own.rings):
             ring[slot].fill_(10 + number)
-        return ["output"], ("constant",)
+        return ["output"]
 
 
 def host_rings():
@@ -91,10 +91,10 @@ def test_a_hit_is_given_copies_of_what_it_uses(weights):
     own, wiring = Buffers({"kept": torch.ones(2)}, host_rings()), Wiring()
     evaluation = HostedRegions(wiring, torch.device("cpu")).begin((torch.ones(1),), own)
     assert evaluation.read() == [0.25]
-    assert evaluation.hit(("constant",), weights) == ["output"]
-    ((values, given, constants, vector),) = wiring.given
+    assert evaluation.hit(weights) == ["output"]
+    ((values, given, vector),) = wiring.given
     assert given.kept is own.kept
-    assert (values, constants, vector.tolist()) == ((1.0, 2.0), ("constant",), weights)
+    assert (values, vector.tolist()) == ((1.0, 2.0), weights)
     held = {residual.data_ptr() for ring in own.rings for residual in ring}
     for near, far in zip(given.rings, own.rings, strict=True):
         assert held.isdisjoint(residual.data_ptr() for residual in near)
@@ -106,7 +106,7 @@ def test_a_hit_is_given_copies_of_what_it_uses(weights):
 def test_a_miss_writes_one_slot_of_each_ring_and_nothing_else():
     own, wiring = Buffers({}, host_rings()), Wiring()
     evaluation = HostedRegions(wiring, torch.device("cpu")).begin((torch.ones(1),), own)
-    assert evaluation.miss(1) == (["output"], ("constant",))
+    assert evaluation.miss(1) == ["output"]
     values = [[float(residual.mean()) for residual in ring] for ring in own.rings]
     assert values == [[0.0, 10.0, 2.0], [3.0, 11.0, 5.0]]
 
@@ -115,7 +115,7 @@ def test_pieces_run_where_the_model_is():
     """Rings on the host, pieces on another device: all that a hit is given lies there."""
     own, wiring = Buffers({}, host_rings()), Wiring()
     evaluation = HostedRegions(wiring, torch.device("meta")).begin((torch.ones(1),), own)
-    evaluation.hit((), [1.0, 0.0, 1.0])
+    evaluation.hit([1.0, 0.0, 1.0])
     ((_, given, _, vector),) = wiring.given
     assert {residual.device.type for ring in given.rings for residual in ring} == {"meta"}
     assert given.device.type == vector.device.type == "meta"

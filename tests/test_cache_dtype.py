@@ -162,19 +162,6 @@ def test_streams_of_real_models(name, dtype):
     assert {residual.dtype for residual in cached_residuals(denoiser)} == {dtype}
 
 
-def test_gradients_through_cached_steps(model):
-    policy = FirstBlockCache(threshold=math.inf, in_training=True)
-    denoiser = plain(model.train(), policy, cache_dtype=FLOAT16)
-    gradients = []
-    with torch.enable_grad():
-        for t in (1.0, 0.9):
-            x = sample().requires_grad_()
-            denoiser(x, times(t)).square().sum().backward()
-            gradients.append(x.grad)
-    assert hits(denoiser) == [False, True]
-    assert all(g.isfinite().all() and g.any() for g in gradients)
-
-
 # --- beyond the range ---
 
 
@@ -230,7 +217,7 @@ def test_a_residual_beyond_the_range_is_kept_as_the_largest(own, dtype, scale):
     model = seeded(Bare)
     model.blocks[-1].mlp[2].weight.mul_(scale)
     model.to(own)
-    denoiser = plain(model, ALWAYS, cache_dtype=dtype)
+    denoiser = plain(model, ALWAYS, cache_dtype=dtype, audit=False)
     first, second = (denoiser(sample().to(own), times(t).to(own)) for t in (1.0, 0.9))
     (kept,) = cached_residuals(denoiser)
     limit = largest_kept(own, dtype)

@@ -92,7 +92,8 @@ def test_the_threshold_is_strict(model, limit, is_hit):
 
 def test_values_at_the_edges(model):
     """Under a limit of inf: only what has no measure is a change, and no trace of it is left."""
-    denoiser = plain(model, looking(StepSchedule(mask=[False, True, True, True]), math.inf))
+    policy = looking(StepSchedule(mask=[False, True, True, True]), math.inf)
+    denoiser = plain(model, policy, audit=False)
     hit = {(1.0, 1.0), (0.0, 0.0), (1e6, 0.0)}
     miss = {(0.0, 1e-6), (1.0, math.nan), (math.nan, math.nan), (1.0, math.inf)}
     for values in hit | miss:
@@ -233,7 +234,6 @@ class Own:
     span: Span = Span(head_blocks=1)
     forecast: Forecast = REUSE
     decide: str = "each"
-    in_training: bool = False
 
     def rule(self, metric, history):
         return Decision(bool(history.past), None if history.past else "nothing cached")

@@ -28,7 +28,7 @@ from zoo import SequentialDiT
 
 import fxcache
 from fxcache import FirstBlockCache, StepSchedule, Taylor
-from fxcache.lower import resolve_lowering
+from fxcache.capture.compile import resolve_lowering
 from fxcache.runtime.device import CudaDevice, graph_device
 from fxcache.runtime.graphs import MAX_QUIET_RESTARTS
 
@@ -66,7 +66,7 @@ def test_the_same_numbers_as_without_graphs(model, device, policy, announced):
                                      {"options": {"triton.cudagraphs": True}}])  # fmt: skip
 def test_inductor_pieces(model, monkeypatch, options):
     device = CountingDevice()
-    monkeypatch.setattr("fxcache.backend.graph_device", lambda _: device)
+    monkeypatch.setattr("fxcache.capture.backend.graph_device", lambda _: device)
     a, b = fxcache.transform(model, ALTERNATE, **options), plain(model, ALTERNATE)
     for seed in (0, 1):
         assert_close(solve(a, 6, seed), solve(b, 6, seed))

@@ -9,7 +9,7 @@ from zoo import SequentialDiT, at_step, make, token_inputs
 
 import fxcache
 from fxcache import FirstBlockCache, Taylor
-from fxcache.lower import compile_pieces
+from fxcache.capture.compile import compile_pieces
 from fxcache.runtime.regions import Compiled
 
 pytestmark = pytest.mark.slow
@@ -61,8 +61,8 @@ def test_two_regions_a_step(monkeypatch):
             regions[name] = lambda *a, n=name, r=region: (called.append(n), r(*a))[1]
         return Compiled(**regions)
 
-    monkeypatch.setattr(fxcache.backend, "compile_pieces", spy)
-    denoiser = fxcache.transform(SequentialDiT().eval(), ALWAYS)
+    monkeypatch.setattr(fxcache.capture.backend, "compile_pieces", spy)
+    denoiser = fxcache.transform(SequentialDiT().eval(), ALWAYS, audit=False)
     for _ in range(3):
         denoiser(**token_inputs())
     assert called == ["head", "miss", "head", "hit", "head", "hit"]

@@ -44,7 +44,7 @@ def model():
 @pytest.fixture
 def make(request, monkeypatch):
     """One of `WAYS`. The CPU stands in for a GPU with host memory, or with CUDA graphs."""
-    monkeypatch.setattr("fxcache.backend.is_away", lambda cache_device, device: bool(cache_device))
+    monkeypatch.setattr("fxcache.capture.backend.is_away", lambda host, device: bool(host))
     if request.param == "graphs":
         request.getfixturevalue("device")
     return WAYS[request.param]

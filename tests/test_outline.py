@@ -27,8 +27,8 @@ class Compiler:
 
     @property
     def num_products(self):
-        """Linear layers in each compiled graph."""
-        return [sum("linear" in str(node.target) for node in gm.graph.nodes) for gm in self.modules]
+        """Linear layers (with a bias) in each compiled graph."""
+        return [sum("addmm" in str(node.target) for node in gm.graph.nodes) for gm in self.modules]
 
 
 def outlined(model, policy=POLICY, **options):
@@ -162,12 +162,12 @@ class InPlaceBlock(Block):
         return x
 
 
-def test_a_stream_written_in_place_keeps_the_piece_whole():
+def test_a_stream_written_in_place_is_a_value_like_others():
     torch.manual_seed(0)
     model = SequentialDiT(5).eval()
     model.blocks = nn.Sequential(*(InPlaceBlock(16) for _ in range(5)))
     compiler = assert_like_eager(model.eval(), moving)
-    assert len(compiler.modules) == 3
+    assert sum(count >= 4 for count in compiler.num_products) == 2  # the head, and one block
 
 
 class InnerWrites(Block):
@@ -241,20 +241,6 @@ def test_any_policy(policy):
     compiler = assert_like_eager(model, moving, policy, steps=6)
     # Head and tail blocks are those of the span: one graph holds the block, all others the rest.
     assert sum(count >= 4 for count in compiler.num_products) <= 2
-
-
-def test_gradients_are_those_of_the_model():
-    torch.manual_seed(0)
-    model = SequentialDiT(5).eval()
-    policy = FirstBlockCache(threshold=0.0, in_training=True)
-    denoiser = fxcache.transform(model, policy, backend="aot_eager")
-    with torch.enable_grad():
-        denoiser(**moving(0)).sum().backward()
-        gradients = [p.grad.clone() for p in model.parameters()]
-        model.zero_grad()
-        model(**moving(0)).sum().backward()
-    for gradient, parameter in zip(gradients, model.parameters(), strict=True):
-        torch.testing.assert_close(gradient, parameter.grad)
 
 
 @pytest.mark.slow

@@ -83,4 +83,4 @@ def test_metrics_are_residual_diffs():
 def test_the_log_says_what_was_found(caplog):
     with caplog.at_level(logging.INFO, "fxcache"):
         fxcache.transform(SequentialDiT().eval(), ALWAYS, backend="eager")(**token_inputs())
-    assert "stack blocks (4); 3 of 4 blocks in the span" in caplog.text
+    assert "blocks (4): a hit skips 74% of the work, 3 of 4 units" in caplog.text

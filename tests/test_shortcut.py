@@ -139,7 +139,8 @@ def test_gradients_and_training_in_between(model):
                 assert out.requires_grad == (i == 2)
             denoiser.eval()
     assert a.report().records == b.report().records
-    assert hits(a) == [False, True, False, False]  # what went around the cache is newer
+    # What went around the cache is newer. A training mode without gradients does not matter.
+    assert hits(a) == [False, True, False, True, True]
 
 
 # --- weights ---

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import importlib
-import math
 import re
 from pathlib import Path
 
@@ -15,10 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from zoo import SequentialDiT, make
 
 import fxcache
-from fxcache import FirstBlockCache, StackNotFoundError, StepSchedule, Taylor
+from fxcache import StepSchedule
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-IN_TRAINING = FirstBlockCache(threshold=math.inf, max_consecutive_hits=1, in_training=True)
 
 
 def small(cls=SequentialDiT, depth=2):
@@ -128,16 +126,10 @@ def test_what_is_said_of_uncached_evaluations(caplog):
         denoiser(sample().requires_grad_(), times(1.0))
         with torch.enable_grad():
             denoiser(sample(), times(1.0))
-        denoiser.train()
-        denoiser(sample(), times(1.0))
-        denoiser.eval()
     said = [record.message for record in caplog.records]
-    assert len(said) == 3
+    assert len(said) == 2
     assert "x.detach()" in said[0]
-    for message, cause in zip(said[1:], ("gradients are enabled", "model.training"), strict=True):
-        assert cause in message
-        assert "in_training=True in the policy" in message
-        assert "takes its residual for a constant" in message
+    assert "gradients are enabled" in said[1]
     with torch.inference_mode():  # nothing of this can be recomputed
         denoiser(sample(), times(0.9))
     assert hits(denoiser) == [False]
@@ -206,112 +198,29 @@ def test_training_evaluations_are_no_steps(announced, training):
     assert shown[2:] == [(2, False, UNCACHED), (3, True, None)]
 
 
-# --- gradients through cached steps ---
-
-
-def unrolled(model, x, steps, is_hit, weights):
-    """What in_training=True promises, written by hand: residuals are constants."""
-    past = []
-    for i in range(steps):
-        h = model.embed(x) + model.time(times(1 - i / steps)[:, None])[:, None]
-        before = model.blocks[0](h)
-        if is_hit[i]:
-            after = before + sum(w * r for w, r in zip(weights(len(past)), past, strict=False))
-        else:
-            after = model.blocks[1:](before)
-            past.insert(0, (after - before).detach())
-        x = x - 0.25 * model.out(model.norm(after))
-    return x
-
-
-def solved(denoiser, x, steps):
-    with denoiser.trajectory():
-        for i in range(steps):
-            x = x - 0.25 * denoiser(x, times(1 - i / steps))
-    return x
-
-
-# Misses two steps apart, and the hit one behind: r + (r - r') / 2.
-FORECASTS = {
-    "reuse": (fxcache.Reuse(), lambda held: [1.0]),
-    "Taylor": (Taylor(order=1), lambda held: [1.0] if held < 2 else [1.5, -0.5]),
-}
-
-
-@pytest.mark.parametrize("forecast", FORECASTS)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_gradients_go_around_constant_residuals(backend, forecast):
-    """Through a whole trajectory, with one backward pass after residuals were overwritten."""
-    model = small(depth=3).train()
-    kind, weights = FORECASTS[forecast]
-    policy = FirstBlockCache(
-        threshold=math.inf, max_consecutive_hits=1, in_training=True, forecast=kind
-    )
-    denoiser = fxcache.transform(model, policy, backend=backend)
-    with torch.enable_grad():
-        x, y = (sample().requires_grad_() for _ in range(2))
-        got = gradients(model, solved(denoiser, x, 6).square().sum(), x)
-        is_hit = hits(denoiser)
-        expected = gradients(model, unrolled(model, y, 6, is_hit, weights).square().sum(), y)
-    assert is_hit == [False, True] * 3
-    assert_close(got, expected, 1e-5)
-    assert denoiser.report().graphs == 1
-
-
-def test_a_distilled_step_updates_and_forgets():
-    """in_training=True: after the optimizer's step nothing of before is used."""
-    model = small().train()
-    denoiser = plain(model, IN_TRAINING)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    with denoiser.trajectory(), torch.enable_grad():
-        for i in range(4):
-            at(denoiser, i).square().mean().backward()
-            if i == 2:
-                optimizer.step()
-    shown = [(r.is_hit, r.reason) for r in denoiser.report().records]
-    assert shown == [
-        (False, "nothing cached"),
-        (True, None),
-        (False, "max_consecutive_hits"),
-        (False, "weights changed"),
-    ]
-
-
 class Checkpointed(SequentialDiT):
     def stack(self, h):
         for block in self.blocks:
-            h = checkpoint(block, h, use_reentrant=False) if torch.is_grad_enabled() else block(h)
+            h = checkpoint(block, h, use_reentrant=False)
         return h
 
 
-def test_checkpoints_where_steps_are_cached_with_gradients():
-    """Those in the blocks hide them, which is said; one around the denoiser computes it again."""
+def test_checkpointed_blocks_are_cached_without_gradients():
+    """Nothing is saved there, so a checkpoint is what it wraps."""
     model = small(Checkpointed)
-    denoiser = plain(model, IN_TRAINING)
-    with torch.enable_grad(), pytest.raises(StackNotFoundError, match="blocks are checkpointed"):
-        at(denoiser, 0)
+    denoiser = plain(model)
+    assert_identical(at(denoiser, 0), at(model, 0))
+    at(denoiser, 1)
+    assert hits(denoiser) == [False, True]
+
+
+def test_the_registered_backend_does_not_cache_gradients(caplog):
+    options = {"policy": ALWAYS, "backend": "eager"}
     model = small()
-    denoiser = plain(model, IN_TRAINING)
-    for reentrant in (True, False):
-        with torch.enable_grad():
-            x, y = (sample().requires_grad_() for _ in range(2))
-            out = checkpoint(denoiser, x, times(1.0), use_reentrant=reentrant)
-            got = gradients(model, out.square().sum(), x)
-            expected = gradients(model, model(y, times(1.0)).square().sum(), y)
-        assert_identical(got, expected)
-    assert hits(denoiser) == [False]
-
-
-def test_the_registered_backend_in_training(caplog):
-    for policy, said in ((ALWAYS, 1), (IN_TRAINING, 0)):
-        torch._dynamo.reset()
-        caplog.clear()
-        options = {"policy": policy, "backend": "eager"}
-        compiled = torch.compile(small(), backend="fxcache", options=options)
-        with torch.enable_grad():
-            second = [at(compiled, i) for i in range(2)][1]
-        assert caplog.text.count("in_training=True") == said
-        assert torch.equal(second, at(compiled._orig_mod, 1)) == bool(said)
+    compiled = torch.compile(model, backend="fxcache", options=options)
+    with torch.enable_grad():
+        assert_identical([at(compiled, i) for i in range(2)], [at(model, i) for i in range(2)])
+    assert "gradients are enabled" in caplog.text
 
 
 # --- moving averages ---

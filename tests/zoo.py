@@ -25,16 +25,16 @@ class Entry:
 
     `head` and `span` are the paths of the head block and of the blocks that a hit must skip; `time`
     is the first timestep. Where the last block returns a tuple (or a dataclass), `image` is the
-    place (or name) of the image stream in it; `as_is` says that the stream continues none.
+    place (or name) of the image stream in it. Of a U shape (`is_u_shape`), `span` is a part of what is
+    skipped.
     """
 
     build: Callable[..., tuple[nn.Module, Inputs]]
     head: str
     span: tuple[str, ...]
     time: float = 1000.0
-    fullgraph: bool = True
     image: int | str | None = None
-    as_is: bool = False
+    is_u_shape: bool = False
 
 
 ZOO: dict[str, Entry] = {}
@@ -84,7 +84,7 @@ def randn(*shape: int) -> torch.Tensor:
 
 FLUX_SPAN = {"transformer_blocks": range(1, 2), "single_transformer_blocks": range(2)}
 THREE_BLOCKS = {"transformer_blocks": range(1, 3)}
-UNET_SPAN = {"down_blocks": range(1, 2), "up_blocks": range(2)}
+UNET_SPAN = {"down_blocks": range(1, 2), "up_blocks": range(1)}
 
 
 @entry("transformer_blocks.0", FLUX_SPAN, time=1.0, image=1)
@@ -167,17 +167,17 @@ def qwenimage():
     return tiny_model("QwenImageTransformer2DModel")
 
 
-@entry("layers.0", {"layers": range(1, 3)}, time=1.0, fullgraph=False)
+@entry("layers.0", {"layers": range(1, 3)}, time=1.0)
 def lumina2():
     return tiny_model("Lumina2Transformer2DModel")
 
 
-@entry("down_blocks.0", UNET_SPAN, as_is=True)
+@entry("down_blocks.0.resnets.0", UNET_SPAN, is_u_shape=True)
 def sd15_unet(**config):
     return tiny_model("UNet2DConditionModel", **config)
 
 
-@entry("down_blocks.0", UNET_SPAN, as_is=True)
+@entry("down_blocks.0.resnets.0", UNET_SPAN, is_u_shape=True)
 def sdxl_unet():
     model, inputs = tiny_model(
         "UNet2DConditionModel",
@@ -386,11 +386,7 @@ def sequential_dit():
     return SequentialDiT(), token_inputs()
 
 
-@entry(
-    "in_blocks.0",
-    ("in_blocks.1", "in_blocks.2", "mid_block", "out_blocks.0", "out_blocks.1", "out_blocks.2"),
-    time=1.0,
-)
+@entry("in_blocks.0", ("in_blocks.1", "in_blocks.2"), time=1.0, is_u_shape=True)
 def uvit():
     return UViT(), token_inputs()
 

@@ -1,8 +1,7 @@
-"""Where to divide a piece: blocks that have an equal, and what lies between them.
+"""Where to divide a piece: units that have an equal, and what lies between them.
 
-A *segment* is a run of nodes that becomes one call. Elements of lists of modules that do the same
-operations on inputs of the same shapes are segments of their own, outermost lists first; all else
-is joined into segments as long as possible.
+A *segment* is a run of nodes that becomes one call. Units that do the same operations on inputs of
+the same shapes are segments of their own; all else is joined into segments as long as possible.
 """
 
 from collections import Counter
@@ -14,20 +13,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxcache.capture import fake_value, is_unbacked, module_calls
-from fxcache.dataflow import (
-    SETTERS,
-    is_context,
-    op_name,
-    storages,
-    writes_in_place,
-    written_storages,
-)
-from fxcache.stack import is_heavy
+from fxcache.passes.facts import is_heavy
+from fxcache.passes.graph import depends_on_data, op_name, value_of
+from fxcache.passes.piece_graph import UNIT
 
 #: A segment with fewer matrix products and attentions than this is not worth a call of its own.
 MIN_HEAVY = 3
-_READ_STRIDES = {"as_strided", "as_strided_", "set_"}
+_READ_STRIDES = {"as_strided", "as_strided_copy", "as_strided_scatter"}
 #: With more outputs than this, subsets of them are not tried.
 MAX_OUTPUTS = 4
 
@@ -71,10 +63,9 @@ def divide(graph: fx.Graph) -> list[Segment]:
 
     Raises NotOutlinedError if nothing in it repeats, or if it must not be divided.
     """
-    segments = _repeated(_computing_nodes(graph), depth=0)
+    segments = _repeated(_computing_nodes(graph))
     if segments is None:
-        raise NotOutlinedError("no two blocks are equal")
-    _check_edges(segments)
+        raise NotOutlinedError("no two units are equal")
     return segments
 
 
@@ -86,41 +77,41 @@ def _computing_nodes(graph: fx.Graph) -> list[fx.Node]:
             continue
         ordered[node] = None
         ordered.update(dict.fromkeys(_elements(node)))
-        value = fake_value(node)
-        if isinstance(value, torch.Tensor) and any(map(is_unbacked, value.shape)):
+        if depends_on_data(node):
             raise NotOutlinedError(f"the size of {node} depends on data")
+        if op_name(node) in _READ_STRIDES:
+            raise NotOutlinedError(f"{node} reads strides, which change at the edges of units")
     return list(ordered)
 
 
 def _elements(node: fx.Node) -> list[fx.Node]:
-    if not isinstance(fake_value(node), tuple | list):
+    if not isinstance(value_of(node), tuple | list):
         return []
     taken = [user for user in node.users if op_name(user) == "getitem"]
     return [each for element in taken for each in (element, *_elements(element))]
 
 
-def _repeated(nodes: Sequence[fx.Node], depth: int) -> list[Segment] | None:
-    """Divide `nodes` into list elements at `depth` of the module stack, None if none repeats."""
-    labels = {node: _label(node, depth) for node in nodes}
-    if not any(labels.values()):
-        return None
-    runs = _with_glue([tuple(run) for _, run in groupby(nodes, labels.__getitem__)], labels)
-    keys = [body_key(run) if _is_worth_a_call(run) else None for run in runs]
+def _repeated(nodes: Sequence[fx.Node]) -> list[Segment] | None:
+    """Divide `nodes` into units and what lies between them, None if no unit has an equal."""
+    labels = {node: _label(node) for node in nodes}
+    runs = [tuple(run) for _, run in groupby(nodes, labels.__getitem__)]
+    keys = [
+        body_key(run) if labels[run[0]] is not None and _is_worth_a_call(run) else None
+        for run in runs
+    ]
     counts = Counter(keys)
     repeated = {key: run for run, key in zip(runs, keys, strict=True) if key and counts[key] > 1}
     segments: list[Segment] = []
     loose: list[fx.Node] = []  # neighbours that have no equal are one segment
     for run, key in zip(runs, keys, strict=True):
         if key in repeated:
-            parts: list[Segment] | None = [Segment.of(run)]
-        elif key and (shorter := _shorter_equal(run, repeated.values())):
-            parts = [shorter]
+            part: Segment | None = Segment.of(run)
         else:
-            parts = _repeated(run, depth + 1)
-        if parts is None:
+            part = _shorter_equal(run, repeated.values()) if key else None
+        if part is None:
             loose.extend(run)
             continue
-        segments += [Segment.of(loose), *parts] if loose else parts
+        segments += [Segment.of(loose), part] if loose else [part]
         loose = []
     if not segments:
         return None
@@ -159,36 +150,12 @@ def num_heavy(nodes: Iterable[fx.Node]) -> int:
     return sum(map(is_heavy, nodes))
 
 
-def _label(node: fx.Node, depth: int) -> str | None:
-    """Which element of which list of modules `node` belongs to, at `depth` of nested lists."""
-    while op_name(node) == "getitem" and isinstance(fake_value(_operand(node)), tuple | list):
-        node = _operand(node)
-    calls = [call for call in module_calls(node) if call.list_path is not None]
-    return f"{calls[depth].path}@{calls[depth].call}" if depth < len(calls) else None
-
-
-def _operand(node: fx.Node) -> fx.Node:
-    operand = node.args[0]
-    assert isinstance(operand, fx.Node)
-    return operand
-
-
-def _with_glue(runs: list[Nodes], labels: dict[fx.Node, str | None]) -> list[Nodes]:
-    """Join little things between two blocks of a list (control residuals) to the block before."""
-    joined: list[Nodes] = []
-    for index, run in enumerate(runs):
-        between = joined and index + 1 < len(runs) and not labels[run[0]]
-        if between and not any(is_heavy(node) or writes_in_place(node) for node in run):
-            before, after = labels[joined[-1][0]], labels[runs[index + 1][0]]
-            if before and after and _list_of(before) == _list_of(after):
-                joined[-1] += run
-                continue
-        joined.append(run)
-    return joined
-
-
-def _list_of(label: str) -> str:
-    return label.partition("@")[0].rpartition(".")[0]
+def _label(node: fx.Node) -> int | None:
+    """The unit that `node` is part of, if any."""
+    while op_name(node) == "getitem" and isinstance(value_of(node.args[0]), tuple | list):
+        node = node.args[0]  # type: ignore[assignment]
+    unit: int | None = node.meta.get(UNIT)
+    return unit
 
 
 def _is_worth_a_call(run: Nodes) -> bool:
@@ -214,7 +181,7 @@ def outputs_of(segment: Nodes) -> list[fx.Node]:
 def body_key(segment: Nodes) -> Hashable:
     """What a segment does, its inputs known by shape and dtype only."""
     inputs = inputs_of(segment)
-    values = map(fake_value, inputs)
+    values = map(value_of, inputs)
     known = [(str(getattr(v, "shape", v)), getattr(v, "dtype", None)) for v in values]
     return tuple(known), operations(segment, inputs)
 
@@ -244,27 +211,8 @@ def operations(segment: Nodes, inputs: Sequence[fx.Node]) -> tuple[Hashable, ...
     return tuple(written)
 
 
-def _check_edges(segments: list[Segment]) -> None:
-    """Refuse to divide what several segments share: memory that is written, and contexts."""
-    home = {node: index for index, segment in enumerate(segments) for node in segment.nodes}
-    touched: dict[int, set[int]] = {}
-    writers: dict[int, set[int]] = {}
-    for node, index in home.items():
-        if op_name(node) in SETTERS or op_name(node).startswith("_vmap_"):
-            raise NotOutlinedError(f"{node} holds for what follows")
-        if op_name(node) in _READ_STRIDES:
-            raise NotOutlinedError(f"{node} reads strides, which change at the edges of blocks")
-        if is_context(node) and any(home.get(user) != index for user in node.users):
-            raise NotOutlinedError(f"the context {node} spans several blocks")
-        for storage in set().union(*map(storages, (node, *node.all_input_nodes))):
-            touched.setdefault(storage, set()).add(index)
-        for storage in written_storages(node):
-            writers.setdefault(storage, set()).add(index)
-    given = [n for n in segments[0].nodes[0].graph.nodes if n.op in ("placeholder", "get_attr")]
-    outside = set().union(*map(storages, given))
-    for storage, writing in writers.items():
-        # Who makes a tensor may write into it; others then read what was written.
-        is_own = storage not in outside and writing == {min(touched[storage])}
-        if len(touched[storage]) > 1 and not is_own:
-            writer = next(node for node in home if storage in written_storages(node))
-            raise NotOutlinedError(f"{writer} writes in place into what several blocks hold")
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether `node`, written by the pass, stores into a buffer."""
+    if node.op == "call_method":
+        return node.target == "copy_"
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

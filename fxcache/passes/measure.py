@@ -9,18 +9,19 @@
 The head writes nothing: an evaluation that is begun anew measures the same again.
 """
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 
-from fxcache.capture import tensor_of
 from fxcache.kernels import reference, spectral
-from fxcache.passes.piece import PieceGraph
+from fxcache.passes.graph import tensor_of
 from fxcache.passes.probe import Probe
 from fxcache.policy.probe import FilteredInput, ModelInput
+
+if TYPE_CHECKING:
+    from fxcache.passes.piece_graph import PieceGraph
 
 REFERENCE = "fxcache_reference"
 #: Scratch of the kernel that measures.
@@ -30,8 +31,6 @@ TICKETS = "fxcache_tickets"
 STATISTICS, INPUT, OUTPUT = "fxcache_statistics", "fxcache_input", "fxcache_output"
 #: What the head made of a `FilteredInput`.
 FILTERED = "fxcache_filtered"
-
-Read = Callable[[fx.Node], fx.Node]
 
 
 class Measurement:
@@ -46,9 +45,9 @@ class Measurement:
 
     def kept(self) -> dict[str, FakeTensor]:
         """Fake tensors like those that are kept between evaluations, by key."""
-        after = tensor_of(self.probe.after)
+        after = tensor_of(self.probe.node)
         with after.fake_mode, torch.no_grad():
-            probe = residual_like(self.probe.after, self.probe.before)
+            probe = after.new_empty(after.shape)
             tensors = {
                 REFERENCE: probe,
                 TICKETS: probe.new_empty(probe.shape[:1], dtype=torch.int32),
@@ -56,15 +55,16 @@ class Measurement:
             if isinstance(self.probe.kind, ModelInput):
                 tensors[STATISTICS] = probe.new_empty((2,), dtype=torch.float32)
                 tensors[INPUT] = probe.new_empty(probe.shape)
-                tensors[OUTPUT] = residual_like(self.output, None)
+                output = tensor_of(self.output)
+                tensors[OUTPUT] = output.new_empty(output.shape)
         return cast(dict[str, FakeTensor], tensors)
 
-    def measure(self, graph: PieceGraph) -> tuple[Any, dict[str, fx.Node]]:
+    def measure(self, graph: "PieceGraph") -> tuple[Any, dict[str, fx.Node]]:
         """In the head: float32 [1] (metric) or [2] (metric, timestep), and values that hit and miss
         need, by key. One read-back serves metric and timestep.
         """
         time = None if self.timestep is None else graph.proxy(graph.read(self.timestep))
-        values = [graph.proxy(graph.read(n, snapshot=True)).detach() for n in self.probe.nodes]
+        values = self._values(graph)
         results: dict[str, fx.Node] = {}
         if isinstance(self.probe.kind, FilteredInput):
             values = [self._filtered(values[0], time, self.probe.kind)]
@@ -75,16 +75,14 @@ class Measurement:
         time = time.reshape(-1).amax().to(device=metric.device, dtype=torch.float32)
         return torch.stack([metric, time]), results
 
-    def _change(self, graph: PieceGraph, after: Any, before: Any = None) -> Any:
-        """float32 [B, 2]: sum |p - p*| and sum |p*|. Without gradients: those of an unused ratio
-        to an all-zero reference would be 0 * inf.
-        """
+    def _change(self, graph: "PieceGraph", after: Any, before: Any = None) -> Any:
+        """float32 [B, 2]: sum |p - p*| and sum |p*|."""
         operands = [after, before, graph.proxy(graph.argument(REFERENCE))]
         if self.kernels is not reference:
             operands.append(graph.proxy(graph.argument(TICKETS)))
         return self.kernels.residual_diff(*operands)
 
-    def _metric(self, graph: PieceGraph, change: Any) -> Any:
+    def _metric(self, graph: "PieceGraph", change: Any) -> Any:
         """The metric out of the sums. NaN and Inf stay."""
         if isinstance(self.probe.kind, FilteredInput):
             total, scale = change.unbind(1)
@@ -92,7 +90,7 @@ class Measurement:
         total, scale = change.sum(0).unbind(0)
         if isinstance(self.probe.kind, ModelInput):
             rate, size = graph.proxy(graph.argument(STATISTICS)).unbind(0)
-            number = graph.proxy(graph.read(self.probe.after)).numel()
+            number = graph.proxy(graph.read(self.probe.node)).numel()
             return rate * (total / number) / size
         # 0 / 0 of two equal all-zero residuals (zero-initialised gates) is no difference; NaN / NaN
         # is.
@@ -101,30 +99,41 @@ class Measurement:
     def _filtered(self, value: Any, time: Any, kind: FilteredInput) -> Any:
         return spectral.signal_filter(value, time, list(self.probe.axes), kind.power)
 
-    def on_hit(self, graph: PieceGraph, read: Read) -> None:
+    @property
+    def reads(self) -> list[fx.Node]:
+        """What is measured is made of these."""
+        return self.probe.reads
+
+    def _values(self, graph: "PieceGraph") -> list[Any]:
+        """What is measured: [p], or [after, before] of a residual."""
+        after, skeleton = graph.proxy(graph.read(self.probe.node)), self.probe.skeleton
+        if skeleton is None:
+            return [after]
+        before = graph.proxy(graph.skeletons.write(skeleton))
+        dtype = tensor_of(self.probe.node).dtype
+        return [after, before if skeleton.dtype == dtype else before.to(dtype)]
+
+    def on_hit(self, graph: "PieceGraph") -> None:
         """Keep what the next evaluation is compared with, if that is the previous step's."""
         if self.probe.kind.reference == "previous":
-            self._keep_probe(graph, read)
+            self._keep_probe(graph)
 
-    def on_miss(self, graph: PieceGraph, read: Read) -> None:
+    def on_miss(self, graph: "PieceGraph") -> None:
         """Keep what the next evaluation is compared with."""
         if isinstance(self.probe.kind, ModelInput):
-            self._keep_statistics(graph, read)
-        self._keep_probe(graph, read)
+            self._keep_statistics(graph)
+        self._keep_probe(graph)
 
-    def _keep_probe(self, graph: PieceGraph, read: Read) -> None:
-        if isinstance(self.probe.kind, FilteredInput):
-            nodes = [graph.argument(FILTERED)]
-        else:
-            nodes = [read(node) for node in self.probe.nodes]
-        after, *before = (graph.proxy(node).detach() for node in nodes)
+    def _keep_probe(self, graph: "PieceGraph") -> None:
+        filtered = isinstance(self.probe.kind, FilteredInput)
+        values = [graph.proxy(graph.argument(FILTERED))] if filtered else self._values(graph)
         kept = graph.proxy(graph.argument(REFERENCE))
-        self.kernels.refresh(after, before[0] if before else None, kept)
+        self.kernels.refresh(values[0], values[1] if len(values) > 1 else None, kept)
 
-    def _keep_statistics(self, graph: PieceGraph, read: Read) -> None:
+    def _keep_statistics(self, graph: "PieceGraph") -> None:
         """How fast the output followed the input between the last two computed steps."""
-        x = graph.proxy(read(self.probe.after)).detach()
-        y = graph.proxy(graph.read(self.output)).detach()
+        x = graph.proxy(graph.read(self.probe.node))
+        y = graph.proxy(graph.read(self.output))
         last_x, last_y, statistics = (
             graph.proxy(graph.argument(key)) for key in (INPUT, OUTPUT, STATISTICS)
         )
@@ -136,13 +145,3 @@ class Measurement:
 
 def _distance(a: Any, b: Any) -> Any:
     return (a.float() - b.float()).abs().mean()
-
-
-def residual_like(after: fx.Node, before: fx.Node | None) -> FakeTensor:
-    """A fake tensor like the residual ``after - before`` (like `after` if there is no `before`),
-    contiguous.
-    """
-    value = tensor_of(after)
-    base = value if before is None else tensor_of(before)
-    dtype = torch.promote_types(value.dtype, base.dtype)
-    return cast(FakeTensor, value.new_empty(base.shape, dtype=dtype))

@@ -24,8 +24,6 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fxcache.capture import same_size
-from fxcache.dataflow import writes_in_place
 from fxcache.passes.divide import (
     Nodes,
     NotOutlinedError,
@@ -36,6 +34,7 @@ from fxcache.passes.divide import (
     needed_for,
     num_heavy,
     operations,
+    writes_in_place,
 )
 
 
@@ -229,7 +228,7 @@ def _extract(
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
     for node, value in zip(inputs, given, strict=True):
-        copies[node].meta = {**node.meta, "example_value": value}
+        copies[node].meta = {**node.meta, "val": value}
 
     def read(node: fx.Node) -> fx.Node:
         if node not in copies:  # an attribute of the module
@@ -264,7 +263,10 @@ def _extract(
 
 def _is_dense(value: torch.Tensor) -> bool:
     """Whether `value` fills its memory."""
-    return same_size(value.untyped_storage().nbytes(), value.numel() * value.element_size())
+    held, own = value.untyped_storage().nbytes(), value.numel() * value.element_size()
+    if isinstance(held, int) and isinstance(own, int):
+        return held == own
+    return str(held) == str(own)
 
 
 def _propagate(part: fx.GraphModule, given: list[Any]) -> Sequence[Any]:

@@ -1,70 +1,56 @@
-"""Cut a captured graph around the whole model: from its inputs to its outputs, all is the span."""
+"""Cut a graph around the whole model: from its inputs to its outputs, all is the span."""
 
 from torch import fx
 
-from fxcache.capture import GraphInputs, same_size, tensor_of
-from fxcache.dataflow import DataFlow, storages, written_storages
-from fxcache.errors import CaptureError
-from fxcache.passes.cut import Cut, Stream, early_probe, is_floating, kept_nodes, ordered
-from fxcache.passes.probe import sample_input
-from fxcache.policy.probe import ProbeKind
+from fxcache.errors import StackNotFoundError
+from fxcache.passes.cut import Cut, Stream
+from fxcache.passes.facts import Facts
+from fxcache.passes.graph import is_numeric, outputs_of, shape_of
+from fxcache.passes.skeleton import Skeleton
+from fxcache.passes.units import find_runs
 
 
-def cut_whole(
-    graph: fx.Graph, flow: DataFlow, inputs: GraphInputs, *, probe: ProbeKind | None
-) -> Cut:
-    """Divide `graph` so that all of it is the span, whatever it is made of.
+def cut_whole(facts: Facts) -> Cut:
+    """Divide a graph so that all of it is the span, whatever it is made of.
 
-    An output is cached as its difference to the noisy input where the two have one shape.
+    An output is kept as its difference to the noisy input, which one of them must have the shape
+    of: else no hit would follow the sample. Others are kept as they are.
 
-    Raises CaptureError if the graph returns no floating tensor or writes into its inputs, or if
-    there is nothing like `probe` that does not depend on the span.
+    Raises StackNotFoundError if the graph returns no numeric tensor, or none of its input's shape, or
+    if it writes into its inputs.
     """
-    found = early_probe(graph, None, flow, inputs, probe)
-    if probe is not None and found is None:
-        raise CaptureError(f"{probe} lies within the span: with the whole model as the span, "
-                           f"the probe must be an input")  # fmt: skip
-    given = set(graph.find_nodes(op="placeholder"))
-    results = [n for n in graph.output_node().all_input_nodes if n not in given]
-    sample = sample_input(graph, inputs)
-    streams = tuple(Stream(n, _same_shape(n, sample)) for n in results if is_floating(n))
-    if not streams:
-        raise CaptureError("the model returns no floating tensor that it computed")
-    befores = [stream.before for stream in streams if stream.before is not None]
-    own = found.nodes if found is not None else []
-    head = (flow.ancestors(own) | set(own)) - given
-    span = set(graph.nodes) - given - head
-    _check_inputs_unwritten(inputs, span)
-    needed, snapshots = kept_nodes(set(), befores, found, flow, span)
-    head |= needed - given
-    return Cut(
-        stack=None,
-        span_blocks=(),
-        head=ordered(head, flow),
-        span=ordered(span - head, flow),
-        tail=(),
-        streams=streams,
-        constants=tuple(node for node in results if not is_floating(node)),
-        probe=found,
-        snapshots=snapshots,
-        timestep=inputs.timestep,
+    if facts.inputs.written:
+        names = [facts.inputs.paths.get(node, node.name) for node in facts.inputs.written]
+        raise StackNotFoundError(
+            f"the model writes in place into {', '.join(names)}: with the whole model as the span, "
+            f"a hit would skip the write"
+        )
+    results = [n for n in outputs_of(facts.graph) if isinstance(n, fx.Node)]
+    results = [n for n in dict.fromkeys(results) if n.op != "placeholder"]
+    if not results or not all(map(is_numeric, results)):
+        raise StackNotFoundError(
+            "the model must return floating tensors that it computed, to skip all"
+        )
+    streams = tuple(Stream(node, _input_like(facts, node)) for node in results)
+    if all(stream.skeleton is None for stream in streams):
+        raise StackNotFoundError(_unlike(facts, results[0]))
+    end = len(facts.nodes) - 2
+    units = tuple(unit for run in find_runs(facts) for unit in run.units)
+    stack = "the whole model"
+    return Cut(facts, -1, -1, -1, end, end, streams, 0, stack=stack, repeated=units)
+
+
+def _input_like(facts: Facts, node: fx.Node) -> Skeleton | None:
+    for sample in facts.samples:
+        if shape_of(sample) == shape_of(node):
+            return Skeleton(sample, 1 << facts.position[sample], share=1.0)
+    return None
+
+
+def _unlike(facts: Facts, node: fx.Node) -> str:
+    sample = facts.samples[0]
+    return (
+        f"the output has the shape {shape_of(node)} and the noisy input "
+        f"{facts.inputs.paths.get(sample, sample.name)} {shape_of(sample)}: with the whole model "
+        f"as the span, their difference is what is kept, and they must have one shape"
     )
-
-
-def _check_inputs_unwritten(inputs: GraphInputs, span: set[fx.Node]) -> None:
-    """Refuse a model that writes into the caller's tensors: a hit would skip the write."""
-    for writer in span:
-        for node, name in inputs.data.items():
-            if written_storages(writer) & storages(node):
-                raise CaptureError(
-                    f"the model writes in place into its input {name} ({writer.format_node()}): "
-                    f"with the whole model as the span, a hit would skip the write"
-                )
-
-
-def _same_shape(node: fx.Node, sample: fx.Node | None) -> fx.Node | None:
-    """`sample`, if `node` has its shape: they differ in dtype at most."""
-    if sample is None or not is_floating(sample):
-        return None
-    shape, other = tensor_of(node).shape, tensor_of(sample).shape
-    return sample if len(shape) == len(other) and all(map(same_size, shape, other)) else None

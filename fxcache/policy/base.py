@@ -68,7 +68,7 @@ class Origin:
 
 @runtime_checkable
 class Policy(Protocol):
-    """The interface between policies and the runtime: four choices, and two options.
+    """The interface between policies and the runtime: four choices, and an option.
 
     Policies are frozen and hold no state. Any object with these members is one; it may have a
     `control_threshold`, too (see `NamedPolicy`).
@@ -90,10 +90,6 @@ class Policy(Protocol):
     @property
     def decide(self) -> str:
         """Who decides where there are branches: "each" for itself, or the "first" of a step."""
-
-    @property
-    def in_training(self) -> bool:
-        """Whether to cache while gradients are enabled."""
 
     def rule(self, metric: float, history: History) -> Decision:
         """Decide on an evaluation whose probe measured `metric` (float32; may be NaN)."""

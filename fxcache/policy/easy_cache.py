@@ -23,7 +23,7 @@ class EasyCache(ThresholdPolicy):
             steps must be announced (``denoiser.trajectory(num_steps=...)``) or `final_steps` be 0.
         decide: "first": the first branch of a step (cond) decides for the others.
         start, end, max_consecutive_hits: see `ThresholdPolicy`.
-        forecast, control_threshold, in_training, origin: see `NamedPolicy`.
+        forecast, control_threshold, origin: see `NamedPolicy`.
 
     Raises:
         PolicyError: for a value outside its range; at the first evaluation that needs it, if the

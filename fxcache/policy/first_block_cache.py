@@ -25,7 +25,7 @@ class FirstBlockCache(ThresholdPolicy):
         max_accumulated: a hit also needs the sum of the diffs since the last computed step below
             this (None: no limit).
         start, end, warmup_steps, final_steps, max_consecutive_hits: see `ThresholdPolicy`.
-        forecast, decide, control_threshold, in_training, origin: see `NamedPolicy`.
+        forecast, decide, control_threshold, origin: see `NamedPolicy`.
 
     Raises:
         PolicyError: for a value outside its range.

@@ -33,7 +33,7 @@ class MagCache(NamedPolicy):
         threshold: a hit needs an error below this, in [0, inf]. 0 never hits.
         retention_ratio: this fraction of the steps, rounded, is computed at the start. In [0, 1].
         max_consecutive_hits: at most so many hits in a row (the paper's K).
-        forecast, decide, control_threshold, in_training, origin: see `NamedPolicy`.
+        forecast, decide, control_threshold, origin: see `NamedPolicy`.
 
     Raises:
         PolicyError: for a value outside its range, or tables that differ in length.

@@ -27,18 +27,12 @@ class NamedPolicy:
             an input that came or went, is too much at any threshold. Costs a copy of these inputs
             and, at each step that would be a hit, one more read-back (the only one, of a policy
             that measures nothing). None: hits do not look at them, which costs nothing.
-        in_training: cache with gradients enabled, or ``model.training`` set, too. A hit then takes
-            its residual for a constant: gradients reach the inputs and the weights around the
-            span, and none reach the weights in it. Not with checkpoints in the blocks. Without it
-            such evaluations are the model's own, gradients included; they count as steps of their
-            trajectory, and what was cached before them is forgotten.
         origin: where a ready-made policy comes from; set by `preset` and by calibration.
     """
 
     forecast: Forecast = Reuse()
     decide: str = "each"
     control_threshold: float | None = None
-    in_training: bool = False
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
@@ -47,10 +41,8 @@ class NamedPolicy:
             raise PolicyError(f"decide must be one of {DECIDE}, got {self.decide!r}")
         if self.control_threshold is not None:
             check_number("control_threshold", self.control_threshold, 0, math.inf)
-        for name, kind in (("in_training", bool), ("origin", Origin | None)):
-            value = getattr(self, name)
-            if not isinstance(value, kind):
-                raise PolicyError(f"{name} must be {kind}, got {value!r}")
+        if not isinstance(self.origin, Origin | None):
+            raise PolicyError(f"origin must be {Origin | None}, got {self.origin!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

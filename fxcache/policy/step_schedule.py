@@ -22,7 +22,7 @@ class StepSchedule(NamedPolicy):
     Args:
         mask: one boolean a step of the trajectory; True where the step is a hit. Steps without a
             residual (the first) and steps beyond the mask are computed.
-        forecast, decide, control_threshold, in_training, origin: see `NamedPolicy`.
+        forecast, decide, control_threshold, origin: see `NamedPolicy`.
 
     Raises:
         PolicyError: for a mask that is empty or holds something else than booleans.

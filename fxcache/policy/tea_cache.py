@@ -37,7 +37,7 @@ class TeaCache(ThresholdPolicy):
         warmup_steps, final_steps: computed steps at the trajectory's start and end. The number of
             steps must be announced (``denoiser.trajectory(num_steps=...)``) or `final_steps` be 0.
         start, end, max_consecutive_hits: see `ThresholdPolicy`.
-        forecast, decide, control_threshold, in_training, origin: see `NamedPolicy`.
+        forecast, decide, control_threshold, origin: see `NamedPolicy`.
 
     Raises:
         PolicyError: for a value outside its range; at the first evaluation that needs it, if the

@@ -12,15 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxcache.capture import (
-    TIMESTEP_NAMES,
-    GraphInputs,
-    fake_tensor,
-    is_stream_like,
-    same_size,
-    tensor_of,
-)
-from fxcache.passes.probe import sample_input
+from fxcache.passes.facts import Facts
+from fxcache.passes.graph import TIMESTEP_NAMES, is_numeric, tensor_of
 from fxcache.policy.base import as_float32
 from fxcache.runtime.state import Buffers
 
@@ -28,36 +21,20 @@ from fxcache.runtime.state import Buffers
 Measure = Callable[[torch.Tensor, None, torch.Tensor], torch.Tensor]
 
 
-def conditioning(graph: fx.Graph, inputs: GraphInputs) -> list[fx.Node]:
+def conditioning(facts: Facts) -> list[fx.Node]:
     """The caller's floating-point tensors beside the noisy sample and the time."""
-    noisy = _samples(graph, inputs)
+    inputs = facts.inputs
     return [
         node
         for node, name in inputs.data.items()
-        if (value := fake_tensor(node)) is not None
-        and value.is_floating_point()
-        and value.ndim > 0
-        and not (node in noisy or node is inputs.timestep or _is_time(name))
+        if is_numeric(node)
+        and tensor_of(node).ndim > 0
+        and not (node in facts.samples or node is inputs.timestep or _is_time(name))
     ]
 
 
 def _is_time(name: str) -> bool:
     return name in TIMESTEP_NAMES or "timestep" in name or "sigma" in name
-
-
-def _samples(graph: fx.Graph, inputs: GraphInputs) -> list[fx.Node | None]:
-    """The noisy samples: one for each shape among the outputs (pictures and sound), else the one
-    that looks most like it.
-    """
-    given = [node for node in inputs.data if is_stream_like(node)]
-    outputs = [node for node in graph.output_node().all_input_nodes if is_stream_like(node)]
-    first = [next((n for n in given if _same_shape(n, output)), None) for output in outputs]
-    return [node for node in first if node is not None] or [sample_input(graph, inputs)]
-
-
-def _same_shape(a: fx.Node, b: fx.Node) -> bool:
-    left, right = tensor_of(a).shape, tensor_of(b).shape
-    return len(left) == len(right) and all(map(same_size, left, right))
 
 
 class Conditions:

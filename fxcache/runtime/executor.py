@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from fxcache.policy import Decision
+from fxcache.runtime.audit import Audit
 from fxcache.runtime.conditions import Conditions
 from fxcache.runtime.regions import Evaluation, Regions
 from fxcache.runtime.session import NewTrajectory, Session
@@ -32,6 +33,7 @@ class StepExecutor:
         allocate: makes buffers for the layout of the inputs.
         weights: the graph's weights: residuals of others are forgotten.
         conditions: the conditioning inputs, if the policy wants them looked at.
+        audit: tries what is cached before it is used.
         speculate: queue the hit before the decision is known.
     """
 
@@ -49,11 +51,12 @@ class StepExecutor:
         allocate: Callable[[Sequence[Any]], Buffers],
         weights: Weights,
         conditions: Conditions | None = None,
+        audit: Audit | None = None,
         speculate: bool = False,
     ) -> None:
         self.session, self.make_regions = session, make_regions
         self.signature, self.allocate = signature, allocate
-        self.weights, self.conditions = weights, conditions
+        self.weights, self.conditions, self.audit = weights, conditions, audit
         self.data, self.has_numbers = tuple(data), has_numbers
         self.sample, self.timestep, self.ring, self.speculate = sample, timestep, ring, speculate
         # By buffers and not in the state: recompiled graphs of one span share the state.
@@ -76,6 +79,8 @@ class StepExecutor:
             if conditions is not None:
                 change = partial(conditions.forbidding, inputs, state.allocated)
             decision = session.decide(slot, state, metric, timestep, change)
+            if decision.is_hit and self.audit is not None and self.audit.failed:
+                decision = Decision(False, "audit", decision.score)
             measured = metric if session.is_measured(state) else None
             if decision.is_hit:
                 outputs = self._hit(state, evaluation, guess)
@@ -139,7 +144,7 @@ class StepExecutor:
         if not self.speculate or not state.past or probe is None or probe.reference == "previous":
             return None
         weights = self._weights(state, state.step + 1)
-        return weights, evaluation.hit(state.constants, weights)
+        return weights, evaluation.hit(weights)
 
     def _hit(
         self, state: BranchState, evaluation: Evaluation, guess: tuple[Any, Any] | None
@@ -148,7 +153,7 @@ class StepExecutor:
         if guess is not None and guess[0] == weights:
             outputs: Sequence[Any] = guess[1]
             return outputs
-        return evaluation.hit(state.constants, weights)
+        return evaluation.hit(weights)
 
     def _miss(
         self,
@@ -165,8 +170,11 @@ class StepExecutor:
         at = state.oldest_slot()
         # While the piece writes, the slot's old residual is no longer one.
         state.past = [entry for entry in state.past if entry[1] != at]
-        outputs, state.constants = evaluation.miss(at)
+        outputs = evaluation.miss(at)
         state.refreshed(at)
+        if self.audit is not None and self.audit.q is None and self.session.may_hit:
+            self.audit.run(tuple(inputs), outputs, state.allocated, at)
+            self.session.audits.append(self.audit.q)
         return outputs
 
     def _weights(self, state: BranchState, step: int) -> list[float]:

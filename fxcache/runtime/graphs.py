@@ -52,8 +52,6 @@ class GraphedRegions(Regions):
 
     def begin(self, inputs: Values, buffers: Buffers) -> Evaluation:
         """Stage the inputs and replay the head."""
-        if torch.is_grad_enabled():
-            return super().begin(inputs, buffers)
         self._stage(inputs)
         head, static = self.wiring.head, self.static
         if self.wiring.compiled.head is None:  # an empty graph would be replayed, too
@@ -142,19 +140,17 @@ class _Replayed:
     def read(self) -> list[float]:
         return [] if self.reading is None else self.reading()
 
-    def hit(self, constants: Values, weights: Sequence[float]) -> Sequence[Any]:
+    def hit(self, weights: Sequence[float]) -> Sequence[Any]:
         regions, values = self.regions, self.values
         hit, vector = regions.wiring.hit, regions.weights_vector(weights, self.buffers)
-        return _owned(
-            regions.run("hit", lambda given: hit(values, given, constants, vector), self.buffers)
-        )
+        return _owned(regions.run("hit", lambda given: hit(values, given, vector), self.buffers))
 
-    def miss(self, slot: int) -> tuple[Sequence[Any], Values]:
+    def miss(self, slot: int) -> Sequence[Any]:
         miss, values = self.regions.wiring.miss, self.values
-        outputs, constants = self.regions.run(
+        work = self.regions.run(
             ("miss", slot), lambda given: miss(values, given, slot), self.buffers
         )
-        return _owned(outputs), constants
+        return _owned(work)
 
 
 def _bound_weakly(work: Callable[[Buffers], Any], buffers: Buffers) -> Callable[[], Any]:

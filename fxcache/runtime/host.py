@@ -54,18 +54,18 @@ class _Hosted(Direct):
         super().__init__(regions.wiring, buffers, values, measured)
         self.device = regions.device
 
-    def hit(self, constants: Values, weights: Sequence[float]) -> Sequence[Any]:
+    def hit(self, weights: Sequence[float]) -> Sequence[Any]:
         # A residual without a weight counts for nothing: another's copy may stand in its place.
         used = [slot for slot, weight in enumerate(weights) if weight != 0] or [0]
         rings = tuple(self._fetched(ring, used) for ring in self.buffers.rings)
-        return self._with(rings).hit(constants, weights)
+        return self._with(rings).hit(weights)
 
-    def miss(self, slot: int) -> tuple[Sequence[Any], Values]:
+    def miss(self, slot: int) -> Sequence[Any]:
         rings = tuple((self._empty_like(ring[slot]),) for ring in self.buffers.rings)
-        results = self._with(rings).miss(0)
+        outputs = self._with(rings).miss(0)
         for ring, (residual,) in zip(self.buffers.rings, rings, strict=True):
             ring[slot].copy_(residual, non_blocking=True)
-        return results
+        return outputs
 
     def _with(self, rings: tuple[Ring, ...]) -> Direct:
         return Direct(self.wiring, replace(self.buffers, rings=rings), self.values, self.measured)

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from fxcache.passes.branch import WEIGHTS, Pieces, ring_key, slot_key
-from fxcache.passes.piece import Piece
+from fxcache.passes.piece_graph import Piece
+from fxcache.passes.pieces import WEIGHTS, Pieces, ring_key, slot_key
 from fxcache.runtime.state import Buffers
 
 Call = Callable[..., Sequence[Any]]
@@ -34,11 +34,11 @@ class Evaluation(Protocol):
     def read(self) -> list[float]:
         """What was measured: [residual diff], or [residual diff, timestep]. The one read-back."""
 
-    def hit(self, constants: Values, weights: Sequence[float]) -> Sequence[Any]:
-        """Run the predictor and the tail; `weights` are the forecast's, by ring slot."""
+    def hit(self, weights: Sequence[float]) -> Sequence[Any]:
+        """Run the forecast and the tail; `weights` are the forecast's, by ring slot."""
 
-    def miss(self, slot: int) -> tuple[Sequence[Any], Values]:
-        """Run span, refresh (of ring slot `slot`) and tail: the outputs, and the constants."""
+    def miss(self, slot: int) -> Sequence[Any]:
+        """Run span, refresh (of ring slot `slot`) and tail."""
 
 
 class Wiring:
@@ -70,10 +70,9 @@ class Wiring:
             self.for_head = _picker(pieces.head, _extended(given, kept))
             after_head = _extended(given, pieces.head.results)
         after_head = _extended(after_head, kept)
-        for_hit = _extended(after_head, (*pieces.miss.results, *rings, WEIGHTS))
+        for_hit = _extended(after_head, (*rings, WEIGHTS))
         self.for_hit = _picker(pieces.hit, for_hit)
         self.for_miss = _picker(pieces.miss, _extended(after_head, slots))
-        self.num_constants = len(pieces.miss.results)
 
     def head(self, inputs: Values, buffers: Buffers) -> tuple[Values, torch.Tensor | None]:
         """What crosses to hit and miss, and what was measured (None: nothing is)."""
@@ -83,20 +82,15 @@ class Wiring:
         *crossing, measured = self.compiled.head(*self.for_head(values))
         return tuple(crossing), measured
 
-    def hit(
-        self, values: Values, buffers: Buffers, constants: Values, weights: torch.Tensor | None
-    ) -> Sequence[Any]:
+    def hit(self, values: Values, buffers: Buffers, weights: torch.Tensor | None) -> Sequence[Any]:
         rings = (residual for ring in buffers.rings for residual in ring)
         kept = buffers.kept.values()
-        return self.compiled.hit(*self.for_hit((*values, *kept, *constants, *rings, weights)))
+        return self.compiled.hit(*self.for_hit((*values, *kept, *rings, weights)))
 
-    def miss(self, values: Values, buffers: Buffers, slot: int) -> tuple[Sequence[Any], Values]:
+    def miss(self, values: Values, buffers: Buffers, slot: int) -> Sequence[Any]:
         slots = (ring[slot] for ring in buffers.rings)
         kept = buffers.kept.values()
-        outputs = self.compiled.miss(*self.for_miss((*values, *kept, *slots)))
-        if not self.num_constants:
-            return outputs, ()
-        return outputs[: -self.num_constants], tuple(outputs[-self.num_constants :])
+        return self.compiled.miss(*self.for_miss((*values, *kept, *slots)))
 
 
 class Regions:
@@ -122,14 +116,14 @@ class Direct:
     def read(self) -> list[float]:
         return [] if self.measured is None else self.measured.tolist()
 
-    def hit(self, constants: Values, weights: Sequence[float]) -> Sequence[Any]:
+    def hit(self, weights: Sequence[float]) -> Sequence[Any]:
         device = self.buffers.device
         vector = None
         if self.wiring.ring > 1:  # not blocking: a copy that waited would wait for all queued work
             vector = torch.tensor(weights).to(device, non_blocking=True)
-        return self.wiring.hit(self.values, self.buffers, constants, vector)
+        return self.wiring.hit(self.values, self.buffers, vector)
 
-    def miss(self, slot: int) -> tuple[Sequence[Any], Values]:
+    def miss(self, slot: int) -> Sequence[Any]:
         return self.wiring.miss(self.values, self.buffers, slot)
 
 

@@ -57,6 +57,8 @@ class Session:
         self.observe: Callable[[Slot, BranchState, float, Sequence[Any]], None] | None = None
         #: The share of the graph's FLOPs that a hit skips, 0 to 1; known once it was rewritten.
         self.skipped_share = 0.0
+        #: What the audits gave, one a capture.
+        self.audits: list[float | None] = []
         #: The step of the evaluation, if the clock says it.
         self._step: ContextVar[int | None] = ContextVar("fxcache_step", default=None)
         self._warned: set[str] = set()
@@ -65,6 +67,11 @@ class Session:
         self._where: ContextVar[tuple[Hashable, Hashable]] = ContextVar(
             "fxcache_where", default=(None, None)
         )
+
+    @property
+    def may_hit(self) -> bool:
+        """Whether the policy could ever hit, as far as its threshold says."""
+        return getattr(self.policy, "threshold", math.inf) != 0 and not self.observe
 
     # --- where an evaluation belongs ---
 
@@ -362,5 +369,10 @@ class Session:
                 self._conclude(slot, is_over=False)
         cached = sum((slot.bytes_by_device for slot in self.slots.values()), Counter[str]())
         return Report(
-            tuple(self.records), cached.total(), self.graphs, self.recompiles, dict(cached)
+            tuple(self.records),
+            cached.total(),
+            self.graphs,
+            self.recompiles,
+            dict(cached),
+            max((q for q in self.audits if q is not None), default=None),
         )

@@ -7,7 +7,8 @@ arguments have the same structure, layouts and constants.
 """
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +75,8 @@ class Shortcut:
             values[place] = leaves[leaf]
         token = self.session.trusts_trajectory.set(True)
         try:
-            outputs = path.executor(*values)
+            with _without_autocast():  # which is in the graph, as casts
+                outputs = path.executor(*values)
         except NewTrajectory:
             return NOT_TAKEN
         finally:
@@ -162,6 +164,15 @@ def _layout(leaf: Any) -> tuple[Any, ...] | None:
 
 def _same(leaf: Any, layout: tuple[Any, ...]) -> bool:
     return _layout(leaf) == layout
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _ambient() -> Hashable:

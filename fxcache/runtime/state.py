@@ -82,7 +82,6 @@ class BranchState:
     accumulated: float = 0.0
     hits_in_a_row: int = 0
     computed: int = 0
-    constants: tuple[object, ...] = ()
     watch: Watch = field(default_factory=Watch)
     #: Why nothing is cached, if it is not that nothing was computed yet.
     lost: str | None = None
@@ -92,7 +91,7 @@ class BranchState:
     def forget(self) -> None:
         """Nothing cached means anything any more."""
         self.past.clear()
-        self.accumulated, self.hits_in_a_row, self.constants = 0.0, 0, ()
+        self.accumulated, self.hits_in_a_row = 0.0, 0
         self.computed = 0
 
     def lose(self, reason: str) -> None:

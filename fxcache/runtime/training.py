@@ -12,33 +12,20 @@ import torch
 
 from fxcache.runtime.session import Session
 
-_IN_TRAINING = (
-    "With it a hit takes its residual for a constant: gradients reach the inputs and the weights "
-    "around the span, none reach the weights in it"
-)
 _WHY = {
-    "training": "model.training is set: nothing is cached. Call denoiser.eval() before sampling, "
-    f"or set in_training=True in the policy. {_IN_TRAINING}",
     "gradients": "gradients are enabled: nothing is cached, and they are the model's own. Sample "
-    "under torch.no_grad() or torch.inference_mode(). Gradients through cached steps "
-    f"(distillation) need in_training=True in the policy. {_IN_TRAINING}",
+    "under torch.no_grad() or torch.inference_mode()",
     "input": "an input requires gradients where none are recorded, as in "
     "torch.utils.checkpoint(use_reentrant=True): nothing is cached. Pass x.detach() to sample",
 }
 
 
-def goes_around(
-    session: Session, is_training: bool, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> bool:
+def goes_around(session: Session, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether an evaluation must go around the cache. Says once why."""
     if is_recomputation():
         return True
     if _may_be_recomputed(args, kwargs):
         why = "input"
-    elif session.policy.in_training:
-        return False
-    elif is_training:
-        why = "training"
     elif torch.is_grad_enabled():
         why = "gradients"
     else:

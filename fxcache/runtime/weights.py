@@ -18,6 +18,7 @@ unchanged, so there a write through ``.data`` amid a trajectory is not seen.
 """
 
 import functools
+import re
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from ctypes import c_uint8, c_uint16, c_uint32, c_uint64
@@ -33,16 +34,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fxcache.capture import (
-    GraphInputs,
-    fake_tensor,
-    fake_value,
-    is_of_model,
-    source_name,
-    tensor_of,
-)
-from fxcache.dataflow import DataFlow, storages
+from fxcache.passes.graph import GraphInputs, tensor_of
 
+#: Names of Dynamo's that belong to the model, and not to its arguments.
+_OF_MODEL = re.compile(r"^L\['(model|self)'\]|\._(parameters|buffers)\[|_modules")
 #: So many elements are copied of weights that do not lie in host memory.
 MAX_COPIED = 16
 
@@ -286,20 +281,17 @@ def _note_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 # --- reading the capture ---
 
 
-def weights_of(graph: fx.Graph, inputs: GraphInputs, flow: DataFlow) -> Weights:
-    """The weights of a graph that is being captured."""
+def weights_of(inputs: GraphInputs, place: Mapping[fx.Node, int]) -> Weights:
+    """The weights of a graph that is being captured, at their `place` among its inputs."""
     tensors, registered, numbers = [], [], {}
-    for place, node in enumerate(graph.find_nodes(op="placeholder")):
-        source = source_name(node)
-        is_counter = not storages(node).isdisjoint(flow.writers)  # the graph writes it itself
-        if node not in inputs.weights or fake_tensor(node) is None or is_counter:
+    for node in inputs.weights:
+        if node in inputs.written:  # a counter: the graph writes it itself
             continue
         if is_number(node):
-            numbers[source] = place
+            numbers[inputs.sources[node]] = place[node]
         else:
-            tensors.append(place)
-            is_parameter = isinstance(fake_value(node), torch.nn.Parameter)
-            registered.append(is_parameter or "_buffers" in source)
+            tensors.append(place[node])
+            registered.append(node in inputs.registered)
     return Weights(tensors, registered, numbers, _constants_of_model())
 
 
@@ -327,6 +319,8 @@ def _constants_of_model() -> Callable[[], Mapping[str, Hashable]]:
         # A guard's name is a method up to torch 2.11, then a property.
         named = {str(g.name() if callable(g.name) else g.name): g.code_list for g in guards}
         guards.clear()
-        return {name: frozenset(code or ()) for name, code in named.items() if is_of_model(name)}
+        return {
+            name: frozenset(code or ()) for name, code in named.items() if _OF_MODEL.search(name)
+        }
 
     return constants

@@ -7,9 +7,9 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 
-from fxcache.capture import GraphInputs, fake_value
 from fxcache.errors import CaptureError
 from fxcache.passes.cut import Cut
+from fxcache.passes.graph import GraphInputs, value_of
 from fxcache.runtime.host import host_zeros
 from fxcache.runtime.state import Buffers, Signature
 
@@ -29,12 +29,12 @@ def signature_of(
     # Of the integers, those that the shapes are made of: others (a timestep) change every step.
     symbols = set().union(*(_symbols(size) for fake in state for size in fake.shape))
     sizes = [
-        placeholders.index(node) for node in inputs.sizes if _symbols(fake_value(node)) & symbols
+        placeholders.index(node) for node in inputs.sizes if _symbols(value_of(node)) & symbols
     ]
-    span = tuple(block.path for block in found.span_blocks)
+    span = found.head_units, found.span_units
     kept = (span, *map(_layout, state))
     names = [inputs.paths[node] for node in inputs.data]
-    static = _layouts(names, map(fake_value, inputs.data))
+    static = _layouts(names, map(value_of, inputs.data))
     if not inputs.sizes:
         constant = Signature(static, (), kept)
         return lambda values: constant
@@ -77,7 +77,7 @@ def allocator(
     """Makes buffers like the fakes, symbolic sizes taken from the inputs of a call; the rings in
     host memory with `on_host`.
     """
-    places = {placeholders.index(node): fake_value(node) for node in inputs.sizes}
+    places = {placeholders.index(node): value_of(node) for node in inputs.sizes}
 
     def allocate(values: Sequence[Any]) -> Buffers:
         sizes = {

@@ -8,16 +8,16 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from fxcache.capture import fake_value, is_unbacked, tensor_of
+from fxcache.capture import torch_internals as internals
 from fxcache.errors import CaptureError, OptionError
 from fxcache.kernels import reference
-from fxcache.passes.branch import WEIGHTS, Pieces, ring_key, slot_key
+from fxcache.passes.graph import is_unbacked, value_of
 from fxcache.passes.measure import FILTERED, REFERENCE
 from fxcache.passes.outline import Outline, outline
-from fxcache.passes.piece import WRITTEN, Piece
+from fxcache.passes.piece_graph import WRITTEN, Piece
+from fxcache.passes.pieces import WEIGHTS, Pieces, ring_key, slot_key
 from fxcache.runtime.calls import CallSequence, Function
 from fxcache.runtime.regions import Compiled
 
@@ -34,10 +34,6 @@ CACHE_DTYPES = (
     torch.float8_e5m2,
 )
 
-# What torch.compile itself makes of `mode` and `options`.
-_inductor: Any = torch._TorchCompileInductorWrapper
-_other: Any = torch._TorchCompileWrapper
-
 #: Takes a graph module and example inputs, gives a function of the same inputs.
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Sequence[Any]]]
 
@@ -50,7 +46,7 @@ class Lowering:
     are compiled once. `kernel` says who measures. With `graphs`, what is compiled is captured into
     CUDA graphs where there is a GPU. With `speculate`, the hit is queued before the decision is
     known. Residuals are kept in `cache_dtype` and on `cache_device` (None: as and where they are
-    computed).
+    computed). With `audit`, what is cached is tried before it is used.
     """
 
     compiler: Compiler
@@ -61,6 +57,7 @@ class Lowering:
     speculate: bool = False
     cache_dtype: torch.dtype | None = None
     cache_device: torch.device | None = None
+    audit: bool = True
 
     @property
     def is_eager(self) -> bool:
@@ -76,8 +73,6 @@ class Lowering:
         """
         on_its_own = self.is_eager and device.type == "cuda"
         if self.kernel == "aten" or (self.kernel == "auto" and not on_its_own):
-            return reference
-        if torch.is_grad_enabled():  # the kernels have no backward
             return reference
         from fxcache.kernels import ops  # imports triton, which takes a while
 
@@ -95,6 +90,7 @@ def resolve_lowering(
     speculate: bool = False,
     cache_dtype: torch.dtype | None = None,
     cache_device: torch.device | str | None = None,
+    audit: bool = True,
 ) -> Lowering:
     """What `backend`, `mode` and `options` mean to torch.compile, and our own options.
 
@@ -103,7 +99,7 @@ def resolve_lowering(
     """
     if kernel not in KERNELS:
         raise OptionError(f"kernel must be one of {KERNELS}, got {kernel!r}")
-    for name, value in (("outline", outline), ("speculate", speculate)):
+    for name, value in (("outline", outline), ("speculate", speculate), ("audit", audit)):
         if not isinstance(value, bool):
             raise OptionError(f"{name} must be True or False, got {value!r}")
     if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
@@ -135,6 +131,7 @@ def resolve_lowering(
         speculate,
         cache_dtype,
         host,
+        audit,
     )
 
 
@@ -158,7 +155,7 @@ def _resolve_compiler(
 ) -> Any:
     try:
         if backend == "inductor":
-            return _inductor(mode, options, dynamic)
+            return internals.InductorWrapper(mode, options, dynamic)
         if isinstance(backend, str):
             if backend == "fxcache":
                 raise OptionError("backend='fxcache' cannot compile its own pieces; try 'inductor'")
@@ -167,7 +164,7 @@ def _resolve_compiler(
                 raise OptionError(f"unknown backend {backend!r}; torch.compile knows {known}")
         elif not callable(backend):
             raise OptionError(f"backend must be a name or a callable, got {backend!r}")
-        return _other(backend, mode, options, dynamic)
+        return internals.CompilerWrapper(backend, mode, options, dynamic)
     except (RuntimeError, AttributeError) as error:
         if isinstance(error, OptionError):
             raise
@@ -193,15 +190,12 @@ def compile_pieces(
             fakes |= {ring_key(stream, j): torch.empty_like(residual) for j in range(ring)}
 
     def fake_of(key: Any) -> Any:
-        if isinstance(key, tuple) and key not in fakes:
-            with mode:  # a snapshot is a tensor of its own
-                fakes[key] = tensor_of(key[1]).clone()
-        return fakes[key] if key in fakes else fake_value(key)
+        return fakes[key] if key in fakes else value_of(key)
 
     def compiled(module: fx.GraphModule, given: Sequence[Any]) -> Function:
         try:
             # A context of its own: the one that is open belongs to the whole graph.
-            with tracing(TracingContext(mode)):
+            with internals.tracing(internals.TracingContext(mode)):
                 return lowering.compiler(module, given)
         except Exception as error:
             if not any(_depends_on_data(value) for value in given):
@@ -217,7 +211,7 @@ def compile_pieces(
         given = [fake_of(key) for key in piece.arguments]
         _annotate(piece.module.graph, given, mode)
         plan: Outline | str = "nothing is outlined"
-        if lowering.outline and not torch.is_grad_enabled():  # edges cut what autograd follows
+        if lowering.outline:
             plan = outline(piece.module, given)
         if isinstance(plan, str):
             log.info("%s is one call: %s", name, plan)
@@ -235,16 +229,16 @@ def _annotate(graph: fx.Graph, given: Sequence[Any], mode: FakeTensorMode) -> No
     """
     placeholders = graph.find_nodes(op="placeholder")
     for node, fake in zip(placeholders, given, strict=True):
-        node.meta.setdefault("example_value", fake)
+        node.meta.setdefault("val", fake)
     for node in graph.nodes:
-        if not node.meta.get(WRITTEN) or any(fake_value(n) is None for n in node.all_input_nodes):
+        if not node.meta.get(WRITTEN):
             continue
-        args, kwargs = fx.map_arg((node.args, node.kwargs), fake_value)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
         with mode, torch.no_grad():
             if node.op == "call_method":
-                node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                node.meta["val"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
-                node.meta["example_value"] = cast(Any, node.target)(*args, **kwargs)
+                node.meta["val"] = cast(Any, node.target)(*args, **kwargs)
 
 
 def _call_sequence(

@@ -1,0 +1,1 @@
+"""From a model to its rewritten graph: Dynamo, functional ATen, the passes, compiled pieces."""

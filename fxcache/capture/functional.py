@@ -1,0 +1,157 @@
+"""From Dynamo's graph to the functional ATen graph that the passes see.
+
+AOTAutograd's inference path does the work, without decompositions. What runs in the place of the
+graph lies inside its runtime wrapper, so inputs that the model writes, outputs that alias and
+tensors that wrap others (quantized or distributed weights) are AOTAutograd's matter.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxcache.capture import torch_internals as internals
+from fxcache.passes.graph import GraphInputs, is_tensor, outputs_of, value_of
+
+_OF_MODEL = re.compile(r"^L\['(model|self)'\]|\._(parameters|buffers)\[|_modules")
+
+#: Takes the functional graph and what its placeholders are, gives what runs in its place.
+Compile = Callable[[fx.GraphModule, GraphInputs], Callable[..., Any]]
+
+
+def functionalized(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    compile_graph: Compile,
+    argument_names: tuple[str, ...] = (),
+) -> Callable[..., Any]:
+    """`gm` as AOTAutograd's runtime calls it, with its functional graph compiled by
+    `compile_graph`. `argument_names` are those of the model's positional arguments.
+    """
+    found = [_Found(node, argument_names) for node in gm.graph.find_nodes(op="placeholder")]
+
+    def inference_compiler(functional: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        let_group_norms_be(functional)
+        read_sizes_once(functional)
+        compiled = compile_graph(functional, graph_inputs(functional.graph, found))
+
+        def boxed(args: list[Any]) -> Any:
+            given = list(args)
+            args.clear()
+            return compiled(*given)
+
+        boxed._boxed_call = True  # type: ignore[attr-defined]
+        return boxed
+
+    return internals.aot_inference(gm, example_inputs, inference_compiler)
+
+
+def native_group_norm(
+    x: torch.Tensor, weight: Any, bias: Any, n: Any, c: Any, size: Any, groups: int, eps: float
+) -> tuple[torch.Tensor]:
+    """The first result of aten's operation of that name, on `x` of any strides."""
+    return (torch.group_norm(x, groups, weight, bias, eps),)
+
+
+def let_group_norms_be(gm: fx.GraphModule) -> None:
+    """The copy that a group norm needs of some inputs is decided where it runs.
+
+    ::
+
+        aten.native_group_norm(x, ...)[0]  =>  native_group_norm(x, ...)[0]
+
+    At the capture it is decided by the strides of fake tensors, whose dimensions of size 1 have
+    others than those of real ones: so some models of batch 1 raise under any ATen backend.
+    """
+    changed = False
+    for node in gm.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.native_group_norm.default
+    ):
+        if all(user.args[1] == 0 for user in node.users):
+            node.target, changed = native_group_norm, True
+    if changed:
+        gm.recompile()
+
+
+def read_sizes_once(gm: fx.GraphModule) -> None:
+    """A size is the one that was known first, not that of whatever tensor has it later.
+
+    ::
+
+        n = sym_size(x, 1); ...; m = sym_size(block(x), 1)   =>   n = sym_size(x, 1); ...     m is n
+
+    So what comes behind a span does not need the span's tensors for their sizes.
+    """
+    known: dict[str, fx.Node] = {}
+    changed = False
+    for node in list(gm.graph.nodes):
+        value = value_of(node)
+        if not isinstance(value, torch.SymInt):
+            continue
+        first = known.setdefault(str(value), node)
+        if first is not node and node.op == "call_function":
+            node.replace_all_uses_with(first)
+            gm.graph.erase_node(node)
+            changed = True
+    if changed:
+        gm.recompile()
+
+
+class _Found:
+    """What Dynamo says of an input of its graph."""
+
+    def __init__(self, node: fx.Node, argument_names: tuple[str, ...]) -> None:
+        example = node.meta.get("example_value")
+        self.source = internals.source_name(node)
+        self.is_parameter = isinstance(example, torch.nn.Parameter)
+        self.is_of_model = self.is_parameter or is_of_model(self.source)
+        self.is_registered = self.is_parameter or "_buffers" in self.source
+        self.path = _argument_path(self.source or node.name, argument_names)
+
+
+def is_of_model(source: str) -> bool:
+    """Whether what Dynamo found at `source` belongs to the model, and not to its arguments."""
+    return bool(_OF_MODEL.search(source))
+
+
+def graph_inputs(graph: fx.Graph, found: Sequence[_Found]) -> GraphInputs:
+    """Sort the placeholders of the functional `graph` by what Dynamo `found`."""
+    data, paths, sources = {}, {}, {}
+    weights, sizes, registered = [], [], set()
+    by_place: dict[int, fx.Node] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        place = internals.place_of(node)
+        known = found[place] if place is not None and place < len(found) else None
+        if place is not None:
+            by_place[place] = node
+        if not is_tensor(node):
+            if isinstance(value_of(node), torch.SymInt | torch.SymFloat | int | float):
+                sizes.append(node)
+            continue
+        if known is None or known.is_of_model:
+            weights.append(node)
+            sources[node] = "" if known is None else known.source
+            if known is None or known.is_registered:
+                registered.add(node)
+        else:
+            data[node], paths[node] = known.path[-1], ".".join(known.path)
+    written: dict[fx.Node, fx.Node] = {}
+    descriptors = graph.output_node().meta.get("desc") or ()
+    for result, descriptor in zip(outputs_of(graph), descriptors, strict=False):
+        place = internals.written_place(descriptor)
+        if place in by_place and isinstance(result, fx.Node):
+            written[by_place[place]] = result
+    return GraphInputs(
+        data, tuple(weights), tuple(sizes), paths, frozenset(registered), sources, written
+    )
+
+
+def _argument_path(source: str, argument_names: tuple[str, ...]) -> list[str]:
+    """The argument that an input is given by, however it was passed, and its place in that."""
+    keys: list[str] = re.findall(r"\['?(\w+)'?\]", source)
+    kind, *path = keys or [source]
+    if kind == "args" and path and path[0].isdigit() and int(path[0]) < len(argument_names):
+        path[0] = argument_names[int(path[0])]
+    return path if kind in ("args", "kwargs") and path else keys or [source]

@@ -1,0 +1,108 @@
+"""What is private of torch and used by the capture, in one place.
+
+Checked on torch 2.11, 2.13 and 2.15: a new torch that moves one of these fails here first
+(`tests/capture/test_torch_internals.py`).
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    FailOnRecompileLimitHit,
+    InternalTorchDynamoError,
+    Unsupported,
+    UserError,
+)
+from torch._functorch._aot_autograd.descriptors import (
+    InputMutationAOTOutput,
+    PlainAOTInput,
+)
+from torch._guards import TracingContext, tracing
+
+__all__ = [
+    "BackendCompilerFailed",
+    "FailOnRecompileLimitHit",
+    "InternalTorchDynamoError",
+    "TracingContext",
+    "Unsupported",
+    "UserError",
+    "aot_inference",
+    "place_of",
+    "source_name",
+    "tracing",
+    "written_place",
+]
+
+#: What Dynamo raises of a model that it does not follow (or that does not fit its arguments).
+NOT_CAPTURED = (Unsupported, UserError, FailOnRecompileLimitHit, InternalTorchDynamoError)
+
+#: What torch.compile itself makes of `mode` and `options`.
+InductorWrapper: Any = torch._TorchCompileInductorWrapper
+CompilerWrapper: Any = torch._TorchCompileWrapper
+
+#: Where torch has it, frames behind a graph break are counted a compiled function, too.
+ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    else {}
+)
+
+# Switches of Dynamo, as far as this torch has them, that leave more of a model in one graph.
+_CAPTURE_MORE: dict[str, Any] = {
+    name: value
+    for name, value in {
+        "capture_scalar_outputs": True,
+        "capture_dynamic_output_shape_ops": True,
+        "ignore_logging_functions": {warnings.warn},
+    }.items()
+    if hasattr(torch._dynamo.config, name)
+}
+
+
+def capturing_more() -> AbstractContextManager[None]:
+    """Dynamo's switches that avoid graph breaks, for the calls inside only."""
+    patched: AbstractContextManager[None] = torch._dynamo.config.patch(_CAPTURE_MORE)
+    return patched
+
+
+def aot_inference(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    compiler: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+) -> Callable[..., Any]:
+    """`gm` behind AOTAutograd's runtime wrapper, its functional graph run by what `compiler` makes
+    of it. Without decompositions, and only without gradients.
+    """
+    backend = aot_autograd(fw_compiler=compiler, inference_compiler=compiler)
+    wrapped: Callable[..., Any] = backend(gm, example_inputs)
+    return wrapped
+
+
+def place_of(placeholder: fx.Node) -> int | None:
+    """Which input of Dynamo's graph a placeholder of the functional graph is, or is a part of."""
+    descriptor = placeholder.meta.get("desc")
+    while descriptor is not None and not isinstance(descriptor, PlainAOTInput):
+        descriptor = getattr(descriptor, "base", None)
+    return None if descriptor is None else int(descriptor.idx)
+
+
+def written_place(descriptor: Any) -> int | None:
+    """Which input of Dynamo's graph an output of the functional graph is the new value of."""
+    if not isinstance(descriptor, InputMutationAOTOutput):
+        return None
+    written = descriptor.mutated_input
+    return int(written.idx) if isinstance(written, PlainAOTInput) else None
+
+
+def source_name(node: fx.Node) -> str:
+    """Where Dynamo found what the placeholder `node` of its graph stands for ("": unknown)."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)  # a method up to torch 2.11, then a property

@@ -1,0 +1,252 @@
+"""Write the pieces of a cut graph: head, hit and miss.
+
+::
+
+    head(inputs, reference)          -> crossing values, [metric, timestep]
+    hit(crossing, inputs, residuals) -> outputs                 skeleton + forecast, then the tail
+    miss(crossing, inputs, residual slots, reference) -> outputs          span, refresh and tail
+
+Which of hit and miss follows head is decided between them; how, is the runtime's choice. Where
+nothing is measured there is no head: hit and miss hold all of it, and a step is one region. The
+pieces write nothing but the miss its residual slots, and hit and miss what the next measurement is
+compared with.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch._subclasses import FakeTensor
+
+from fxcache.kernels import reference
+from fxcache.passes.cut import Cut, Stream
+from fxcache.passes.facts import Mask
+from fxcache.passes.graph import tensor_of, value_of
+from fxcache.passes.measure import Measurement
+from fxcache.passes.piece_graph import Piece, PieceGraph
+from fxcache.passes.probe import Probe
+from fxcache.passes.skeleton import reads
+from fxcache.passes.store import largest_kept, saturated, stored_dtype
+
+WEIGHTS = "fxcache_weights"
+
+
+def slot_key(stream: int) -> str:
+    """The key of the slot that a miss of `stream` writes."""
+    return f"fxcache_slot_{stream}"
+
+
+def ring_key(stream: int, index: int) -> str:
+    """The key of one past residual of `stream`."""
+    return f"fxcache_ring_{stream}_{index}"
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The rewritten graph."""
+
+    head: Piece | None
+    hit: Piece
+    miss: Piece
+
+
+def build_pieces(
+    gm: fx.GraphModule,
+    cut: Cut,
+    probe: Probe | None,
+    *,
+    ring: int,
+    kernels: Any = reference,
+    cache_dtype: torch.dtype | None = None,
+) -> Pieces:
+    """Write the pieces of `gm` as `cut` divides it, with `ring` past residuals a stream.
+
+    With ``ring=1`` the residual is added as it is; with more, a weight vector is one more input.
+    `kernels` measures, predicts and refreshes: `fxcache.kernels.reference` or
+    `fxcache.kernels.ops`. Residuals are kept in `cache_dtype` (None: as they are computed). `gm` is
+    not changed.
+    """
+    writer = _PiecesWriter(gm, cut, probe, kernels, cache_dtype)
+    return Pieces(writer.head() if probe is not None else None, writer.hit(ring), writer.miss())
+
+
+class _PiecesWriter:
+    """What writing the three pieces shares: the cut, and what crosses from the head."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        cut: Cut,
+        probe: Probe | None,
+        kernels: Any,
+        cache_dtype: torch.dtype | None,
+    ) -> None:
+        self.gm, self.cut, self.kernels, self.cache_dtype = gm, cut, kernels, cache_dtype
+        self.facts = cut.facts
+        self.measurement = measurement_of(cut, probe, kernels)
+        everything = (1 << len(self.facts.nodes)) - 1
+        afters = 0
+        for stream in cut.streams:
+            afters |= 1 << self.facts.position[stream.after]
+        self.tail = cut.hit & (self.facts.descendants(afters) | afters)
+        self.early = cut.hit & ~self.tail
+        self.span = everything & ~cut.hit
+        self.in_head = 0 if self.measurement is None else self._head(self.measurement)
+
+    def _head(self, measurement: Measurement) -> Mask:
+        """What runs before the decision: what is measured, and what both ways out need."""
+        facts, wanted = self.facts, list(measurement.reads)
+        for stream in self.cut.streams:
+            if stream.skeleton is not None:
+                wanted += reads(stream.skeleton, facts)
+        for node in facts.in_order(self.early):
+            if any(self.span >> facts.position[user] & 1 for user in node.users):
+                wanted.append(node)
+        mask = facts.closure(wanted)
+        for node in facts.in_order(mask):  # only tensors can cross: elements, not tuples
+            if isinstance(value_of(node), tuple | list):
+                mask |= facts.closure(node.users)
+        draws = [p for p, node in enumerate(facts.nodes) if is_random(node)]
+        if any(mask >> p & 1 for p in draws):  # random numbers are drawn in the recorded order
+            last = max(p for p in draws if mask >> p & 1)
+            mask |= facts.closure(facts.nodes[p] for p in draws if p < last)
+        return mask
+
+    @property
+    def crossing(self) -> tuple[fx.Node, ...]:
+        """What the head computes and others read."""
+        facts = self.facts
+        skeletons = [s.skeleton for s in self.cut.streams if s.skeleton is not None]
+        kept = {node for skeleton in skeletons for node in reads(skeleton, facts)}
+        if self.measurement is not None:
+            kept.update(self.measurement.reads)
+        inside = facts.in_order(self.in_head)
+        for node in inside:
+            if any(not self.in_head >> facts.position[user] & 1 for user in node.users):
+                kept.add(node)
+        for node in reversed(inside):
+            if node in kept and not isinstance(value_of(node), torch.Tensor):
+                kept.update(node.all_input_nodes)  # a number is computed again
+        return tuple(node for node in inside if node in kept)
+
+    def head(self) -> Piece:
+        assert self.measurement is not None
+        graph = PieceGraph(self.gm, self.cut)
+        graph.emit(self.in_head)
+        measured, own = self.measurement.measure(graph)
+        crossing = [node for node in self.crossing if isinstance(value_of(node), torch.Tensor)]
+        results = (*crossing, *own)
+        values = [*map(graph.read, crossing), *own.values(), measured.node]
+        return graph.finish(values, results)
+
+    def hit(self, ring: int) -> Piece:
+        graph = PieceGraph(self.gm, self.cut)
+        self._define_scalars(graph)
+        graph.emit(self.early & ~self.in_head)
+        weights = graph.proxy(graph.argument(WEIGHTS)) if ring > 1 else None
+        for index, stream in enumerate(self.cut.streams):
+            before = self._before(graph, stream)
+            past = [self._past(graph, stream, ring_key(index, j)) for j in range(ring)]
+            predicted = self.kernels.forecast(before, past, weights)
+            graph.define(stream.after, _laid_out_like(stream.after, predicted).node)
+        if self.measurement is not None:
+            self.measurement.on_hit(graph)
+        graph.emit(self.tail)
+        return graph.finish(graph.outputs())
+
+    def miss(self) -> Piece:
+        graph = PieceGraph(self.gm, self.cut)
+        self._define_scalars(graph)
+        graph.emit(((1 << len(self.facts.nodes)) - 1) & ~self.in_head)
+        for index, stream in enumerate(self.cut.streams):
+            self._refresh(graph, stream, slot_key(index))
+        if self.measurement is not None:
+            self.measurement.on_miss(graph)
+        return graph.finish(graph.outputs())
+
+    def _define_scalars(self, graph: PieceGraph) -> None:
+        """Numbers that the head computes are computed again: only tensors cross."""
+        scalars = [n for n in self.crossing if not isinstance(value_of(n), torch.Tensor)]
+        for node in scalars:
+            graph.emit(1 << self.facts.position[node])
+
+    def _before(self, graph: PieceGraph, stream: Stream) -> Any:
+        """What of `stream` is renewed, a proxy (None: nothing is)."""
+        if stream.skeleton is None:
+            return None
+        before, dtype = graph.proxy(graph.skeletons.write(stream.skeleton)), stream.after_dtype
+        return before if stream.skeleton.dtype == dtype else before.to(dtype)
+
+    def _past(self, graph: PieceGraph, stream: Stream, key: str) -> Any:
+        """A past residual of `stream`, in the dtype that it was computed in."""
+        residual = graph.proxy(graph.argument(key))
+        computed = stream.after_dtype
+        is_as_computed = stored_dtype(computed, self.cache_dtype) == computed
+        return residual if is_as_computed else residual.to(computed)
+
+    def _refresh(self, graph: PieceGraph, stream: Stream, key: str) -> None:
+        """Store the residual of `stream`."""
+        value, base = graph.proxy(graph.read(stream.after)), self._before(graph, stream)
+        computed = stream.after_dtype
+        stored = stored_dtype(computed, self.cache_dtype)
+        limit = largest_kept(computed, stored)
+        if limit is not None:
+            residual = value if base is None else value - base
+            value, base = saturated(residual, limit, stored), None
+        self.kernels.refresh(value, base, graph.proxy(graph.argument(key)))
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether `node` draws random numbers."""
+    target = node.target
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in target.tags
+    )
+
+
+def _laid_out_like(after: fx.Node, predicted: Any) -> Any:
+    """`predicted` with its dimensions in the order in which those of `after` lie in memory.
+
+    What reads the stream may rely on it (``view``). Nothing is copied where it is so already.
+    """
+    value = tensor_of(after)
+    if not all(isinstance(number, int) for number in (*value.shape, *value.stride())):
+        return predicted
+    order = sorted(range(value.ndim), key=value.stride().__getitem__, reverse=True)
+    if order == list(range(value.ndim)):
+        return predicted.contiguous()
+    inverse = sorted(range(value.ndim), key=order.__getitem__)
+    return predicted.permute(order).contiguous().permute(inverse)
+
+
+def measurement_of(cut: Cut, probe: Probe | None, kernels: Any = reference) -> Measurement | None:
+    """How `probe` is measured, None if nothing is."""
+    if probe is None:
+        return None
+    return Measurement(probe, cut.streams[0].after, cut.facts.inputs.timestep, kernels)
+
+
+def state_fakes(
+    cut: Cut, probe: Probe | None, cache_dtype: torch.dtype | None = None
+) -> tuple[dict[str, FakeTensor], list[FakeTensor]]:
+    """Fake tensors like what the measurement keeps, by key, and like each stream's residual
+    (contiguous, in `cache_dtype`; None: as they are computed).
+    """
+    measurement = measurement_of(cut, probe)
+    residuals = []
+    with torch.no_grad():
+        for stream in cut.streams:
+            with tensor_of(stream.after).fake_mode:
+                residual = residual_like(stream)
+                stored = stored_dtype(residual.dtype, cache_dtype)
+                residuals.append(cast(FakeTensor, residual.to(stored)))
+    return {} if measurement is None else measurement.kept(), residuals
+
+
+def residual_like(stream: Stream) -> FakeTensor:
+    """A fake tensor like the residual of `stream`, contiguous."""
+    value = tensor_of(stream.like)
+    with value.fake_mode, torch.no_grad():
+        return cast(FakeTensor, value.new_empty(value.shape, dtype=stream.after_dtype))

@@ -1,0 +1,394 @@
+"""The skeleton of a tensor: the part of it that a hit can renew.
+
+::
+
+    s = cat(text + f(text, image), image + g(text, image)) * gate      behind the span
+    skeleton from the head:  cat(text, image) * gate
+    residual                 r = s - cat(text, image) * gate           kept
+    hit                      cat(text', image') * gate' + r
+
+Walk from the head through what is linear in the stream: views, casts, sums, concatenations,
+products with what does not depend on the sample. What arrives is a *leaf*: a value of the head, or
+one that is nearly free to compute anew. Every other term counts as 0 and is left to the residual.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxcache.passes.facts import Facts, Mask, positions
+from fxcache.passes.graph import (
+    bytes_of,
+    depends_on_data,
+    is_numeric,
+    is_tensor,
+    is_view,
+    op_name,
+    same_sizes,
+    shape_of,
+    tensor_of,
+    value_of,
+)
+
+#: What of the graph's work a leaf may cost behind the head, a term beside the cheapest, and a layer
+#: (a skip's projection, a resampling convolution) that a skeleton goes through.
+CHEAP, BESIDE, LAYER = 0.03, 0.02, 0.05
+
+#: Linear in the first operand, besides views.
+_LINEAR = {
+    "clone", "_to_copy", "roll", "flip", "index", "index_select", "repeat", "neg", "gather",
+    "pixel_shuffle", "pixel_unshuffle", "im2col", "col2im", "sum", "mean", "_fft_c2c", "_fft_r2c",
+    "_fft_c2r", "_conj_physical", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d",
+}  # fmt: skip
+_SUMS = {"add", "sub", "addcmul", "lerp"}
+#: Linear in the stream where the weight does not depend on the sample. (Their bias cancels.)
+_LAYERS = {"mm", "addmm", "bmm", "convolution"}
+#: Each element is that of one of the terms.
+_CHOICES = {"where", "slice_scatter", "select_scatter"}
+
+
+@dataclass(frozen=True, eq=False)
+class Skeleton:
+    """What of `node` a hit renews: all of it (a leaf: no `parts`), or what its operation makes of
+    the skeletons of some operands.
+
+    `leaves` is the mask of the leaves, `layers` that of the layers on the way, `share` the share of
+    the tensor that is renewed by a sum (what is only handed through the tail could read by itself),
+    `is_sum` whether there is one.
+    """
+
+    node: fx.Node
+    leaves: Mask
+    parts: dict[fx.Node, "Skeleton"] = field(default_factory=dict)
+    share: float = 0.0
+    is_sum: bool = False
+    layers: Mask = 0
+
+    @property
+    def is_leaf(self) -> bool:
+        return not self.parts
+
+    @property
+    def like(self) -> fx.Node:
+        """A node of the shape of its value, of sizes that do not depend on data where there is one:
+        of a sum, the term that is known.
+        """
+        part = self
+        while depends_on_data(part.node) and len(part.parts) == 1 and op_name(part.node) in _SUMS:
+            (part,) = part.parts.values()
+        return part.node
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its value: of a sum, that of the only term that is known."""
+        part = self
+        while len(part.parts) == 1 and (
+            op_name(part.node) in ("add", "sub")
+            or (part.node.args[0] in part.parts and op_name(part.node) in ("addmm", "baddbmm"))
+            or passes_on(part.node)
+        ):
+            (part,) = part.parts.values()
+        return tensor_of(part.node).dtype
+
+
+class Skeletons:
+    """Skeletons of all that lies behind position `head`, worked out front to back."""
+
+    def __init__(self, facts: Facts, head: int) -> None:
+        self.facts, self.head = facts, head
+        self.in_head = (1 << (head + 1)) - 1
+        #: Heavy operations behind the head that depend on heavy ones in it: the stream's own.
+        self.own = 0
+        stream = facts.costly & self.in_head
+        for p in positions(facts.costly & ~self.in_head):
+            if facts.ancestors[p] & stream:
+                self.own |= 1 << p
+        alive = [node for node in facts.crossing(head) if is_numeric(node)]
+        #: What the head computes anyway.
+        self.trunk = facts.needs(alive[-1]) if alive else 0
+        self.leaves: dict[fx.Node, Skeleton] = {}
+        self.found: dict[fx.Node, Skeleton | None] = {}
+        for node in facts.nodes[head + 1 : -1]:
+            if facts.depends(node):
+                self.found[node] = self._of(node)
+
+    def of(self, node: fx.Node) -> Skeleton | None:
+        """The skeleton of `node`, None if nothing of it can be renewed."""
+        if self.facts.position[node] <= self.head:
+            return self._leaf(node) if self.facts.depends(node) else None
+        return self.found.get(node)
+
+    def is_available(self, node: fx.Node) -> bool:
+        """Whether a hit has `node`: it is of the head, or nearly free to compute from that."""
+        behind = self.facts.needs(node) & self.facts.costly & ~self.in_head
+        if not behind:
+            return True
+        return not behind & self.own and self.facts.flops(behind) <= CHEAP * self.facts.total
+
+    def _leaf(self, node: fx.Node) -> Skeleton:
+        if node not in self.leaves:
+            # What no layer has embedded yet is no stream, if there is something that is.
+            embedded = self.facts.needs(node) & self.facts.costly or not self.trunk
+            leaf = 1 << self.facts.position[node]
+            self.leaves[node] = Skeleton(node, leaf, share=float(bool(embedded)))
+        return self.leaves[node]
+
+    def _of(self, node: fx.Node) -> Skeleton | None:
+        if not is_tensor(node):
+            # A tuple of views is like its operand; of other tuples nothing is known.
+            return self._through(node, node.all_input_nodes[0]) if is_view(node) else None
+        if self.is_available(node):
+            return self._leaf(node) if is_numeric(node) else None
+        name = op_name(node)
+        first = node.args[0] if node.args else None
+        if name == "copy" and isinstance(node.args[1], fx.Node):
+            return self._through(node, node.args[1])
+        if is_view(node) or name in _LINEAR:
+            return self._simplified(node, first) if isinstance(first, fx.Node) else None
+        if name == "constant_pad_nd" and (len(node.args) < 3 or not node.args[2]):
+            return self._through(node, node.args[0])
+        if name in _SUMS or (name in ("addmm", "baddbmm") and _depends(self.facts, first)):
+            return self._sum(node, name)
+        if name in _CHOICES:
+            return self._choice(node, name)
+        if name in ("mul", "div"):
+            return self._product(node, name)
+        if name in ("cat", "stack", "complex"):
+            return self._joined(node)
+        if name in _LAYERS and self.facts.cost[self.facts.position[node]] <= (
+            LAYER * self.facts.total
+        ):
+            return self._layer(node, node.args[1] if name == "addmm" else first)
+        if passes_on(node) and isinstance(first, fx.Node):
+            part = self.of(first)
+            is_sum = part is not None and (part.is_sum or name not in _LIMITS)
+            return part and Skeleton(
+                node, part.leaves, {first: part}, part.share, is_sum, part.layers
+            )
+        return None
+
+    def _through(self, node: fx.Node, operand: Any) -> Skeleton | None:
+        if not isinstance(operand, fx.Node):
+            return None
+        others = (n for n in node.all_input_nodes if n is not operand)
+        if op_name(node) != "copy" and any(map(self.facts.depends, others)):
+            return None  # an index, a factor
+        part = self.of(operand)
+        return part and Skeleton(
+            node, part.leaves, {operand: part}, part.share, part.is_sum, part.layers
+        )
+
+    def _layer(self, node: fx.Node, operand: Any) -> Skeleton | None:
+        """A product or a convolution with a weight is linear, too."""
+        part = self._through(node, operand)
+        own = 1 << self.facts.position[node]
+        return part and replace(part, layers=part.layers | own)
+
+    def _simplified(self, node: fx.Node, operand: fx.Node) -> Skeleton | None:
+        """The skeleton of a slice of a concatenation is that of the part that it takes."""
+        inner = self._through(node, operand)
+        if inner is None:
+            return None
+        joined = inner.parts[operand]
+        while len(joined.parts) == 1 and op_name(joined.node) == "add":
+            (joined,) = joined.parts.values()  # the other term counts as 0
+        if not joined.is_leaf and op_name(joined.node) in ("cat", "stack"):
+            if op_name(node) in ("sum", "mean"):
+                return replace(inner, share=1.0, is_sum=True)
+            part = _part_taken(node, joined.node) if op_name(node) == "slice" else None
+            if part is not None:
+                return joined.parts.get(part)
+        return inner
+
+    def _sum(self, node: fx.Node, name: str) -> Skeleton | None:
+        """Terms of the sum's own size whose leaves also feed the work that is added to them."""
+        terms = [t for t in _terms(self.facts, node, name) if self.facts.depends(t)]
+        terms = [t for t in terms if shape_of(t) == shape_of(node)]
+        found = {t: part for t in terms if (part := self.of(t)) is not None}
+        if len(found) > 1:
+            leaves = [part.leaves for part in found.values()]
+            if name == "sub" and leaves[0] & leaves[1]:
+                return None  # what a block adds: its result without its input
+            found = self._without_costly(found)
+        found = {t: part for t, part in found.items() if self._feeds_work(part, node)}
+        if not found:
+            return None
+        share = max(part.share for part in found.values())
+        return Skeleton(node, _leaves(found), found, share, True, _layers(found))
+
+    def _choice(self, node: fx.Node, name: str) -> Skeleton | None:
+        """Term by term, each for its own elements."""
+        base, other = node.args[1:3] if name == "where" else node.args[:2]
+        if name == "where" and _depends(self.facts, node.args[0]):
+            return None
+        terms = [t for t in (base, other) if isinstance(t, fx.Node)]
+        found = {t: p for t in terms if self.facts.depends(t) and (p := self.of(t)) is not None}
+        if not found:
+            return None
+        of_other = 0.5 if name == "where" else bytes_of(other) / max(1, bytes_of(node))
+        shares = {base: 1 - of_other, other: of_other}
+        share = sum(shares[t] * part.share for t, part in found.items())
+        is_sum = any(part.is_sum for part in found.values())
+        return Skeleton(node, _leaves(found), found, share, is_sum, _layers(found))
+
+    def _without_costly(self, found: dict[fx.Node, Skeleton]) -> dict[fx.Node, Skeleton]:
+        """`found` without terms that cost a branch of their own: these are left to the residual."""
+        costs = {t: self._needs(part) & ~self.trunk for t, part in found.items()}
+        cheapest = min(found, key=lambda t: self.facts.flops(costs[t]))
+        limit = BESIDE * self.facts.total
+        return {
+            t: part
+            for t, part in found.items()
+            if t is cheapest or self.facts.flops(costs[t] & ~costs[cheapest]) <= limit
+        }
+
+    def _needs(self, part: Skeleton) -> Mask:
+        mask = 0
+        for p in positions(part.leaves):
+            mask |= self.facts.ancestors[p]
+        return mask
+
+    def _feeds_work(self, part: Skeleton, total: fx.Node) -> bool:
+        """Whether a leaf of `part` is read by a heavy operation that `total` adds to it.
+
+        A control's hint or a position table is added, and feeds nothing before: it is no stream.
+        """
+        facts = self.facts
+        work = facts.needs(total) & facts.costly
+        for leaf in positions(part.leaves):
+            root = facts.position[self._root(facts.nodes[leaf])]
+            behind = work >> root << root
+            if any(facts.ancestors[p] >> root & 1 for p in positions(behind)):
+                return True
+        return False
+
+    def _root(self, leaf: fx.Node) -> fx.Node:
+        """The tensor that `leaf` is a slice, a view or a cast of."""
+        while leaf.op == "call_function" and leaf.args and isinstance(leaf.args[0], fx.Node):
+            if not (is_view(leaf) or op_name(leaf) in ("clone", "_to_copy")):
+                break
+            if not self.facts.depends(leaf.args[0]) or leaf.args[0].op == "placeholder":
+                break
+            leaf = leaf.args[0]
+        return leaf
+
+    def _product(self, node: fx.Node, name: str) -> Skeleton | None:
+        """With one factor that does not depend on the sample; or a quotient by such a one."""
+        factors = [a for a in node.args[:2] if isinstance(a, fx.Node) and self.facts.depends(a)]
+        if len(factors) != 1 or shape_of(factors[0]) != shape_of(node):
+            return None
+        if name == "div" and factors[0] is not node.args[0]:
+            return None
+        return self._through(node, factors[0])
+
+    def _joined(self, node: fx.Node) -> Skeleton | None:
+        """Part by part."""
+        operands = [a for a in node.all_input_nodes if is_tensor(a)]
+        found = {a: p for a in operands if self.facts.depends(a) and (p := self.of(a)) is not None}
+        if not found:
+            return None
+        leaves = _leaves(found)
+        renewed = sum(bytes_of(a) * part.share for a, part in found.items() if part.is_sum)
+        share = renewed / max(1, sum(map(bytes_of, operands)))
+        if not any(part.is_sum for part in found.values()):  # for sums of stacks, and slices of it
+            handed = sum(bytes_of(a) * part.share for a, part in found.items())
+            share = handed / max(1, sum(map(bytes_of, operands)))
+            return Skeleton(node, leaves, found, share, layers=_layers(found))
+        return Skeleton(node, leaves, found, share, True, _layers(found))
+
+
+#: What keeps numbers within what a dtype holds.
+_LIMITS = {"clamp", "nan_to_num"}
+
+
+def passes_on(node: fx.Node) -> bool:
+    """Whether the result of `node` is its first operand, but for what it adds or limits."""
+    name = op_name(node)
+    if name == "_transformer_encoder_layer_fwd":  # a whole layer: its norms come first, or last
+        return bool(node.args[8])
+    if name == "clamp":
+        return len(node.args) > 2 and None not in node.args[1:3]
+    return name in _LIMITS
+
+
+def _leaves(found: dict[fx.Node, Skeleton]) -> Mask:
+    leaves = 0
+    for part in found.values():
+        leaves |= part.leaves
+    return leaves
+
+
+def _layers(found: dict[fx.Node, Skeleton]) -> Mask:
+    layers = 0
+    for part in found.values():
+        layers |= part.layers
+    return layers
+
+
+def _terms(facts: Facts, node: fx.Node, name: str) -> list[fx.Node]:
+    """The operands that `node` is linear in, the others held fixed."""
+    args = node.args
+    if name in ("addmm", "baddbmm"):
+        terms = args[:1]
+    elif name in ("add", "sub", "lerp"):
+        if name == "lerp" and _depends(facts, args[2]):
+            return []
+        terms = args[:2]
+    else:  # addcmul: x + value * a * b
+        one, other = args[1], args[2]
+        terms = (
+            args[0],
+            *(() if _depends(facts, other) else (one,)),
+            *(() if _depends(facts, one) else (other,)),
+        )
+    return [term for term in terms if isinstance(term, fx.Node)]
+
+
+def _depends(facts: Facts, operand: Any) -> bool:
+    return isinstance(operand, fx.Node) and facts.depends(operand)
+
+
+def _part_taken(cut: fx.Node, joined: fx.Node) -> fx.Node | None:
+    """The operand of the concatenation `joined` that the slice `cut` takes, None if it is none."""
+    rank = tensor_of(joined).ndim
+    _, dim, start, end, step = (*cut.args, *(0, 0, 2**63 - 1, 1)[len(cut.args) - 1 :])
+    if int(joined.args[1] if len(joined.args) > 1 else 0) % rank != int(dim) % rank or step != 1:
+        return None
+    begin, stop = 0 if start is None else value_of(start), value_of(end)
+    operands = joined.args[0]
+    sizes = [tensor_of(operand).shape[dim] for operand in operands]
+    for number, operand in enumerate(operands):
+        before, rest = sum(sizes[:number]), sum(sizes[number + 1 :])
+        starts = _is_equal(begin, before) or _is_equal(begin, -(sizes[number] + rest))
+        ends = number + 1 < len(operands) and _is_equal(stop, -rest)
+        if starts and (ends or same_sizes(cut, operand)):
+            return operand
+    return None
+
+
+def _is_equal(a: Any, b: Any) -> bool:
+    return a == b if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
+
+
+def reads(skeleton: Skeleton, facts: Facts) -> list[fx.Node]:
+    """The nodes whose values the skeleton is made of."""
+    found: dict[fx.Node, None] = {}
+    for part in parts_in_order(skeleton, facts):
+        others = (n for n in part.node.all_input_nodes if not facts.depends(n))
+        found.update(dict.fromkeys([part.node] if part.is_leaf else others))
+    return list(found)
+
+
+def parts_in_order(skeleton: Skeleton, facts: Facts) -> list[Skeleton]:
+    """All parts of `skeleton`, operands first. (Deep models have long ones: no recursion.)"""
+    parts: dict[fx.Node, Skeleton] = {}
+    todo = [skeleton]
+    while todo:
+        part = todo.pop()
+        if part.node not in parts:
+            parts[part.node] = part
+            todo.extend(part.parts.values())
+    return sorted(parts.values(), key=lambda part: facts.position[part.node])

@@ -1,0 +1,72 @@
+"""U shapes: tensors of the first part of a graph that its last part reads, and what lies between.
+
+::
+
+    h0 -> down 0 -> h1 -> down 1 -> ... -> up 1 -> cat(., h1) -> up 0 -> out
+                    |__________________________________^
+"""
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from fxcache.passes.facts import Facts, positions
+from fxcache.passes.graph import is_numeric, module_calls
+from fxcache.passes.units import narrowest
+
+
+def levels(facts: Facts) -> list[fx.Node]:
+    """Tensors that live long: behind the first unit, and read after much of the work is done."""
+    last: dict[fx.Node, int] = {}
+    for p, node in enumerate(facts.nodes):
+        for operand in node.all_input_nodes:
+            last[facts.base[operand]] = p
+    found = []
+    for node, end in last.items():
+        p = facts.position[node]
+        if node.op == "placeholder" or not facts.depends(node) or not is_numeric(node):
+            continue
+        between = (facts.work[end - 1] - facts.work[p]) / facts.total
+        is_early = facts.work[p] <= 0.4 * facts.total
+        if is_early and between >= 0.3 and (facts.needs(node) & facts.costly).bit_count() >= 2:
+            found.append(node)
+    return sorted(found, key=facts.position.__getitem__)
+
+
+def is_read_by_work(facts: Facts, node: fx.Node, read: int) -> bool:
+    """Whether the tail that reads `node` from position `read` on is a unit, too, and not only a
+    sum (of a block with its input) before the last projection.
+    """
+    bit = 1 << facts.position[node]
+    behind = [p for p in facts.heavy if p > read and facts.cost[p] and facts.ancestors[p] & bit]
+    return len(behind) >= 2
+
+
+def last_read(facts: Facts, node: fx.Node) -> int:
+    return max(
+        p
+        for p, reader in enumerate(facts.nodes)
+        if any(facts.base[operand] is node for operand in reader.all_input_nodes)
+    )
+
+
+def origin(facts: Facts, node: fx.Node) -> int:
+    """Where the unit that leaves `node` began: behind the first heavy operation."""
+    stem = min(positions(facts.needs(node) & facts.costly))
+    return narrowest(facts, sum(p <= stem for p in facts.heavy))
+
+
+def modules(facts: Facts, bounds: Sequence[int]) -> list[tuple[str, ...]]:
+    """The outermost modules whose sample-dependent work lies between two of `bounds`, in order."""
+    side: dict[str, set[int]] = {}
+    works = [p for p in facts.heavy if facts.cost[p]]
+    where = {p: sum(b < p for b in bounds) - 1 for p in works}
+    for p in works:
+        for path, _ in module_calls(facts.nodes[p]):
+            side.setdefault(path, set()).add(where[p])
+    parts: list[dict[str, None]] = [{} for _ in bounds[1:]]
+    for p in works:
+        calls = [path for path, _ in module_calls(facts.nodes[p])]
+        own = [path for path in calls if path and len(side[path]) == 1]
+        parts[where[p]][own[0] if own else calls[-1] if calls else str(facts.nodes[p])] = None
+    return [tuple(part) for part in parts]

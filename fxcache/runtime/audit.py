@@ -1,0 +1,136 @@
+"""Does what is cached follow the input? Tried once a capture, before anything is reused.
+
+After the first computed step the model is evaluated once more, on a sample moved by noise of a
+tenth of its standard deviation, and a hit there reuses the residual of the first::
+
+    q = |hit - full| / |first - full|
+
+A right cut follows the sample: q is well below 1 (0.2 to 0.5 at the first step of trained models).
+A tensor that is no residual and is cached as one gives 1 and more: returning the old output would
+have been as good. The static rules cannot tell the two apart; only data can.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fxcache.runtime.regions import Regions, Values, Wiring
+from fxcache.runtime.state import Buffers
+
+log = logging.getLogger("fxcache")
+
+#: From here on nothing is reused.
+LIMIT = 1.05
+#: By how much of its standard deviation the sample is moved.
+MOVE = 0.1
+
+
+class Audit:
+    """The audit of one captured graph.
+
+    Args:
+        wiring: the compiled pieces.
+        samples: places of the noisy inputs among the graph's inputs.
+        outputs: places of what the caller gets among its outputs.
+        what: says what was cut.
+        device: where it computes.
+        draws: whether the graph draws random numbers: the generators are then put back.
+    """
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        samples: Sequence[int],
+        outputs: Sequence[int],
+        what: str,
+        device: torch.device,
+        *,
+        draws: bool,
+    ) -> None:
+        self.wiring, self.samples, self.outputs = wiring, tuple(samples), tuple(outputs)
+        self.what, self.device, self.draws = what, device, draws
+        #: None: not done yet, or it could not tell (nothing finite to compare).
+        self.q: float | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self.q is not None and self.q >= LIMIT
+
+    def run(self, inputs: Values, outputs: Sequence[Any], buffers: Buffers, entry: int) -> None:
+        """Try the residual in ring entry `entry` of `buffers`, which were filled by the evaluation
+        of `inputs` that gave `outputs`. Writes into none of them. One read-back.
+        """
+        if self.device.type == "meta" or any(map(_overlaps, (inputs[p] for p in self.samples))):
+            return  # nothing to compare, or no way to move it
+        with torch.no_grad(), self._generators():
+            moved = list(inputs)
+            for place in self.samples:
+                moved[place] = _moved(inputs[place])
+            given, own = tuple(moved), _copied(buffers, self.device)
+            weights = [float(at == entry) for at in range(self.wiring.ring)]
+            trial = Regions(self.wiring).begin(given, own)
+            hit, full = trial.hit(weights), trial.miss(entry)  # which overwrites the entry
+            off = _distance([hit[i] for i in self.outputs], [full[i] for i in self.outputs])
+            change = _distance([outputs[i] for i in self.outputs], [full[i] for i in self.outputs])
+            error, scale = torch.stack([off, change]).tolist()
+        if not math.isfinite(error) or not math.isfinite(scale):
+            return
+        self.q = error / scale if scale > 0 else (0.0 if error == 0 else math.inf)
+        log.info("audit: q = %.2f", self.q)
+        if self.failed:
+            log.warning(
+                "nothing is reused: on a slightly moved sample a hit is off by %.2f times what the "
+                "output moved (below 1 it would follow the sample). What was cut: %s. "
+                "audit=False reuses it all the same",
+                self.q,
+                self.what,
+            )
+
+    def _generators(self) -> AbstractContextManager[None]:
+        """Inside, random numbers are drawn that the model's own evaluations do not miss."""
+        if not self.draws:
+            return nullcontext()
+        devices = [self.device.index or 0] if self.device.type == "cuda" else []
+        forked: AbstractContextManager[None] = torch.random.fork_rng(devices)
+        return forked
+
+
+def _moved(sample: torch.Tensor) -> torch.Tensor:
+    """`sample` with noise of a tenth of its standard deviation (of its size, if it is constant)."""
+    generator = torch.Generator(sample.device).manual_seed(0)
+    noise = torch.empty_like(sample, dtype=torch.float32)
+    noise = noise.normal_(generator=generator)
+    values = torch.view_as_real(sample) if sample.is_complex() else sample
+    spread = values.float().std() if values.numel() > 1 else values.float().abs().sum()
+    size = values.float().square().mean().sqrt()
+    scale = torch.where(spread > 1e-6 * size, spread, torch.where(size > 0, size, 1.0))
+    moved = torch.empty_strided(  # the compiled pieces assume the strides
+        sample.shape, sample.stride(), dtype=sample.dtype, device=sample.device
+    )
+    return moved.copy_(sample + (MOVE * scale * noise))
+
+
+def _overlaps(sample: torch.Tensor) -> bool:
+    """Whether elements of `sample` share memory (expanded dimensions)."""
+    pairs = zip(sample.shape, sample.stride(), strict=True)
+    return any(size > 1 and stride == 0 for size, stride in pairs)
+
+
+def _copied(buffers: Buffers, device: torch.device) -> Buffers:
+    """Buffers that a trial may write into. Another's conditions are not looked at."""
+    kept = {key: tensor.clone() for key, tensor in buffers.kept.items()}
+    rings = tuple(
+        tuple(residual.to(device, copy=True) for residual in ring) for ring in buffers.rings
+    )
+    return replace(buffers, kept=kept, rings=rings)
+
+
+def _distance(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The norm of a difference, over all tensors."""
+    squares = [(x - y).abs().float().square().sum() for x, y in zip(a, b, strict=True)]
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()

@@ -1,0 +1,140 @@
+"""The functional graph: one dialect, bit for bit the model, its placeholders named."""
+
+import pytest
+import torch
+from helpers import assert_identical, sample, seeded, times
+from torch import nn
+from zoo import SequentialDiT, make, token_inputs
+
+import fxcache
+from fxcache.capture import torch_internals as internals
+from fxcache.capture.functional import functionalized
+from fxcache.passes.facts import analyse
+from fxcache.passes.graph import dotted_path, op_name
+from fxcache.passes.units import find_runs
+
+
+def captured(model, inputs, **options):
+    """The functional graph of `model`, what its placeholders are, and what it gives."""
+    found = []
+
+    def backend(gm, example_inputs):
+        def compile_graph(functional, given):
+            found.append((functional, given))
+            return functional
+
+        return functionalized(gm, example_inputs, compile_graph)
+
+    outputs = torch.compile(model, backend=backend, fullgraph=True, **options)(**inputs)
+    ((gm, given),) = found
+    return gm, given, outputs
+
+
+def test_all_private_names_of_torch_are_there():
+    for name in internals.__all__:
+        assert getattr(internals, name) is not None
+    assert internals.InductorWrapper.compiler_name == "inductor"
+    with internals.capturing_more():
+        assert torch._dynamo.config.capture_scalar_outputs
+    assert not torch._dynamo.config.capture_scalar_outputs
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("L['self']._modules['blocks'].0.attn", "blocks.0.attn"),
+        ("L['model'].__dict__['_modules']['transformer_blocks'].3", "transformer_blocks.3"),
+        ("L['self'].blocks[2].mlp", "blocks.2.mlp"),
+        ("L['self']._modules['blocks']._modules['1']._orig_mod.proj", "blocks.1.proj"),
+        ("L['self']", ""),
+    ],
+)
+def test_module_paths(path, expected):
+    assert dotted_path(path) == expected
+
+
+class Writing(SequentialDiT):
+    """In-place streams, a context, a counter in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def stack(self, h):
+        self.calls += 1
+        with torch.autocast("cpu", torch.bfloat16):
+            for block in self.blocks:
+                h += 0.1 * block(h)
+                h[:, 0] = 0
+        return h
+
+
+def test_writes_and_contexts_are_gone():
+    model = seeded(Writing)
+    gm, given, _ = captured(model, token_inputs())
+    calls = [node for node in gm.graph.nodes if node.op == "call_function"]
+    assert not [n for n in calls if op_name(n).endswith("_") or op_name(n).startswith("_enter_")]
+    assert [given.sources[node].rpartition("'calls'")[1] for node in given.written] == ["'calls'"]
+    assert model.calls == 1
+    inputs = token_inputs()
+    assert_identical(captured(seeded(Writing), inputs)[2], seeded(Writing)(**inputs))
+    assert set(given.data.values()) == {"x", "t"}
+    assert given.data[given.timestep] == "t"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_graph_gives_the_models_own_bits(mode, dynamic):
+    model = seeded(SequentialDiT)
+    with mode():
+        inputs = {"x": sample(batch=3), "t": times(0.5, 3)}
+        assert_identical(captured(model, inputs, dynamic=dynamic)[2], model(**inputs))
+
+
+def test_the_weights_are_known():
+    gm, given, _ = captured(*make("flux"))
+    assert set(given.paths.values()) == {
+        "hidden_states", "encoder_hidden_states", "pooled_projections", "timestep",
+        "img_ids", "txt_ids",
+    }  # fmt: skip
+    assert len(given.weights) == len(given.registered)
+    assert len(gm.graph.find_nodes(op="placeholder")) == len(given.weights) + len(given.data)
+
+
+def test_facts_of_a_graph():
+    gm, given, _ = captured(seeded(SequentialDiT), token_inputs())
+    facts = analyse(gm.graph, given)
+    assert [given.data[node] for node in facts.samples] == ["x"]
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        seeded(SequentialDiT)(**token_inputs())
+    time_layer = 2 * 2 * 1 * 16  # which does not depend on the sample
+    assert facts.total == counter.get_total_flops() - time_layer
+    (run,) = find_runs(facts)
+    assert [unit.label for unit in run.units] == [f"blocks.{i}" for i in range(4)]
+    assert all(facts.width[unit.end] == 2 * 8 * 16 * 4 for unit in run.units)
+    for p, node in enumerate(facts.nodes):
+        closure = facts.needs(node)
+        assert closure >> p & 1
+        assert all(closure >> q & 1 for q in facts.operands[p])
+
+
+class Sized(nn.Module):
+    """Sizes of the sequence are asked for again and again."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x, t):
+        for block in self.blocks:
+            x = x + block(x).reshape(x.shape[0], x.shape[1], 2, 2).flatten(2)
+        return x
+
+
+def test_sizes_change_no_decision():
+    """dynamic=True: the same cut, whatever sizes it was captured with."""
+    model = seeded(Sized)
+    static = fxcache.explain(model, sample(), times(1.0))
+    gm, given, _ = captured(model, {"x": sample(), "t": times(1.0)}, dynamic=True)
+    (run,) = find_runs(analyse(gm.graph, given))
+    assert [unit.label for unit in run.units] == list(static.blocks)
