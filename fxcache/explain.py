@@ -17,7 +17,6 @@ from fxcache.passes.probe import Probe
 from fxcache.policy import Policy
 from fxcache.runner import Runner, Settings
 
-
 #: Some policies need a number of steps, though the first is computed whatever it is.
 ANY = 28
 

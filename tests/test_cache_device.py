@@ -116,7 +116,7 @@ def test_pieces_run_where_the_model_is():
     own, wiring = Buffers({}, host_rings()), Wiring()
     evaluation = HostedRegions(wiring, torch.device("meta")).begin((torch.ones(1),), own)
     evaluation.hit([1.0, 0.0, 1.0])
-    ((_, given, _, vector),) = wiring.given
+    ((_, given, vector),) = wiring.given
     assert {residual.device.type for ring in given.rings for residual in ring} == {"meta"}
     assert given.device.type == vector.device.type == "meta"
     assert own.device.type == "cpu"

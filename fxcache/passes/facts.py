@@ -292,7 +292,8 @@ def node_flops(node: fx.Node) -> int:
         pass
     results = [leaf for leaf in tree_leaves(value_of(node)) if isinstance(leaf, torch.Tensor)]
     size = max((torch.Size(map(hint, leaf.shape)).numel() for leaf in results), default=0)
-    inner = max((shape_of(n) or (1,))[-1] if shape_of(n) else 1 for n in node.all_input_nodes)
+    shapes = (shape_of(operand) or () for operand in node.all_input_nodes)
+    inner = next((shape[-1] for shape in shapes if len(shape) >= 2), 1)
     return 2 * size * inner
 
 

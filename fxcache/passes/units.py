@@ -254,7 +254,9 @@ def _extended(facts: Facts, runs: list[Run]) -> list[Run]:
         word = sum(p <= units[-1].end for p in facts.heavy)
         while units[-1].label[-1:].isdigit() and word < len(facts.heavy):
             stack = module_calls(facts.nodes[facts.heavy[word]])
+            kind = re.sub(r"\d+", "#", units[-1].label)
             own = [path for path, _ in stack if path.rpartition(".")[0] == holder]
+            own = [path for path in own if re.sub(r"\d+", "#", path) == kind]
             if not own or own[0] in {unit.label for unit in units}:
                 break
             while word < len(facts.heavy) and own[0] in _paths(facts, word):

@@ -5,7 +5,6 @@ what linear extrapolation would have, are two sums each. Where the policy's own 
 of the two by more than a fifth, the report and the log say so.
 """
 
-
 from dataclasses import dataclass, field
 
 import torch
@@ -40,7 +39,10 @@ class Advice:
             zero = torch.zeros((), device=fresh[0].device)
             reuse = sum((_sum(r - a) for r, a in zip(fresh, newest, strict=True)), zero)
             linear = sum(
-                (_sum(r - a - pace * (a - b)) for r, a, b in zip(fresh, newest, older, strict=True)),
+                (
+                    _sum(r - a - pace * (a - b))
+                    for r, a, b in zip(fresh, newest, older, strict=True)
+                ),
                 zero,
             )
             found = torch.stack([reuse, linear, sum(map(_sum, fresh), zero)])
@@ -70,5 +72,3 @@ class Advice:
 
 def _sum(difference: torch.Tensor) -> torch.Tensor:
     return difference.abs().float().sum()
-
-
