@@ -128,7 +128,10 @@ def dispatched_share(run: Sampler, chunk: Chunk, task: Task) -> tuple[float, flo
     names = Counter(event.name for event in profiler.function_events)
     model = task.load()
     weight = attention_share(model)
-    seen = names["aten::scaled_dot_product_attention"] * weight + names["aten::gelu"] * (1 - weight)
+    # Where the model's graph is one of ATen's operations, attention goes by its kernel's name.
+    kernel, whole = "_scaled_dot_product_flash_attention_for_cpu", "scaled_dot_product_attention"
+    attentions = max(names[f"aten::{kernel}"], names[f"aten::{whole}"])
+    seen = attentions * weight + names["aten::gelu"] * (1 - weight)
     return said, seen / (task.steps * len(model.transformer_blocks))
 
 

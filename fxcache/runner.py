@@ -216,6 +216,8 @@ class Runner:
             return self._run(args, kwargs)
         except (CaptureError, StackNotFoundError) as error:
             if hooks.make_traceable(self.model):  # hooks have come that break the graph
+                if not self.is_whole:
+                    self._break_up()
                 return self._evaluate_checked(args, kwargs)
             if not self.is_whole or isinstance(error, StackNotFoundError):
                 raise

@@ -45,6 +45,8 @@ def last_hits(denoiser, steps=8):
 @pytest.mark.parametrize("policy", [*MEASURING, MAG], ids=name_of)
 @pytest.mark.parametrize("name", [UViT, Narrow, "flux"])
 def test_threshold_0_is_the_model(policy, name):
+    if name is Narrow and policy.span.whole_model:
+        pytest.skip("an output of another shape is refused there")
     model, at, _ = case(name)
     denoiser = plain(model, replace(policy, threshold=0.0))
     for step in range(5):

@@ -16,8 +16,8 @@ def cut_whole(facts: Facts) -> Cut:
     An output is kept as its difference to the noisy input, which one of them must have the shape
     of: else no hit would follow the sample. Others are kept as they are.
 
-    Raises StackNotFoundError if the graph returns no numeric tensor, or none of its input's shape, or
-    if it writes into its inputs.
+    Raises StackNotFoundError if the graph returns no numeric tensor, or none of its input's shape,
+    or if it writes into its inputs.
     """
     if facts.inputs.written:
         names = [facts.inputs.paths.get(node, node.name) for node in facts.inputs.written]
