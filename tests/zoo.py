@@ -25,8 +25,8 @@ class Entry:
 
     `head` and `span` are the paths of the head block and of the blocks that a hit must skip; `time`
     is the first timestep. Where the last block returns a tuple (or a dataclass), `image` is the
-    place (or name) of the image stream in it. Of a U shape (`is_u_shape`), `span` is a part of what is
-    skipped.
+    place (or name) of the image stream in it. Of a U shape (`is_u_shape`), `span` is a part of what
+    is skipped.
     """
 
     build: Callable[..., tuple[nn.Module, Inputs]]
