@@ -26,22 +26,25 @@ def signature_of(
     a broken stack never do.
     """
     places = [placeholders.index(node) for node in inputs.data]
-    # Of the integers, those that the shapes are made of: others (a timestep) change every step.
-    symbols = set().union(*(_symbols(size) for fake in state for size in fake.shape))
-    sizes = [
-        placeholders.index(node) for node in inputs.sizes if _symbols(value_of(node)) & symbols
-    ]
+    places_of = {placeholders.index(node): value_of(node) for node in inputs.sizes}
     span = found.head_units, found.span_units
-    kept = (span, *map(_layout, state))
     names = [inputs.paths[node] for node in inputs.data]
     static = _layouts(names, map(value_of, inputs.data))
     if not inputs.sizes:
-        constant = Signature(static, (), kept)
+        constant = Signature(static, (), (span, *map(_layout, state)))
         return lambda values: constant
 
     def layout(values: Sequence[Any]) -> Signature:
         given = _layouts(names, (values[place] for place in places))
-        return Signature(given, tuple(values[place] for place in sizes), kept)
+        known = {
+            fake.node.expr: values[place]
+            for place, fake in places_of.items()
+            if isinstance(fake, torch.SymInt)
+        }
+        # By numbers and not by formulas: other graphs of the same sizes share the state.
+        shapes = (tuple(_concrete(size, known) for size in fake.shape) for fake in state)
+        kept = zip(shapes, state, strict=True)
+        return Signature(given, (), (span, *((str(n), f.dtype, f.device) for n, f in kept)))
 
     return layout
 
@@ -50,11 +53,6 @@ def _layouts(names: Sequence[str], values: Iterable[Any]) -> tuple[tuple[str, Ha
     """Of tensors with dimensions (Dynamo makes some numbers scalar tensors)."""
     given = zip(names, values, strict=True)
     return tuple((name, _layout(v)) for name, v in given if _is_tensor(v) and v.ndim > 0)
-
-
-def _symbols(size: Any) -> set[Any]:
-    """The symbols that `size` is made of: none for a plain number."""
-    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
 
 
 def _layout(tensor: torch.Tensor) -> Hashable:
