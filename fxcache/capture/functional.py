@@ -13,9 +13,7 @@ import torch
 from torch import fx
 
 from fxcache.capture import torch_internals as internals
-from fxcache.passes.graph import GraphInputs, is_tensor, outputs_of, value_of
-
-_OF_MODEL = re.compile(r"^L\['(model|self)'\]|\._(parameters|buffers)\[|_modules")
+from fxcache.passes.graph import GraphInputs, is_of_model, is_tensor, outputs_of, value_of
 
 #: Takes the functional graph and what its placeholders are, gives what runs in its place.
 Compile = Callable[[fx.GraphModule, GraphInputs], Callable[..., Any]]
@@ -109,11 +107,6 @@ class _Found:
         self.is_of_model = self.is_parameter or is_of_model(self.source)
         self.is_registered = self.is_parameter or "_buffers" in self.source
         self.path = _argument_path(self.source or node.name, argument_names)
-
-
-def is_of_model(source: str) -> bool:
-    """Whether what Dynamo found at `source` belongs to the model, and not to its arguments."""
-    return bool(_OF_MODEL.search(source))
 
 
 def graph_inputs(graph: fx.Graph, found: Sequence[_Found]) -> GraphInputs:

@@ -18,6 +18,7 @@ TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "nois
 #: What a size counts as that depends on data, so that no number is known for it.
 UNBACKED_SIZE = 8
 
+_OF_MODEL = re.compile(r"^L\['(model|self)'\]|\._(parameters|buffers)\[|_modules")
 _LOCAL = re.compile(r"^L\['\w+'\]")
 _SUBSCRIPT = re.compile(r"\[['\"]?([\w-]+)['\"]?\]")
 _PRIVATE = re.compile(r"\.(__dict__|_modules|_orig_mod)(?=\.|$)")
@@ -129,6 +130,11 @@ def module_calls(node: fx.Node) -> list[tuple[str, str]]:
 
 
 # --- inputs ---
+
+
+def is_of_model(source: str) -> bool:
+    """Whether what Dynamo found at `source` belongs to the model, and not to its arguments."""
+    return bool(_OF_MODEL.search(source))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ unchanged, so there a write through ``.data`` amid a trajectory is not seen.
 """
 
 import functools
-import re
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from ctypes import c_uint8, c_uint16, c_uint32, c_uint64
@@ -34,10 +33,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fxcache.passes.graph import GraphInputs, tensor_of
+from fxcache.passes.graph import GraphInputs, is_of_model, tensor_of
 
-#: Names of Dynamo's that belong to the model, and not to its arguments.
-_OF_MODEL = re.compile(r"^L\['(model|self)'\]|\._(parameters|buffers)\[|_modules")
 #: So many elements are copied of weights that do not lie in host memory.
 MAX_COPIED = 16
 
@@ -320,7 +317,7 @@ def _constants_of_model() -> Callable[[], Mapping[str, Hashable]]:
         named = {str(g.name() if callable(g.name) else g.name): g.code_list for g in guards}
         guards.clear()
         return {
-            name: frozenset(code or ()) for name, code in named.items() if _OF_MODEL.search(name)
+            name: frozenset(code or ()) for name, code in named.items() if is_of_model(name)
         }
 
     return constants
