@@ -229,7 +229,8 @@ class Runner:
                 return self._run(args, kwargs)
             except CaptureError as error:
                 self.captures_more, first = False, error
-        if self.settings.fullgraph or hooks.obstacles(self.model):
+        asked = self.settings.fullgraph
+        if asked or (asked is None and hooks.obstacles(self.model)):
             raise first
         log.info("capturing in pieces: %s", first)
         self._break_up()

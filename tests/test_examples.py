@@ -175,7 +175,7 @@ def test_short_race_hits_where_it_must(peers, tmp_path):
 
 @pytest.mark.slow
 def test_short_compile_time_run(tmp_path):
-    arguments = ("--blocks", 2, "--contestants", "fxcache", "--calls", 3, "--output", tmp_path)
+    arguments = ("--blocks", 3, "--contestants", "fxcache", "--calls", 3, "--output", tmp_path)
     output = run_script("benchmark_compile_time.py", *arguments)
     (row,) = json.loads((tmp_path / "compile-time.json").read_text())["rows"]
     assert row["status"] == "ok", output

@@ -139,7 +139,7 @@ def test_the_table_of_pipelines_is_that_of_the_tests():
 @pytest.mark.slow
 def test_the_benchmark_of_the_readme_runs():
     command = [sys.executable, ROOT / "examples" / "benchmark_overhead.py"]
-    command += ["--blocks", "2", "--calls", "3"]
+    command += ["--blocks", "3", "--calls", "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"^miss / uncached +[\d.]+ median", done.stdout, re.MULTILINE)

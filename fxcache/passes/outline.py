@@ -40,11 +40,15 @@ from fxcache.passes.divide import (
 
 @dataclass(frozen=True)
 class Kind:
-    """Segments that are equal: what is compiled once, and the fake values to compile it for."""
+    """Segments that are equal: what is compiled once, the fake values to compile it for and those
+    that it gives, and which of its nodes leave it as copies.
+    """
 
     key: Hashable
     module: fx.GraphModule
     fakes: tuple[Any, ...]
+    results: tuple[Any, ...]
+    copied: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class _Outliner:
         #: Where values are that the piece returns: as they are, and not as they cross edges.
         self.returned: dict[fx.Node, int] = {}
         self.num_places = 0
-        self.kinds: dict[Hashable, tuple[Kind, tuple[Any, ...]]] = {}
+        self.kinds: dict[Hashable, Kind] = {}
         placeholders = module.graph.find_nodes(op="placeholder")
         for node, fake in zip(placeholders, fakes, strict=True):
             self._define(node, fake)
@@ -128,24 +132,40 @@ class _Outliner:
             inputs.append(size)
             code_inputs.append(size)
         given = [self.values[node] for node in inputs]
-        body = operations(segment.code, code_inputs)
-        crossing = [segment.code[at] for at in outputs]
-        leaving = [segment.code[segment.at[segment.nodes.index(node)]] for node in returned]
-        key = (_layouts(given), body, tuple(outputs), tuple(map(segment.code.index, leaving)))
-        if key not in self.kinds:
-            module, results = _extract(
-                self.module, segment.code, code_inputs, crossing, leaving, given
-            )
-            self.kinds[key] = Kind(key, module, tuple(given)), results
-        kind, results = self.kinds[key]
+        leaving = [segment.at[segment.nodes.index(node)] for node in returned]
+        every = sorted({*outputs, *leaving})
+        kind = self._kind(segment.code, code_inputs, given, every, [])
+        if not kind.copied.isdisjoint(leaving):  # what is returned must be as it is
+            every = outputs
+            kind = self._kind(segment.code, code_inputs, given, outputs, leaving)
         reads = tuple(self.places[node] for node in inputs)
         first = self.num_places
-        for at, result in zip(outputs, results, strict=False):
+        for at, result in zip(every, kind.results, strict=False):
             self._define(segment.node(at), _alike(result))
-        for node in returned:
-            self.returned[node] = self.num_places
-            self.num_places += 1
+        for node, at in zip(returned, leaving, strict=True):
+            if every is outputs:
+                self.returned[node] = self.num_places
+                self.num_places += 1
+            else:
+                self.returned[node] = first + every.index(at)
         return Call(kind, reads, tuple(range(first, self.num_places)))
+
+    def _kind(
+        self,
+        code: Nodes,
+        inputs: list[fx.Node],
+        given: list[Any],
+        crossing: list[int],
+        leaving: list[int],
+    ) -> Kind:
+        body = operations(code, inputs)
+        key = (_layouts(given), body, tuple(crossing), tuple(leaving))
+        if key not in self.kinds:
+            nodes = [code[at] for at in crossing], [code[at] for at in leaving]
+            module, results, copied = _extract(self.module, code, inputs, *nodes, given)
+            indices = frozenset(crossing[index] for index in copied)
+            self.kinds[key] = Kind(key, module, tuple(given), results, indices)
+        return self.kinds[key]
 
     def _sizes_for(self, inputs: list[fx.Node]) -> list[fx.Node]:
         """The symbolic sizes that are not among `inputs`, whose shapes may be formulas of them: a
@@ -221,9 +241,9 @@ def _extract(
     crossing: list[fx.Node],
     returned: list[fx.Node],
     given: list[Any],
-) -> tuple[fx.GraphModule, tuple[Any, ...]]:
+) -> tuple[fx.GraphModule, tuple[Any, ...], set[int]]:
     """`segment` as a module of its own, and the fake values that it gives: `crossing`, copied out
-    where they are views, then `returned`, as they are.
+    where they are views, then `returned`, as they are. Also the indices of the copies.
     """
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
@@ -243,6 +263,7 @@ def _extract(
     part = fx.GraphModule(module, graph)
     values = _propagate(part, given)
     memory = Counter(_storage(v) for v in (*given, *values) if isinstance(v, torch.Tensor))
+    copied = set()
     for index, (node, value) in enumerate(zip(crossing, values, strict=False)):
         if not isinstance(value, torch.Tensor):
             if not isinstance(value, torch.SymInt | int | float | torch.SymFloat):
@@ -251,6 +272,7 @@ def _extract(
         if is_traceable_wrapper_subclass(value) or value.is_conj() or value.is_neg():
             raise NotOutlinedError(f"{node} is no plain tensor")
         if memory[_storage(value)] > 1 or not _is_dense(value):
+            copied.add(index)
             with graph.inserting_before(graph.output_node()):
                 results[index] = graph.call_method(
                     "clone", (results[index],), {"memory_format": torch.contiguous_format}
@@ -258,7 +280,7 @@ def _extract(
     graph.output_node().args = (tuple(results),)
     graph.lint()
     part.recompile()
-    return part, tuple(_propagate(part, given))
+    return part, tuple(_propagate(part, given)), copied
 
 
 def _is_dense(value: torch.Tensor) -> bool:

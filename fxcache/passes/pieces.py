@@ -143,7 +143,8 @@ class _PiecesWriter:
     def hit(self, ring: int) -> Piece:
         graph = PieceGraph(self.gm, self.cut)
         self._define_scalars(graph)
-        graph.emit(self.early & ~self.in_head)
+        renewing = [n for s in self.cut.streams if s.skeleton for n in reads(s.skeleton, self.facts)]
+        graph.emit(self.facts.closure(renewing) & ~self.in_head)
         weights = graph.proxy(graph.argument(WEIGHTS)) if ring > 1 else None
         for index, stream in enumerate(self.cut.streams):
             before = self._before(graph, stream)
@@ -152,7 +153,7 @@ class _PiecesWriter:
             graph.define(stream.after, _laid_out_like(stream.after, predicted).node)
         if self.measurement is not None:
             self.measurement.on_hit(graph)
-        graph.emit(self.tail)
+        graph.emit(self.cut.hit & ~self.in_head)
         return graph.finish(graph.outputs())
 
     def miss(self) -> Piece:

@@ -12,6 +12,7 @@ products with what does not depend on the sample. What arrives is a *leaf*: a va
 one that is nearly free to compute anew. Every other term counts as 0 and is left to the residual.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,9 +56,10 @@ class Skeleton:
     """What of `node` a hit renews: all of it (a leaf: no `parts`), or what its operation makes of
     the skeletons of some operands.
 
-    `leaves` is the mask of the leaves, `layers` that of the layers on the way, `share` the share of
+    `leaves` is the mask of what the leaves are views of, `layers` that of the layers on the way, `share` the share of
     the tensor that is renewed by a sum (what is only handed through the tail could read by itself),
-    `is_sum` whether there is one.
+    `is_sum` whether there is one. `gain` is the factor of the leaves where it is a number (else
+    NaN): what takes its own input away again has none left.
     """
 
     node: fx.Node
@@ -66,6 +68,7 @@ class Skeleton:
     share: float = 0.0
     is_sum: bool = False
     layers: Mask = 0
+    gain: float = 1.0
 
     @property
     def is_leaf(self) -> bool:
@@ -132,7 +135,7 @@ class Skeletons:
         if node not in self.leaves:
             # What no layer has embedded yet is no stream, if there is something that is.
             embedded = self.facts.needs(node) & self.facts.costly or not self.trunk
-            leaf = 1 << self.facts.position[node]
+            leaf = 1 << self.facts.position[self._root(node)]
             self.leaves[node] = Skeleton(node, leaf, share=float(bool(embedded)))
         return self.leaves[node]
 
@@ -165,9 +168,7 @@ class Skeletons:
         if passes_on(node) and isinstance(first, fx.Node):
             part = self.of(first)
             is_sum = part is not None and (part.is_sum or name not in _LIMITS)
-            return part and Skeleton(
-                node, part.leaves, {first: part}, part.share, is_sum, part.layers
-            )
+            return part and replace(part, node=node, parts={first: part}, is_sum=is_sum)
         return None
 
     def _through(self, node: fx.Node, operand: Any) -> Skeleton | None:
@@ -177,15 +178,13 @@ class Skeletons:
         if op_name(node) != "copy" and any(map(self.facts.depends, others)):
             return None  # an index, a factor
         part = self.of(operand)
-        return part and Skeleton(
-            node, part.leaves, {operand: part}, part.share, part.is_sum, part.layers
-        )
+        return part and replace(part, node=node, parts={operand: part})
 
     def _layer(self, node: fx.Node, operand: Any) -> Skeleton | None:
         """A product or a convolution with a weight is linear, too."""
         part = self._through(node, operand)
         own = 1 << self.facts.position[node]
-        return part and replace(part, layers=part.layers | own)
+        return part and replace(part, layers=part.layers | own, gain=math.nan)
 
     def _simplified(self, node: fx.Node, operand: fx.Node) -> Skeleton | None:
         """The skeleton of a slice of a concatenation is that of the part that it takes."""
@@ -208,16 +207,15 @@ class Skeletons:
         terms = [t for t in _terms(self.facts, node, name) if self.facts.depends(t)]
         terms = [t for t in terms if shape_of(t) == shape_of(node)]
         found = {t: part for t in terms if (part := self.of(t)) is not None}
-        if len(found) > 1:
-            leaves = [part.leaves for part in found.values()]
-            if name == "sub" and leaves[0] & leaves[1]:
-                return None  # what a block adds: its result without its input
-            found = self._without_costly(found)
+        if name == "sub" and len(found) == 2 and _cancel(*found.values()):
+            return None  # what a block adds: its result without its input
+        found = self._without_costly(found)
         found = {t: part for t, part in found.items() if self._feeds_work(part, node)}
         if not found:
             return None
         share = max(part.share for part in found.values())
-        return Skeleton(node, _leaves(found), found, share, True, _layers(found))
+        gain = next(iter(found.values())).gain if len(found) == 1 else math.nan
+        return Skeleton(node, _leaves(found), found, share, True, _layers(found), gain)
 
     def _choice(self, node: fx.Node, name: str) -> Skeleton | None:
         """Term by term, each for its own elements."""
@@ -235,7 +233,23 @@ class Skeletons:
         return Skeleton(node, _leaves(found), found, share, is_sum, _layers(found))
 
     def _without_costly(self, found: dict[fx.Node, Skeleton]) -> dict[fx.Node, Skeleton]:
-        """`found` without terms that cost a branch of their own: these are left to the residual."""
+        """`found` without terms that cost a branch of their own, and without layers of what another
+        term brings as it is: these are left to the residual.
+        """
+        if len(found) < 2:
+            return found
+        direct = [p for part in found.values() if not part.layers for p in positions(part.leaves)]
+
+        def is_made_of_direct(leaf: int) -> bool:
+            own = self.facts.ancestors[leaf]
+            costly = own & self.facts.costly
+            return any(own >> d & 1 and not costly & ~self.facts.ancestors[d] for d in direct)
+
+        found = {
+            t: part
+            for t, part in found.items()
+            if not part.layers or not all(map(is_made_of_direct, positions(part.leaves)))
+        }
         costs = {t: self._needs(part) & ~self.trunk for t, part in found.items()}
         cheapest = min(found, key=lambda t: self.facts.flops(costs[t]))
         limit = BESIDE * self.facts.total
@@ -259,9 +273,8 @@ class Skeletons:
         facts = self.facts
         work = facts.needs(total) & facts.costly
         for leaf in positions(part.leaves):
-            root = facts.position[self._root(facts.nodes[leaf])]
-            behind = work >> root << root
-            if any(facts.ancestors[p] >> root & 1 for p in positions(behind)):
+            behind = work >> leaf << leaf
+            if any(facts.ancestors[p] >> leaf & 1 for p in positions(behind)):
                 return True
         return False
 
@@ -282,7 +295,12 @@ class Skeletons:
             return None
         if name == "div" and factors[0] is not node.args[0]:
             return None
-        return self._through(node, factors[0])
+        part = self._through(node, factors[0])
+        other = node.args[1] if factors[0] is node.args[0] else node.args[0]
+        factor = float(other) if isinstance(other, int | float) else math.nan
+        return part and replace(
+            part, gain=part.gain * factor if name == "mul" else part.gain / factor
+        )
 
     def _joined(self, node: fx.Node) -> Skeleton | None:
         """Part by part."""
@@ -312,6 +330,11 @@ def passes_on(node: fx.Node) -> bool:
     if name == "clamp":
         return len(node.args) > 2 and None not in node.args[1:3]
     return name in _LIMITS
+
+
+def _cancel(one: Skeleton, other: Skeleton) -> bool:
+    """Whether the difference of the two is 0 for a leaf that they share."""
+    return bool(one.leaves & other.leaves) and one.gain == other.gain
 
 
 def _leaves(found: dict[fx.Node, Skeleton]) -> Mask:
