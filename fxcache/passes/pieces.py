@@ -143,7 +143,9 @@ class _PiecesWriter:
     def hit(self, ring: int) -> Piece:
         graph = PieceGraph(self.gm, self.cut)
         self._define_scalars(graph)
-        renewing = [n for s in self.cut.streams if s.skeleton for n in reads(s.skeleton, self.facts)]
+        renewing = [
+            n for s in self.cut.streams if s.skeleton for n in reads(s.skeleton, self.facts)
+        ]
         graph.emit(self.facts.closure(renewing) & ~self.in_head)
         weights = graph.proxy(graph.argument(WEIGHTS)) if ring > 1 else None
         for index, stream in enumerate(self.cut.streams):

@@ -56,10 +56,10 @@ class Skeleton:
     """What of `node` a hit renews: all of it (a leaf: no `parts`), or what its operation makes of
     the skeletons of some operands.
 
-    `leaves` is the mask of what the leaves are views of, `layers` that of the layers on the way, `share` the share of
-    the tensor that is renewed by a sum (what is only handed through the tail could read by itself),
-    `is_sum` whether there is one. `gain` is the factor of the leaves where it is a number (else
-    NaN): what takes its own input away again has none left.
+    `leaves` is the mask of what the leaves are views of, `layers` that of the layers on the way,
+    `share` the share of the tensor that is renewed by a sum (what is only handed through the tail
+    could read by itself), `is_sum` whether there is one. `gain` is the factor of the leaves where
+    it is a number (else NaN): what takes its own input away has none left.
     """
 
     node: fx.Node

@@ -316,8 +316,6 @@ def _constants_of_model() -> Callable[[], Mapping[str, Hashable]]:
         # A guard's name is a method up to torch 2.11, then a property.
         named = {str(g.name() if callable(g.name) else g.name): g.code_list for g in guards}
         guards.clear()
-        return {
-            name: frozenset(code or ()) for name, code in named.items() if is_of_model(name)
-        }
+        return {name: frozenset(code or ()) for name, code in named.items() if is_of_model(name)}
 
     return constants
