@@ -36,7 +36,8 @@ class Report:
     `cached_bytes` is the memory that the state holds now (`cached_by_device`: on which device how
     much), `graphs` the number of graphs compiled, `recompiles` those compiled after the first
     evaluation was through. `audit` is how well a hit followed a slightly moved sample, at worst: 0
-    exactly, 1 as returning the old output would, None not tried.
+    exactly, 1 as returning the old output would, None not tried. `advice` names a forecast that
+    would have been nearer at the computed steps of the first trajectory, with both errors.
     """
 
     records: tuple[Record, ...]
@@ -45,6 +46,7 @@ class Report:
     recompiles: int
     cached_by_device: Mapping[str, int] = field(default_factory=dict)
     audit: float | None = None
+    advice: str | None = None
 
     @classmethod
     def merged(cls, reports: Mapping[str, "Report"]) -> "Report":
@@ -60,7 +62,9 @@ class Report:
         cached, graphs, recompiles = (sum(column) for column in zip(*totals, strict=True))
         audits = [report.audit for report in reports.values() if report.audit is not None]
         worst = max(audits, default=None)
-        return cls(tuple(in_order), cached, graphs, recompiles, dict(devices), worst)
+        advice = [f"{name}: {r.advice}" for name, r in reports.items() if r.advice is not None]
+        said = "; ".join(advice) or None
+        return cls(tuple(in_order), cached, graphs, recompiles, dict(devices), worst, said)
 
     @property
     def hits(self) -> int:
@@ -96,6 +100,7 @@ class Report:
             "graphs": self.graphs,
             "recompiles": self.recompiles,
             "audit": self.audit if self.audit is None or math.isfinite(self.audit) else None,
+            "advice": self.advice,
         }
 
     def __str__(self) -> str:
@@ -112,6 +117,8 @@ class Report:
             f"{self.recompiles} recompile(s)"
             + ("" if self.audit is None else f", audit {self.audit:.2f}")
         )
+        if self.advice is not None:
+            lines.append(self.advice)
         return "\n".join(lines)
 
     def _places(self) -> str:

@@ -225,8 +225,7 @@ def test_products_of_quantized_weights_are_counted(quantize, model, inputs):
     full = fxcache.explain(model, **inputs)
     found = fxcache.explain(quantize(model, "dynamic"), **inputs)
     assert found.span_blocks == full.span_blocks
-    assert found.flops == full.flops
-    assert found.skipped_flops > 0.75 * full.skipped_flops
+    assert (found.flops, found.skipped_flops) == (full.flops, full.skipped_flops)
 
 
 def test_a_quantized_model_that_is_captured_in_pieces(quantize):

@@ -303,7 +303,9 @@ def _widths(
     base: dict[fx.Node, fx.Node],
     dependent: Mask,
 ) -> tuple[int, ...]:
-    """Bytes alive behind each position. Inputs of the graph cost nothing to keep."""
+    """Bytes alive behind each position. Inputs of the graph cost nothing to keep. A whole number
+    counts as the float that it was: where a tensor was quantized for a product is no narrow place.
+    """
     last: dict[fx.Node, int] = {}
     for p, node in enumerate(nodes):
         for operand in node.all_input_nodes:
@@ -311,8 +313,9 @@ def _widths(
     change = [0] * (len(nodes) + 1)
     for node, end in last.items():
         if node.op != "placeholder" and dependent >> position[node] & 1:
-            change[position[node]] += bytes_of(node)
-            change[end] -= bytes_of(node)
+            size = bytes_of(node) if is_numeric(node) else 4 * numel_of(node)
+            change[position[node]] += size
+            change[end] -= size
     widths, alive = [], 0
     for difference in change[:-1]:
         alive += difference

@@ -167,11 +167,15 @@ class StepExecutor:
             state.forget()
         if not state.past:
             state.stamp = self.weights.stamp(inputs)
+        advice = None if self.session.observe else self.session.advice
+        computed = advice.before_miss(state) if advice is not None else []
         at = state.oldest_slot()
         # While the piece writes, the slot's old residual is no longer one.
         state.past = [entry for entry in state.past if entry[1] != at]
         outputs = evaluation.miss(at)
         state.refreshed(at)
+        if advice is not None:
+            advice.after_miss(state, computed)
         if self.audit is not None and self.audit.q is None and self.session.may_hit:
             self.audit.run(tuple(inputs), outputs, state.allocated, at)
             self.session.audits.append(self.audit.q)

@@ -14,6 +14,8 @@ import torch
 from fxcache.errors import OptionError
 from fxcache.policy import Decision, Policy
 from fxcache.report import Record, Report
+from fxcache.policy.fitted import Fitted
+from fxcache.runtime.advice import Advice
 from fxcache.runtime.clock import Clock, Place, Timeline
 from fxcache.runtime.noise import Exam
 from fxcache.runtime.state import BranchState, Direction, Slot, Verdict
@@ -59,6 +61,9 @@ class Session:
         self.skipped_share = 0.0
         #: What the audits gave, one a capture.
         self.audits: list[float | None] = []
+        #: Compares forecasts during the first trajectory, then says what it found (None: nothing).
+        self.advice: Advice | None = self._new_advice()
+        self.advised: str | None = None
         #: The step of the evaluation, if the clock says it.
         self._step: ContextVar[int | None] = ContextVar("fxcache_step", default=None)
         self._warned: set[str] = set()
@@ -72,6 +77,11 @@ class Session:
     def may_hit(self) -> bool:
         """Whether the policy could ever hit, as far as its threshold says."""
         return getattr(self.policy, "threshold", math.inf) != 0 and not self.observe
+
+    def _new_advice(self) -> Advice | None:
+        """None for what was fitted to its steps already, and for what never forecasts."""
+        forecast = self.policy.forecast
+        return None if isinstance(forecast, Fitted) or not self.may_hit else Advice(forecast)
 
     # --- where an evaluation belongs ---
 
@@ -162,6 +172,10 @@ class Session:
     def begin(self, slot: Slot, **announcement: Any) -> None:
         """Start a new trajectory in `slot`; of the last one, say what is worth saying."""
         self._conclude(slot)
+        if self.advice is not None and self.advice.sums is not None:
+            self.advised, self.advice = self.advice.finding(), None
+            if self.advised is not None:
+                log.info(self.advised)
         slot.begin(**{"num_steps": self.expected_steps, **announcement})
 
     def _conclude(self, slot: Slot, *, is_over: bool = True) -> None:
@@ -197,6 +211,7 @@ class Session:
         self.slots.clear()
         self.records.clear()
         self.direction = Direction()
+        self.advice, self.advised = self._new_advice(), None
 
     # --- one evaluation ---
 
@@ -375,4 +390,5 @@ class Session:
             self.recompiles,
             dict(cached),
             max((q for q in self.audits if q is not None), default=None),
+            self.advised if self.advice is None else self.advice.finding(),
         )

@@ -1,0 +1,92 @@
+"""Would another forecast have been nearer? Measured at the misses of the first trajectory.
+
+Every computed residual there is compared with what reuse and what linear extrapolation would have
+made of the two before it. On trained models reuse is often the worse by far: the audit says that a
+residual is the right thing to keep, this says how to use it.
+"""
+
+import logging
+import math
+from weakref import WeakKeyDictionary
+
+import torch
+
+from fxcache.policy.forecast import Forecast, Reuse, Taylor
+from fxcache.runtime.state import BranchState, Buffers
+
+log = logging.getLogger("fxcache")
+
+#: By how much the policy's own forecast must be the worse one.
+WORSE = 1.2
+
+#: A computed step and copies of its residuals, one a stream.
+Computed = tuple[int, list[torch.Tensor]]
+
+
+class Advice:
+    """Compares `own`, a policy's forecast, with `Reuse` and with linear extrapolation.
+
+    Costs copies of two residuals a branch, and no read-back before somebody asks.
+    """
+
+    def __init__(self, own: Forecast) -> None:
+        self.own = own
+        #: Sums over misses, of each one's norm: off by the own forecast, by the others, and itself.
+        self.sums: torch.Tensor | None = None
+        self._last: WeakKeyDictionary[Buffers, Computed] = WeakKeyDictionary()
+        self._others = {"Reuse()": Reuse(), "Taylor(order=1)": Taylor(order=1)}
+
+    @torch.no_grad()
+    def before_miss(self, state: BranchState) -> list[Computed]:
+        """The last two computed residuals, newest first, before a miss writes over one."""
+        buffers = state.allocated
+        older = self._last.pop(buffers, None)
+        if not state.past:
+            return []
+        if buffers.device.type == "meta":
+            return []
+        step, at = state.past[0]
+        newest = (step, [ring[at].clone() for ring in buffers.rings])
+        self._last[buffers] = newest
+        return [newest, older] if older is not None and older[0] < step < state.step else []
+
+    @torch.no_grad()
+    def after_miss(self, state: BranchState, computed: list[Computed]) -> None:
+        """Compare what `before_miss` found with what the miss has written."""
+        if not computed:
+            return
+        (first, new), (second, old) = computed
+        fresh = [ring[state.past[0][1]] for ring in state.allocated.rings]
+        norms = []
+        for forecast in (self.own, *self._others.values()):
+            past = [first, second][: forecast.ring]
+            weights = [*forecast.weights(state.step, past), 0.0][:2]
+            off = [
+                _wide(f) - weights[0] * _wide(a) - weights[1] * _wide(b)
+                for f, a, b in zip(fresh, new, old, strict=True)
+            ]
+            norms.append(_norm(off))
+        sums = torch.stack([*norms, _norm(fresh)])
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def finding(self) -> str | None:
+        """What the sums say, None if the own forecast is good. One read-back."""
+        if self.sums is None:
+            return None
+        own, *others, size = self.sums.tolist()
+        name, best = min(zip(self._others, others, strict=True), key=lambda each: each[1])
+        if not math.isfinite(own + size) or own <= WORSE * best:
+            return None
+        return (
+            f"forecast={name} would have been off by {best / size:.1%} of the residual at the "
+            f"computed steps of the first trajectory, {self.own!r} by {own / size:.1%}"
+        )
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.is_complex() else tensor.float()
+
+
+def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    squares = [tensor.abs().float().square().sum() for tensor in tensors]
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
