@@ -19,9 +19,10 @@ from fxcache.capture.functional import functionalized
 from fxcache.capture.layout import allocator, signature_of
 from fxcache.errors import CaptureError, StackNotFoundError
 from fxcache.kernels import reference, residual_diff
-from fxcache.passes.cut import Cut, find_cut
+from fxcache.passes.choose import find_cut
+from fxcache.passes.cut import Cut
 from fxcache.passes.facts import Facts, analyse
-from fxcache.passes.graph import GraphInputs, op_name, tensor_of
+from fxcache.passes.graph import GraphInputs, op_name, outputs_of, tensor_of
 from fxcache.passes.pieces import build_pieces, is_random, state_fakes
 from fxcache.passes.probe import Probe, find_probe
 from fxcache.passes.whole import cut_whole
@@ -239,7 +240,7 @@ def rewrite(
         return GraphedRegions(wiring, graphs, weights, data)
 
     samples = [place[node] for node in facts.samples]
-    outputs = [i for i, n in enumerate(gm.graph.output_node().args[0]) if n in facts.outputs]
+    outputs = [i for i, n in enumerate(outputs_of(gm.graph)) if n in facts.outputs]
     draws = any(map(is_random, gm.graph.nodes))
     audit = Audit(wiring, samples, outputs, str(cut), device, draws=draws)
     return StepExecutor(

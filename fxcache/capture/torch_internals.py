@@ -5,13 +5,15 @@ Checked on torch 2.11, 2.13 and 2.15: a new torch that moves one of these fails 
 """
 
 import inspect
+import threading
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import fx
+from torch._C import DispatchKey
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import (
     BackendCompilerFailed,
@@ -25,6 +27,7 @@ from torch._functorch._aot_autograd.descriptors import (
     PlainAOTInput,
 )
 from torch._guards import TracingContext, tracing
+from torch._ops import OpOverload
 
 __all__ = [
     "BackendCompilerFailed",
@@ -42,6 +45,8 @@ __all__ = [
 
 #: What Dynamo raises of a model that it does not follow (or that does not fit its arguments).
 NOT_CAPTURED = (Unsupported, UserError, FailOnRecompileLimitHit, InternalTorchDynamoError)
+
+_TRACING = threading.RLock()
 
 #: What torch.compile itself makes of `mode` and `options`.
 InductorWrapper: Any = torch._TorchCompileInductorWrapper
@@ -72,6 +77,37 @@ def capturing_more() -> AbstractContextManager[None]:
     return patched
 
 
+_PYTHON_KEYS = (DispatchKey.Autograd, DispatchKey.CompositeImplicitAutograd)
+
+
+def _rewritten_at_trace() -> Iterator[OpOverload]:
+    """Operations that a trace would replace by formulas in Python, which round otherwise than the
+    operation itself, or leave its result in another memory format.
+    """
+    for name in dir(torch.ops.aten):
+        if "upsample" in name or name == "matmul":
+            packet = getattr(torch.ops.aten, name)
+            yield from (getattr(packet, overload) for overload in packet.overloads())
+
+
+@contextmanager
+def keeping_operations() -> Iterator[None]:
+    """Inside, a trace records operations as the plain model calls them."""
+    taken: list[tuple[OpOverload, DispatchKey, Any]] = []
+    with _TRACING:
+        for op in _rewritten_at_trace():
+            for key in _PYTHON_KEYS:
+                if key in op.py_kernels:
+                    taken.append((op, key, op.py_kernels.pop(key)))
+                    op._dispatch_cache.clear()
+        try:
+            yield
+        finally:
+            for op, key, kernel in taken:
+                op.py_kernels[key] = kernel
+                op._dispatch_cache.clear()
+
+
 def aot_inference(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -81,7 +117,8 @@ def aot_inference(
     of it. Without decompositions, and only without gradients.
     """
     backend = aot_autograd(fw_compiler=compiler, inference_compiler=compiler)
-    wrapped: Callable[..., Any] = backend(gm, example_inputs)
+    with keeping_operations():
+        wrapped: Callable[..., Any] = backend(gm, example_inputs)
     return wrapped
 
 

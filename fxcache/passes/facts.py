@@ -158,7 +158,8 @@ def analyse(graph: fx.Graph, inputs: GraphInputs) -> Facts:
     samples = find_samples(outputs, inputs)
     dependent = mask_of(position[sample] for sample in samples)
     operands = tuple(tuple(position[n] for n in node.all_input_nodes) for node in nodes)
-    ancestors, last_use = [], [-1] * len(nodes)
+    ancestors: list[Mask] = []
+    last_use = [-1] * len(nodes)
     for p, read in enumerate(operands):
         mask = 1 << p
         for operand in read:

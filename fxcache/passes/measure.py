@@ -100,7 +100,7 @@ class Measurement:
         return spectral.signal_filter(value, time, list(self.probe.axes), kind.power)
 
     @property
-    def reads(self) -> list[fx.Node]:
+    def reads(self) -> tuple[fx.Node, ...]:
         """What is measured is made of these."""
         return self.probe.reads
 

@@ -54,7 +54,7 @@ class PieceGraph:
         self.tracer = _Tracer(self.graph)
         self.defined: dict[fx.Node, fx.Node] = {}
         self.arguments: dict[Hashable, fx.Node] = {}
-        self.skeletons = Writer(self.facts, self, self.read, self.zeros)
+        self.skeletons = Writer(self.facts, self.call_function, self.read, self.zeros)
 
     def proxy(self, node: fx.Node) -> Any:
         return fx.Proxy(node, self.tracer)

@@ -68,7 +68,7 @@ def _head_residual(cut: Cut) -> Probe:
         raise CaptureError(f"no stream leaves the head of {cut.stack}")
     skeletons = Skeletons(facts, cut.start)
     found = [(node, skeletons.of(node)) for node in behind]
-    residuals = [
+    residuals: list[tuple[fx.Node, Skeleton | None]] = [
         (node, s) for node, s in found if s is not None and not s.is_leaf and s.share > 0.5
     ]
     node, skeleton = max(

@@ -13,7 +13,8 @@ from torch import fx
 
 from fxcache.passes.facts import Facts
 from fxcache.passes.graph import op_name
-from fxcache.passes.skeleton import Skeleton, parts_in_order, passes_on
+from fxcache.passes.linear import passes_on
+from fxcache.passes.skeleton import Skeleton, parts_in_order
 
 aten = torch.ops.aten
 
@@ -21,17 +22,18 @@ aten = torch.ops.aten
 class Writer:
     """Writes skeletons into a graph.
 
-    `read` gives the graph's own node for one of the captured graph, `zeros` one of zeros like it.
+    `call` writes a call of a function, `read` gives the graph's own node for one of the captured
+    graph, `zeros` one of zeros like it.
     """
 
     def __init__(
         self,
         facts: Facts,
-        graph: fx.Graph,
+        call: Callable[..., fx.Node],
         read: Callable[[fx.Node], fx.Node],
         zeros: Callable[[fx.Node], fx.Node],
     ) -> None:
-        self.facts, self.graph, self.read, self.zeros = facts, graph, read, zeros
+        self.facts, self.call, self.read, self.zeros = facts, call, read, zeros
         #: By the skeletons themselves: two may be of one node.
         self.written: dict[Skeleton, fx.Node] = {}
 
@@ -45,18 +47,16 @@ class Writer:
     def _emit(self, part: Skeleton) -> fx.Node:
         """The operation of `part` on the values of its parts, its other terms 0."""
         node, name = part.node, op_name(part.node)
+        args: Any = node.args
         values = {operand: self.written[inner] for operand, inner in part.parts.items()}
-        if passes_on(node) or (name in ("addmm", "baddbmm") and node.args[0] in values):
+        if passes_on(node) or (name in ("addmm", "baddbmm") and args[0] in values):
             return next(iter(values.values()))
         if name in ("add", "sub"):
             return self._emit_sum(node, name, values)
         if name == "addcmul":
             return self._emit_addcmul(node, values)
         if name == "copy":
-            values = {node.args[1]: values[node.args[1]]}
-            return self.graph.call_function(
-                aten.copy.default, (self.zeros(node), values[node.args[1]])
-            )
+            return self.call(aten.copy.default, (self.zeros(node), values[args[1]]))
 
         def argument(operand: fx.Node) -> fx.Node:
             if operand in values:
@@ -65,12 +65,13 @@ class Writer:
 
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), argument)
         target: Any = node.target
-        return self.graph.call_function(target, args, kwargs)
+        return self.call(target, args, kwargs)
 
     def _emit_sum(self, node: fx.Node, name: str, values: dict[fx.Node, fx.Node]) -> fx.Node:
         first, second = (values.get(a) if isinstance(a, fx.Node) else None for a in node.args[:2])
-        call = self.graph.call_function
-        scale = node.kwargs.get("alpha", 1) * (-1 if name == "sub" else 1)
+        call = self.call
+        alpha: Any = node.kwargs.get("alpha", 1)
+        scale = alpha * (-1 if name == "sub" else 1)
         if second is not None and scale != 1:
             second = call(aten.mul.Scalar, (second, scale))
         if first is None or second is None:
@@ -79,8 +80,9 @@ class Writer:
 
     def _emit_addcmul(self, node: fx.Node, values: dict[fx.Node, fx.Node]) -> fx.Node:
         """``x + value * a * b``, of it the terms that are known."""
-        x, a, b = node.args[:3]
-        total, call = values.get(x), self.graph.call_function
+        operands: Any = node.args
+        x, a, b = operands[:3]
+        total, call = values.get(x), self.call
         for factor, other in ((a, b), (b, a)):
             if factor in values:
                 product = call(aten.mul.Tensor, (values[factor], self.read(other)))

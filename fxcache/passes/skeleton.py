@@ -13,13 +13,16 @@ one that is nearly free to compute anew. Every other term counts as 0 and is lef
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxcache.passes.facts import Facts, Mask, positions
+from fxcache.passes.facts import Facts, Mask, mask_of, positions
 from fxcache.passes.graph import (
     bytes_of,
     depends_on_data,
@@ -27,28 +30,23 @@ from fxcache.passes.graph import (
     is_tensor,
     is_view,
     op_name,
-    same_sizes,
     shape_of,
     tensor_of,
-    value_of,
+)
+from fxcache.passes.linear import (
+    CHOICES,
+    LAYERS,
+    LIMITS,
+    LINEAR,
+    SUMS,
+    part_taken,
+    passes_on,
+    terms_of,
 )
 
 #: What of the graph's work a leaf may cost behind the head, a term beside the cheapest, and a layer
 #: (a skip's projection, a resampling convolution) that a skeleton goes through.
 CHEAP, BESIDE, LAYER = 0.03, 0.02, 0.05
-
-#: Linear in the first operand, besides views.
-_LINEAR = {
-    "clone", "_to_copy", "roll", "flip", "index", "index_select", "repeat", "neg", "gather",
-    "pixel_shuffle", "pixel_unshuffle", "im2col", "col2im", "sum", "mean", "_fft_c2c", "_fft_r2c",
-    "_fft_c2r", "_conj_physical", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
-    "avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d",
-}  # fmt: skip
-_SUMS = {"add", "sub", "addcmul", "lerp"}
-#: Linear in the stream where the weight does not depend on the sample. (Their bias cancels.)
-_LAYERS = {"mm", "addmm", "bmm", "convolution"}
-#: Each element is that of one of the terms.
-_CHOICES = {"where", "slice_scatter", "select_scatter"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +54,10 @@ class Skeleton:
     """What of `node` a hit renews: all of it (a leaf: no `parts`), or what its operation makes of
     the skeletons of some operands.
 
-    `leaves` is the mask of what the leaves are views of, `layers` that of the layers on the way,
-    `share` the share of the tensor that is renewed by a sum (what is only handed through the tail
-    could read by itself), `is_sum` whether there is one. `gain` is the factor of the leaves where
-    it is a number (else NaN): what takes its own input away has none left.
+    `leaves` is the mask of the values of the head that its leaves are made of, `layers` that of the
+    layers on the way, `share` the share of the tensor that is renewed by a sum (what is only handed
+    through the tail could read by itself), `is_sum` whether there is one. `gain` is the factor of
+    the leaves where it is a number (else NaN): what takes its own input away has none left.
     """
 
     node: fx.Node
@@ -80,7 +78,7 @@ class Skeleton:
         of a sum, the term that is known.
         """
         part = self
-        while depends_on_data(part.node) and len(part.parts) == 1 and op_name(part.node) in _SUMS:
+        while depends_on_data(part.node) and len(part.parts) == 1 and op_name(part.node) in SUMS:
             (part,) = part.parts.values()
         return part.node
 
@@ -112,6 +110,7 @@ class Skeletons:
         alive = [node for node in facts.crossing(head) if is_numeric(node)]
         #: What the head computes anyway.
         self.trunk = facts.needs(alive[-1]) if alive else 0
+        self.alive = {facts.position[self._root(node)] for node in alive}
         self.leaves: dict[fx.Node, Skeleton] = {}
         self.found: dict[fx.Node, Skeleton | None] = {}
         for node in facts.nodes[head + 1 : -1]:
@@ -135,8 +134,11 @@ class Skeletons:
         if node not in self.leaves:
             # What no layer has embedded yet is no stream, if there is something that is.
             embedded = self.facts.needs(node) & self.facts.costly or not self.trunk
-            leaf = 1 << self.facts.position[self._root(node)]
-            self.leaves[node] = Skeleton(node, leaf, share=float(bool(embedded)))
+            root = self.facts.position[self._root(node)]
+            made_of = mask_of(p for p in self.alive if self.facts.ancestors[root] >> p & 1)
+            leaves = made_of if root > self.head and made_of else 1 << root
+            gain = 1.0 if root <= self.head else math.nan
+            self.leaves[node] = Skeleton(node, leaves, share=float(bool(embedded)), gain=gain)
         return self.leaves[node]
 
     def _of(self, node: fx.Node) -> Skeleton | None:
@@ -149,25 +151,25 @@ class Skeletons:
         first = node.args[0] if node.args else None
         if name == "copy" and isinstance(node.args[1], fx.Node):
             return self._through(node, node.args[1])
-        if is_view(node) or name in _LINEAR:
+        if is_view(node) or name in LINEAR:
             return self._simplified(node, first) if isinstance(first, fx.Node) else None
         if name == "constant_pad_nd" and (len(node.args) < 3 or not node.args[2]):
             return self._through(node, node.args[0])
-        if name in _SUMS or (name in ("addmm", "baddbmm") and _depends(self.facts, first)):
+        if name in SUMS or (name in ("addmm", "baddbmm") and self._depends(first)):
             return self._sum(node, name)
-        if name in _CHOICES:
+        if name in CHOICES:
             return self._choice(node, name)
         if name in ("mul", "div"):
             return self._product(node, name)
         if name in ("cat", "stack", "complex"):
             return self._joined(node)
-        if name in _LAYERS and self.facts.cost[self.facts.position[node]] <= (
+        if name in LAYERS and self.facts.cost[self.facts.position[node]] <= (
             LAYER * self.facts.total
         ):
             return self._layer(node, node.args[1] if name == "addmm" else first)
         if passes_on(node) and isinstance(first, fx.Node):
             part = self.of(first)
-            is_sum = part is not None and (part.is_sum or name not in _LIMITS)
+            is_sum = part is not None and (part.is_sum or name not in LIMITS)
             return part and replace(part, node=node, parts={first: part}, is_sum=is_sum)
         return None
 
@@ -197,14 +199,14 @@ class Skeletons:
         if not joined.is_leaf and op_name(joined.node) in ("cat", "stack"):
             if op_name(node) in ("sum", "mean"):
                 return replace(inner, share=1.0, is_sum=True)
-            part = _part_taken(node, joined.node) if op_name(node) == "slice" else None
+            part = part_taken(node, joined.node) if op_name(node) == "slice" else None
             if part is not None:
                 return joined.parts.get(part)
         return inner
 
     def _sum(self, node: fx.Node, name: str) -> Skeleton | None:
         """Terms of the sum's own size whose leaves also feed the work that is added to them."""
-        terms = [t for t in _terms(self.facts, node, name) if self.facts.depends(t)]
+        terms = [t for t in terms_of(node, self._depends) if self.facts.depends(t)]
         terms = [t for t in terms if shape_of(t) == shape_of(node)]
         found = {t: part for t in terms if (part := self.of(t)) is not None}
         if name == "sub" and len(found) == 2 and _cancel(*found.values()):
@@ -214,14 +216,16 @@ class Skeletons:
         if not found:
             return None
         share = max(part.share for part in found.values())
-        gain = next(iter(found.values())).gain if len(found) == 1 else math.nan
-        return Skeleton(node, _leaves(found), found, share, True, _layers(found), gain)
+        return _made(node, found, share, is_sum=True)
 
     def _choice(self, node: fx.Node, name: str) -> Skeleton | None:
         """Term by term, each for its own elements."""
-        base, other = node.args[1:3] if name == "where" else node.args[:2]
-        if name == "where" and _depends(self.facts, node.args[0]):
-            return None
+        places = {"where": (1, 2), "index_put": (0, 2)}.get(name, (0, 1))
+        args: Any = node.args
+        base, other = (args[place] for place in places)
+        rest = [n for n in node.all_input_nodes if n is not base and n is not other]
+        if any(map(self.facts.depends, rest)):
+            return None  # which elements
         terms = [t for t in (base, other) if isinstance(t, fx.Node)]
         found = {t: p for t in terms if self.facts.depends(t) and (p := self.of(t)) is not None}
         if not found:
@@ -229,8 +233,7 @@ class Skeletons:
         of_other = 0.5 if name == "where" else bytes_of(other) / max(1, bytes_of(node))
         shares = {base: 1 - of_other, other: of_other}
         share = sum(shares[t] * part.share for t, part in found.items())
-        is_sum = any(part.is_sum for part in found.values())
-        return Skeleton(node, _leaves(found), found, share, is_sum, _layers(found))
+        return replace(_made(node, found, share), gain=math.nan)
 
     def _without_costly(self, found: dict[fx.Node, Skeleton]) -> dict[fx.Node, Skeleton]:
         """`found` without terms that cost a branch of their own, and without layers of what another
@@ -238,18 +241,8 @@ class Skeletons:
         """
         if len(found) < 2:
             return found
-        direct = [p for part in found.values() if not part.layers for p in positions(part.leaves)]
-
-        def is_made_of_direct(leaf: int) -> bool:
-            own = self.facts.ancestors[leaf]
-            costly = own & self.facts.costly
-            return any(own >> d & 1 and not costly & ~self.facts.ancestors[d] for d in direct)
-
-        found = {
-            t: part
-            for t, part in found.items()
-            if not part.layers or not all(map(is_made_of_direct, positions(part.leaves)))
-        }
+        direct = _leaves(part for part in found.values() if not part.layers)
+        found = {t: p for t, p in found.items() if not p.layers or p.leaves & ~direct}
         costs = {t: self._needs(part) & ~self.trunk for t, part in found.items()}
         cheapest = min(found, key=lambda t: self.facts.flops(costs[t]))
         limit = BESIDE * self.facts.total
@@ -260,10 +253,10 @@ class Skeletons:
         }
 
     def _needs(self, part: Skeleton) -> Mask:
-        mask = 0
-        for p in positions(part.leaves):
-            mask |= self.facts.ancestors[p]
-        return mask
+        return _union(self.facts.ancestors[p] for p in positions(part.leaves))
+
+    def _depends(self, operand: Any) -> bool:
+        return isinstance(operand, fx.Node) and self.facts.depends(operand)
 
     def _feeds_work(self, part: Skeleton, total: fx.Node) -> bool:
         """Whether a leaf of `part` is read by a heavy operation that `total` adds to it.
@@ -308,28 +301,28 @@ class Skeletons:
         found = {a: p for a in operands if self.facts.depends(a) and (p := self.of(a)) is not None}
         if not found:
             return None
-        leaves = _leaves(found)
-        renewed = sum(bytes_of(a) * part.share for a, part in found.items() if part.is_sum)
-        share = renewed / max(1, sum(map(bytes_of, operands)))
-        if not any(part.is_sum for part in found.values()):  # for sums of stacks, and slices of it
-            handed = sum(bytes_of(a) * part.share for a, part in found.items())
-            share = handed / max(1, sum(map(bytes_of, operands)))
-            return Skeleton(node, leaves, found, share, layers=_layers(found))
-        return Skeleton(node, leaves, found, share, True, _layers(found))
+        is_sum = any(part.is_sum for part in found.values())
+        # Where nothing was added: for sums of stacks, and slices of them.
+        renewed = sum(
+            bytes_of(a) * part.share for a, part in found.items() if part.is_sum or not is_sum
+        )
+        return _made(node, found, renewed / max(1, sum(map(bytes_of, operands))))
 
 
-#: What keeps numbers within what a dtype holds.
-_LIMITS = {"clamp", "nan_to_num"}
-
-
-def passes_on(node: fx.Node) -> bool:
-    """Whether the result of `node` is its first operand, but for what it adds or limits."""
-    name = op_name(node)
-    if name == "_transformer_encoder_layer_fwd":  # a whole layer: its norms come first, or last
-        return bool(node.args[8])
-    if name == "clamp":
-        return len(node.args) > 2 and None not in node.args[1:3]
-    return name in _LIMITS
+def _made(
+    node: fx.Node, found: dict[fx.Node, Skeleton], share: float, *, is_sum: bool = False
+) -> Skeleton:
+    """The skeleton of what `node` makes of the operands `found`."""
+    parts = list(found.values())
+    return Skeleton(
+        node,
+        _leaves(parts),
+        found,
+        share,
+        is_sum or any(part.is_sum for part in parts),
+        _union(part.layers for part in parts),
+        parts[0].gain if len(parts) == 1 else math.nan,
+    )
 
 
 def _cancel(one: Skeleton, other: Skeleton) -> bool:
@@ -337,63 +330,12 @@ def _cancel(one: Skeleton, other: Skeleton) -> bool:
     return bool(one.leaves & other.leaves) and one.gain == other.gain
 
 
-def _leaves(found: dict[fx.Node, Skeleton]) -> Mask:
-    leaves = 0
-    for part in found.values():
-        leaves |= part.leaves
-    return leaves
+def _leaves(parts: Iterable[Skeleton]) -> Mask:
+    return _union(part.leaves for part in parts)
 
 
-def _layers(found: dict[fx.Node, Skeleton]) -> Mask:
-    layers = 0
-    for part in found.values():
-        layers |= part.layers
-    return layers
-
-
-def _terms(facts: Facts, node: fx.Node, name: str) -> list[fx.Node]:
-    """The operands that `node` is linear in, the others held fixed."""
-    args = node.args
-    if name in ("addmm", "baddbmm"):
-        terms = args[:1]
-    elif name in ("add", "sub", "lerp"):
-        if name == "lerp" and _depends(facts, args[2]):
-            return []
-        terms = args[:2]
-    else:  # addcmul: x + value * a * b
-        one, other = args[1], args[2]
-        terms = (
-            args[0],
-            *(() if _depends(facts, other) else (one,)),
-            *(() if _depends(facts, one) else (other,)),
-        )
-    return [term for term in terms if isinstance(term, fx.Node)]
-
-
-def _depends(facts: Facts, operand: Any) -> bool:
-    return isinstance(operand, fx.Node) and facts.depends(operand)
-
-
-def _part_taken(cut: fx.Node, joined: fx.Node) -> fx.Node | None:
-    """The operand of the concatenation `joined` that the slice `cut` takes, None if it is none."""
-    rank = tensor_of(joined).ndim
-    _, dim, start, end, step = (*cut.args, *(0, 0, 2**63 - 1, 1)[len(cut.args) - 1 :])
-    if int(joined.args[1] if len(joined.args) > 1 else 0) % rank != int(dim) % rank or step != 1:
-        return None
-    begin, stop = 0 if start is None else value_of(start), value_of(end)
-    operands = joined.args[0]
-    sizes = [tensor_of(operand).shape[dim] for operand in operands]
-    for number, operand in enumerate(operands):
-        before, rest = sum(sizes[:number]), sum(sizes[number + 1 :])
-        starts = _is_equal(begin, before) or _is_equal(begin, -(sizes[number] + rest))
-        ends = number + 1 < len(operands) and _is_equal(stop, -rest)
-        if starts and (ends or same_sizes(cut, operand)):
-            return operand
-    return None
-
-
-def _is_equal(a: Any, b: Any) -> bool:
-    return a == b if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
+def _union(masks: Iterable[Mask]) -> Mask:
+    return reduce(or_, masks, 0)
 
 
 def reads(skeleton: Skeleton, facts: Facts) -> list[fx.Node]:

@@ -33,6 +33,12 @@ def levels(facts: Facts) -> list[fx.Node]:
     return sorted(found, key=facts.position.__getitem__)
 
 
+def is_nested(facts: Facts) -> bool:
+    """Whether what is made first is read last: a U, and no row of hints for the blocks."""
+    reads = [last_read(facts, node) for node in levels(facts)]
+    return len(reads) > 1 and reads == sorted(reads, reverse=True)
+
+
 def is_read_by_work(facts: Facts, node: fx.Node, read: int) -> bool:
     """Whether the tail that reads `node` from position `read` on is a unit, too, and not only a
     sum (of a block with its input) before the last projection.

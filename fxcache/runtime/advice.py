@@ -34,7 +34,7 @@ class Advice:
         #: Sums over misses, of each one's norm: off by the own forecast, by the others, and itself.
         self.sums: torch.Tensor | None = None
         self._last: WeakKeyDictionary[Buffers, Computed] = WeakKeyDictionary()
-        self._others = {"Reuse()": Reuse(), "Taylor(order=1)": Taylor(order=1)}
+        self._others: dict[str, Forecast] = {"Reuse()": Reuse(), "Taylor(order=1)": Taylor(order=1)}
 
     @torch.no_grad()
     def before_miss(self, state: BranchState) -> list[Computed]:

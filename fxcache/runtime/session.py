@@ -13,8 +13,8 @@ import torch
 
 from fxcache.errors import OptionError
 from fxcache.policy import Decision, Policy
-from fxcache.report import Record, Report
 from fxcache.policy.fitted import Fitted
+from fxcache.report import Record, Report
 from fxcache.runtime.advice import Advice
 from fxcache.runtime.clock import Clock, Place, Timeline
 from fxcache.runtime.noise import Exam
