@@ -1,6 +1,6 @@
 """What a state belongs to, and how its buffers are made."""
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,54 +13,34 @@ from fxcache.passes.graph import GraphInputs, value_of
 from fxcache.runtime.host import host_zeros
 from fxcache.runtime.state import Buffers, Signature
 
+Values = Sequence[Any]
+
 
 def signature_of(
-    placeholders: list[fx.Node],
-    inputs: GraphInputs,
-    found: Cut,
-    state: Sequence[FakeTensor],
-) -> Callable[[Sequence[Any]], Signature]:
+    placeholders: list[fx.Node], inputs: GraphInputs, found: Cut, state: Sequence[FakeTensor]
+) -> Callable[[Values], Signature]:
     """What a state belongs to: the span, the layouts of the inputs and of what is kept.
 
     Constant where all is static. Recompiled graphs of one span share a state, those of two parts of
-    a broken stack never do.
+    a broken stack never do: sizes are known by numbers, not by formulas.
     """
-    places = [placeholders.index(node) for node in inputs.data]
-    places_of = {placeholders.index(node): value_of(node) for node in inputs.sizes}
-    span = found.head_units, found.span_units
-    names = [inputs.paths[node] for node in inputs.data]
-    static = _layouts(names, map(value_of, inputs.data))
+    places, sizes_in = [placeholders.index(node) for node in inputs.data], _sizes(inputs)
+    names, span = [inputs.paths[node] for node in inputs.data], (found.head_units, found.span_units)
+
+    def signature(data: Iterable[Any], sizes: Mapping[Any, int]) -> Signature:
+        """Of the tensors with dimensions (Dynamo makes some numbers scalar tensors)."""
+        given = (
+            (name, (str(tuple(value.shape)), value.dtype, value.device))
+            for name, value in zip(names, data, strict=True)
+            if isinstance(value, torch.Tensor) and value.ndim > 0
+        )
+        kept = ((str(_shape(fake, sizes)), fake.dtype, fake.device) for fake in state)
+        return Signature(tuple(given), (span, *kept))
+
     if not inputs.sizes:
-        constant = Signature(static, (), (span, *map(_layout, state)))
+        constant = signature(map(value_of, inputs.data), {})
         return lambda values: constant
-
-    def layout(values: Sequence[Any]) -> Signature:
-        given = _layouts(names, (values[place] for place in places))
-        known = {
-            fake.node.expr: values[place]
-            for place, fake in places_of.items()
-            if isinstance(fake, torch.SymInt)
-        }
-        # By numbers and not by formulas: other graphs of the same sizes share the state.
-        shapes = (tuple(_concrete(size, known) for size in fake.shape) for fake in state)
-        kept = zip(shapes, state, strict=True)
-        return Signature(given, (), (span, *((str(n), f.dtype, f.device) for n, f in kept)))
-
-    return layout
-
-
-def _layouts(names: Sequence[str], values: Iterable[Any]) -> tuple[tuple[str, Hashable], ...]:
-    """Of tensors with dimensions (Dynamo makes some numbers scalar tensors)."""
-    given = zip(names, values, strict=True)
-    return tuple((name, _layout(v)) for name, v in given if _is_tensor(v) and v.ndim > 0)
-
-
-def _layout(tensor: torch.Tensor) -> Hashable:
-    return str(tuple(tensor.shape)), tensor.dtype, tensor.device
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
+    return lambda values: signature((values[place] for place in places), sizes_in(values))
 
 
 def allocator(
@@ -71,22 +51,17 @@ def allocator(
     ring: int,
     *,
     on_host: bool = False,
-) -> Callable[[Sequence[Any]], Buffers]:
+) -> Callable[[Values], Buffers]:
     """Makes buffers like the fakes, symbolic sizes taken from the inputs of a call; the rings in
     host memory with `on_host`.
     """
-    places = {placeholders.index(node): value_of(node) for node in inputs.sizes}
+    sizes_in = _sizes(inputs)
 
-    def allocate(values: Sequence[Any]) -> Buffers:
-        sizes = {
-            fake.node.expr: values[place]
-            for place, fake in places.items()
-            if isinstance(fake, torch.SymInt)
-        }
+    def allocate(values: Values) -> Buffers:
+        sizes = sizes_in(values)
 
         def make(fake: torch.Tensor, zeros: Callable[..., torch.Tensor]) -> torch.Tensor:
-            shape = [_concrete(size, sizes) for size in fake.shape]
-            return zeros(shape, dtype=fake.dtype, device=fake.device)
+            return zeros(_shape(fake, sizes), dtype=fake.dtype, device=fake.device)
 
         ring_zeros = host_zeros if on_host else torch.zeros
         # Plain tensors even under inference_mode, so that later calls outside may write them.
@@ -97,7 +72,19 @@ def allocator(
     return allocate
 
 
-def _concrete(size: int | torch.SymInt, known: dict[Any, int]) -> int:
+def _sizes(inputs: GraphInputs) -> Callable[[Values], dict[Any, int]]:
+    """Finds the symbols among the inputs of a call."""
+    placeholders = list(inputs.sizes[0].graph.find_nodes(op="placeholder")) if inputs.sizes else []
+    symbols = {placeholders.index(node): value_of(node) for node in inputs.sizes}
+    symbols = {place: fake for place, fake in symbols.items() if isinstance(fake, torch.SymInt)}
+    return lambda values: {fake.node.expr: values[place] for place, fake in symbols.items()}
+
+
+def _shape(fake: torch.Tensor, sizes: Mapping[Any, int]) -> tuple[int, ...]:
+    return tuple(_concrete(size, sizes) for size in fake.shape)
+
+
+def _concrete(size: int | torch.SymInt, known: Mapping[Any, int]) -> int:
     if isinstance(size, int):
         return size
     number = size.node.expr.subs(known)

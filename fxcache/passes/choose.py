@@ -9,8 +9,16 @@ from dataclasses import replace
 
 from fxcache.errors import PolicyError, StackNotFoundError
 from fxcache.passes.cut import MAIN, Cut, heavy_between, is_on_chain, try_cut
-from fxcache.passes.facts import Facts, positions
-from fxcache.passes.graph import bytes_of, is_numeric, is_tensor, is_view
+from fxcache.passes.facts import SAMPLE_NAMES, Facts, positions
+from fxcache.passes.graph import (
+    bytes_of,
+    depends_on_data,
+    is_numeric,
+    is_tensor,
+    is_view,
+    place_of,
+    shape_of,
+)
 from fxcache.passes.skeleton import Skeletons
 from fxcache.passes.u_shape import is_nested, is_read_by_work, last_read, levels, modules, origin
 from fxcache.passes.units import Run, describe, find_runs, join_runs, narrowest
@@ -46,7 +54,7 @@ def find_cut(facts: Facts, span: Span) -> Cut:
             continue
         cut = _cut_stack(facts, stack, span)
         if cut is None:
-            tried.append(f"{stack}: what leaves it is no residual of what enters it")
+            tried.append(f"{stack}: {_why_not(facts, stack)}")
         elif cut.skipped_share < max(MIN_SKIPPED, PART * _share(facts, stack, span)):
             tried.append(f"{cut}: too little; what leaves the others is no residual")
         else:
@@ -68,6 +76,15 @@ def find_cut(facts: Facts, span: Span) -> Cut:
             f"leaves it"
         )
     return _with_notes(facts, _best(worth), stacks)
+
+
+def _why_not(facts: Facts, stack: Run) -> str:
+    """Why no cut of `stack` is one."""
+    inside = facts.nodes[stack.start : stack.end + 1]
+    unknown = next((n for n in inside if depends_on_data(n) and facts.depends(n)), None)
+    if unknown is not None:
+        return f"a size in it depends on data: {place_of(unknown)}"
+    return "what leaves it is no residual of what enters it"
 
 
 def _share(facts: Facts, stack: Run, span: Span) -> float:
@@ -207,8 +224,25 @@ def _named_bymodules(cut: Cut) -> Cut:
     )
 
 
+def _other_samples(facts: Facts) -> list[str]:
+    """A note where another input has the layout of an output, too."""
+    paths = facts.inputs.paths
+    taken = [paths.get(node, node.name) for node in facts.samples]
+    shapes = {shape_of(node) for node in facts.samples} & {shape_of(n) for n in facts.outputs}
+    others = [
+        path for node, path in paths.items()
+        if path not in taken and is_numeric(node) and shape_of(node) in shapes
+    ]  # fmt: skip
+    if not others:
+        return []
+    return [
+        f"{', '.join(others)} could be the sample, too: {', '.join(taken)} was taken. Inputs named "
+        f"{', '.join(SAMPLE_NAMES)} go first, in this order"
+    ]
+
+
 def _with_notes(facts: Facts, cut: Cut, stacks: Iterable[Run]) -> Cut:
-    """`cut`, with a note on a stack that does more work and was not taken."""
+    """`cut`, with notes on a stack that does more work and was not taken, and on the sample."""
     own = facts.work[cut.end] - facts.work[cut.head]
     notes = [
         f"{stack} does more of the work ({stack.work(facts) / facts.total:.0%}) than the span "
@@ -216,5 +250,6 @@ def _with_notes(facts: Facts, cut: Cut, stacks: Iterable[Run]) -> Cut:
         for stack in stacks
         if stack.work(facts) > own and str(stack) != cut.stack
     ]
+    notes += _other_samples(facts)
     repeated = sorted((u for stack in stacks for u in stack.units), key=lambda unit: unit.start)
     return replace(cut, notes=tuple(notes), repeated=tuple(repeated))

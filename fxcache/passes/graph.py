@@ -129,6 +129,15 @@ def module_calls(node: fx.Node) -> list[tuple[str, str]]:
     return [(dotted_path(path), key) for key, (path, _) in stack.items()]
 
 
+def place_of(node: fx.Node) -> str:
+    """Where in the user's source `node` was recorded, as far as that is known."""
+    lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
+    places = [k for k, line in enumerate(lines) if line.lstrip().startswith("File ")]
+    if not places:
+        return "at an unknown place"
+    return " ".join(line.strip() for line in lines[places[-1] : places[-1] + 2])
+
+
 # --- inputs ---
 
 

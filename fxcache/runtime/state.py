@@ -9,7 +9,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -53,16 +52,15 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a state belongs to: the inputs' layouts by name, sizes, the span and what is kept."""
+    """What a state belongs to: the inputs' layouts by name, the span and what is kept."""
 
     inputs: tuple[tuple[str, Hashable], ...]
-    sizes: tuple[Any, ...]
     kept: Hashable
 
     def is_same_solve(self, other: "Signature") -> bool:
         """Whether only other inputs are given: a control's residuals, say, came or went."""
         own, others = dict(self.inputs), dict(other.inputs)
-        if (self.sizes, self.kept) != (other.sizes, other.kept) or own.keys() == others.keys():
+        if self.kept != other.kept or own.keys() == others.keys():
             return False
         return all(own[name] == others[name] for name in own.keys() & others.keys())
 
