@@ -133,6 +133,7 @@ class Runner:
         #: The model is one graph; it became so with more of Dynamo's switches on.
         self.backend, self.is_whole, self.captures_more = backend, True, False
         self.cached = self.compile(backend)
+        self.first_error: CaptureError | None = None
 
     def compile(self, backend: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
         """`_evaluate` as Dynamo captures it and hands it to `backend`."""
@@ -212,33 +213,42 @@ class Runner:
         What fails as one graph is tried with more captured, then in pieces, one of which must hold
         the stack. What then works is the way of all later evaluations.
         """
-        try:
-            return self._run(args, kwargs)
-        except (CaptureError, StackNotFoundError) as error:
-            if hooks.make_traceable(self.model):  # hooks have come that break the graph
-                if not self.is_whole:
-                    self._break_up()
-                return self._evaluate_checked(args, kwargs)
-            if not self.is_whole or isinstance(error, StackNotFoundError):
-                raise
-            first = error
-        if not self.captures_more:
-            log.info("trying again with more captured: %s", first)
-            self.captures_more = True
+        while True:
             try:
                 return self._run(args, kwargs)
-            except CaptureError as error:
-                self.captures_more, first = False, error
+            except (CaptureError, StackNotFoundError) as error:
+                if hooks.make_traceable(self.model):  # hooks have come that break the graph
+                    if not self.is_whole:
+                        self._break_up()
+                    continue
+                self._relax(error)
+
+    def _relax(self, error: CaptureError | StackNotFoundError) -> None:
+        """Go on to the next way to capture the model. Raises `error`, or the first, if this was the
+        last.
+        """
+        if not self.is_whole:
+            if not self.captures_more:
+                raise error
+            log.info("trying again in pieces with less captured: %s", error)
+            self._break_up(captures_more=False)
+            return
+        if isinstance(error, StackNotFoundError):
+            raise error
+        if not self.captures_more:
+            log.info("trying again with more captured: %s", error)
+            self.captures_more, self.first_error = True, error
+            return
+        self.captures_more, first = False, self.first_error or error
         asked = self.settings.fullgraph
         if asked or (asked is None and hooks.obstacles(self.model)):
             raise first
         log.info("capturing in pieces: %s", first)
         self._break_up()
-        return self._run(args, kwargs)
 
-    def _break_up(self) -> None:
+    def _break_up(self, *, captures_more: bool = True) -> None:
         self.is_whole = self.backend.fullgraph = False
-        self.captures_more = True
+        self.captures_more = captures_more
         self.backend.refused.clear()
         self.session.graphs = 0
         self.cached = self.compile(self.backend, fullgraph=False)

@@ -17,8 +17,8 @@ class Against(SequentialDiT):
 
     def stack(self, h):
         h = self.blocks[0](h)
-        for _ in range(4):
-            h = h + (-2.0 * h + 0.01 * self.blocks[1].mlp(h))
+        for _ in range(5):
+            h = h - 20 * torch.tanh(h / 10) + 0.01 * self.blocks[1].mlp(h)
         return h
 
 

@@ -22,7 +22,7 @@ from fxcache.kernels import reference, residual_diff
 from fxcache.passes.choose import find_cut
 from fxcache.passes.cut import Cut
 from fxcache.passes.facts import Facts, analyse
-from fxcache.passes.graph import GraphInputs, op_name, outputs_of, tensor_of
+from fxcache.passes.graph import GraphInputs, op_name, outputs_of, process_groups, tensor_of
 from fxcache.passes.pieces import build_pieces, is_random, state_fakes
 from fxcache.passes.probe import Probe, find_probe
 from fxcache.passes.whole import cut_whole
@@ -242,7 +242,8 @@ def rewrite(
     samples = [place[node] for node in facts.samples]
     outputs = [i for i, n in enumerate(outputs_of(gm.graph)) if n in facts.outputs]
     draws = any(map(is_random, gm.graph.nodes))
-    audit = Audit(wiring, samples, outputs, str(cut), device, draws=draws)
+    groups = process_groups(gm.graph)
+    audit = Audit(wiring, samples, outputs, str(cut), device, draws=draws, groups=groups)
     return StepExecutor(
         session,
         make_regions,

@@ -28,6 +28,7 @@ from torch._functorch._aot_autograd.descriptors import (
 )
 from torch._guards import TracingContext, tracing
 from torch._ops import OpOverload
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 __all__ = [
     "BackendCompilerFailed",
@@ -44,7 +45,13 @@ __all__ = [
 ]
 
 #: What Dynamo raises of a model that it does not follow (or that does not fit its arguments).
-NOT_CAPTURED = (Unsupported, UserError, FailOnRecompileLimitHit, InternalTorchDynamoError)
+NOT_CAPTURED = (
+    Unsupported,
+    UserError,
+    FailOnRecompileLimitHit,
+    InternalTorchDynamoError,
+    GuardOnDataDependentSymNode,
+)
 
 _TRACING = threading.RLock()
 

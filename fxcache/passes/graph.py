@@ -104,6 +104,17 @@ def is_view(node: fx.Node) -> bool:
     return op_name(node) == "getitem" and is_view(node.all_input_nodes[0])
 
 
+def process_groups(graph: fx.Graph) -> tuple[str, ...]:
+    """The names of the process groups of the graph's collectives, each once."""
+    found: dict[str, None] = {}
+    for node in graph.nodes:
+        if getattr(node.target, "namespace", "") == "_c10d_functional":
+            for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+                if argument.name == "group_name" and isinstance(value, str):
+                    found[value] = None
+    return tuple(found)
+
+
 def outputs_of(graph: fx.Graph) -> list[Any]:
     """What the graph returns, flat."""
     (results,) = graph.output_node().args

@@ -166,7 +166,7 @@ class Skeletons:
         if name in LAYERS and self.facts.cost[self.facts.position[node]] <= (
             LAYER * self.facts.total
         ):
-            return self._layer(node, node.args[1] if name == "addmm" else first)
+            return self._layer(node)
         if passes_on(node) and isinstance(first, fx.Node):
             part = self.of(first)
             is_sum = part is not None and (part.is_sum or name not in LIMITS)
@@ -182,9 +182,10 @@ class Skeletons:
         part = self.of(operand)
         return part and replace(part, node=node, parts={operand: part})
 
-    def _layer(self, node: fx.Node, operand: Any) -> Skeleton | None:
+    def _layer(self, node: fx.Node) -> Skeleton | None:
         """A product or a convolution with a weight is linear, too."""
-        part = self._through(node, operand)
+        factors = node.args[1:3] if op_name(node) == "addmm" else node.args[:2]
+        part = next((self._through(node, f) for f in factors if self._depends(f)), None)
         own = 1 << self.facts.position[node]
         return part and replace(part, layers=part.layers | own, gain=math.nan)
 

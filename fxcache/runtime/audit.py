@@ -40,6 +40,7 @@ class Audit:
         what: says what was cut.
         device: where it computes.
         draws: whether the graph draws random numbers: the generators are then put back.
+        groups: process groups whose ranks compute it together, and so share the sums.
     """
 
     def __init__(
@@ -51,9 +52,10 @@ class Audit:
         device: torch.device,
         *,
         draws: bool,
+        groups: Sequence[str] = (),
     ) -> None:
         self.wiring, self.samples, self.outputs = wiring, tuple(samples), tuple(outputs)
-        self.what, self.device, self.draws = what, device, draws
+        self.what, self.device, self.draws, self.groups = what, device, draws, tuple(groups)
         #: None: not done yet, or it could not tell (nothing finite to compare).
         self.q: float | None = None
 
@@ -77,7 +79,7 @@ class Audit:
             hit, full = trial.hit(weights), trial.miss(entry)  # which overwrites the entry
             off = _distance([hit[i] for i in self.outputs], [full[i] for i in self.outputs])
             change = _distance([outputs[i] for i in self.outputs], [full[i] for i in self.outputs])
-            error, scale = torch.stack([off, change]).tolist()
+            error, scale = self._shared(torch.stack([off, change])).sqrt().tolist()
         if not math.isfinite(error) or not math.isfinite(scale):
             return
         self.q = error / scale if scale > 0 else (0.0 if error == 0 else math.inf)
@@ -90,6 +92,13 @@ class Audit:
                 self.q,
                 self.what,
             )
+
+    def _shared(self, sums: torch.Tensor) -> torch.Tensor:
+        """The sums over all ranks: they must come to the same verdict."""
+        for group in self.groups:
+            collectives = torch.ops._c10d_functional
+            sums = collectives.wait_tensor(collectives.all_reduce(sums, "sum", group))
+        return sums
 
     def _generators(self) -> AbstractContextManager[None]:
         """Inside, random numbers are drawn that the model's own evaluations do not miss."""
@@ -131,6 +140,6 @@ def _copied(buffers: Buffers, device: torch.device) -> Buffers:
 
 
 def _distance(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The norm of a difference, over all tensors."""
+    """The sum of a difference's squares, over all tensors."""
     squares = [(x - y).abs().float().square().sum() for x, y in zip(a, b, strict=True)]
-    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum()

@@ -1,0 +1,71 @@
+"""What `test_ranks.py` runs on every rank: ``torchrun --nproc-per-node 2 ranks.py NAME``."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+from torch import nn
+
+import fxcache
+from fxcache import FirstBlockCache
+
+
+class Parallel(nn.Module):
+    """Each rank has tokens of its own; a block adds what the mean of all of them makes."""
+
+    def __init__(self, against: float) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(4, 16), nn.Linear(16, 4)
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(5))
+        self.against = against
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        h = self.embed(x) * (1 + t[:, None, None])
+        for block in self.blocks:
+            mean = collectives.all_reduce(h.mean(1, keepdim=True), "avg", dist.group.WORLD)
+            h = h + 0.1 * torch.tanh(block(h + mean)) - self.against * torch.tanh(h / 10)
+        return self.out(h)
+
+
+def audit() -> None:
+    """On one rank a hit follows, on the other it does not: both must say the same."""
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = Parallel(against=20.0 * rank).eval()
+    denoiser = fxcache.transform(model, FirstBlockCache(threshold=float("inf")), backend="eager")
+    x = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(rank))
+    with torch.no_grad():
+        for step in range(3):
+            denoiser(x + 0.1 * step, torch.full((2,), 1.0 - 0.1 * step))
+    report = denoiser.report()
+    everybody = [None, None]
+    dist.all_gather_object(everybody, (report.audit, report.hits))
+    assert everybody[0] == everybody[1], everybody
+    assert report.audit > 0.5
+    alone = fxcache.explain(Alone(model), x, torch.ones(2)).audit
+    dist.all_gather_object(everybody, alone)
+    assert everybody[0] < 1.05 <= everybody[1], everybody
+
+
+class Alone(nn.Module):
+    """The same without collectives: what each rank would say by itself."""
+
+    def __init__(self, model: Parallel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        h = self.model.embed(x) * (1 + t[:, None, None])
+        for block in self.model.blocks:
+            mean = h.mean(1, keepdim=True)
+            h = h + 0.1 * torch.tanh(block(h + mean)) - self.model.against * torch.tanh(h / 10)
+        return self.model.out(h)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]]()
+    dist.barrier()
+    dist.destroy_process_group()
