@@ -535,3 +535,23 @@ def test_the_sample_is_named_where_two_inputs_look_alike():
     found = fxcache.explain(seeded(TwoInputs), x, x.flip(0), t)
     assert found.sample == ("latent",)
     assert "condition could be the sample, too: latent was taken" in found.notes[0]
+
+
+class Tokens(Net):
+    """Discrete diffusion: token numbers in, logits out."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(8, WIDTH)
+
+
+def test_noisy_tokens_are_a_sample_too():
+    model, t = seeded(Tokens), torch.ones(2)
+    tokens = torch.randint(0, 8, (2, 16), generator=torch.Generator().manual_seed(0))
+    moved = tokens.roll(1, -1)
+    assert fxcache.explain(model, tokens, t).sample == ("x",)
+    always = plain(model, ALWAYS)
+    first, hit = always(tokens, t), always(moved, 0.9 * t)
+    assert hits(always) == [False, True]
+    full = model(moved, 0.9 * t)
+    assert (hit - full).norm() < (first - full).norm()

@@ -11,6 +11,7 @@ from torch import fx
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from fxcache.capture import torch_internals as internals
+from fxcache.capture.eager import quicken
 from fxcache.errors import CaptureError, OptionError
 from fxcache.kernels import reference
 from fxcache.passes.graph import is_unbacked, value_of
@@ -215,7 +216,7 @@ def compile_pieces(
             plan = outline(piece.module, given)
         if isinstance(plan, str):
             log.info("%s is one call: %s", name, plan)
-            return compiled(piece.module, given)
+            return quicken(piece.module) if lowering.is_eager else compiled(piece.module, given)
         return _call_sequence(plan, kinds, compiled)
 
     head = None if pieces.head is None else lowered("head", pieces.head)

@@ -1,6 +1,7 @@
 """What a state belongs to, and how its buffers are made."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,20 +28,26 @@ def signature_of(
     places, sizes_in = [placeholders.index(node) for node in inputs.data], _sizes(inputs)
     names, span = [inputs.paths[node] for node in inputs.data], (found.head_units, found.span_units)
 
-    def signature(data: Iterable[Any], sizes: Mapping[Any, int]) -> Signature:
+    @lru_cache(maxsize=64)
+    def kept(*numbers: int) -> tuple[Hashable, ...]:
+        sizes = dict(zip(sizes_in.values(), numbers, strict=True))
+        return tuple((str(_shape(fake, sizes)), fake.dtype, fake.device) for fake in state)
+
+    def signature(data: Iterable[Any], *numbers: int) -> Signature:
         """Of the tensors with dimensions (Dynamo makes some numbers scalar tensors)."""
         given = (
             (name, (str(tuple(value.shape)), value.dtype, value.device))
             for name, value in zip(names, data, strict=True)
             if isinstance(value, torch.Tensor) and value.ndim > 0
         )
-        kept = ((str(_shape(fake, sizes)), fake.dtype, fake.device) for fake in state)
-        return Signature(tuple(given), (span, *kept))
+        return Signature(tuple(given), (span, *kept(*numbers)))
 
     if not inputs.sizes:
-        constant = signature(map(value_of, inputs.data), {})
+        constant = signature(map(value_of, inputs.data))
         return lambda values: constant
-    return lambda values: signature((values[place] for place in places), sizes_in(values))
+    return lambda values: signature(
+        (values[place] for place in places), *(values[place] for place in sizes_in)
+    )
 
 
 def allocator(
@@ -58,7 +65,7 @@ def allocator(
     sizes_in = _sizes(inputs)
 
     def allocate(values: Values) -> Buffers:
-        sizes = sizes_in(values)
+        sizes = {symbol: values[place] for place, symbol in sizes_in.items()}
 
         def make(fake: torch.Tensor, zeros: Callable[..., torch.Tensor]) -> torch.Tensor:
             return zeros(_shape(fake, sizes), dtype=fake.dtype, device=fake.device)
@@ -72,12 +79,11 @@ def allocator(
     return allocate
 
 
-def _sizes(inputs: GraphInputs) -> Callable[[Values], dict[Any, int]]:
-    """Finds the symbols among the inputs of a call."""
+def _sizes(inputs: GraphInputs) -> dict[int, Any]:
+    """The symbols among the inputs, by their places."""
     placeholders = list(inputs.sizes[0].graph.find_nodes(op="placeholder")) if inputs.sizes else []
-    symbols = {placeholders.index(node): value_of(node) for node in inputs.sizes}
-    symbols = {place: fake for place, fake in symbols.items() if isinstance(fake, torch.SymInt)}
-    return lambda values: {fake.node.expr: values[place] for place, fake in symbols.items()}
+    values = {placeholders.index(node): value_of(node) for node in inputs.sizes}
+    return {at: fake.node.expr for at, fake in values.items() if isinstance(fake, torch.SymInt)}
 
 
 def _shape(fake: torch.Tensor, sizes: Mapping[Any, int]) -> tuple[int, ...]:

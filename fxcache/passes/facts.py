@@ -216,10 +216,12 @@ def find_samples(outputs: Iterable[fx.Node], inputs: GraphInputs) -> tuple[fx.No
 
     Of several, the one with the most usual name; a list of tensors counts as one input.
 
-    Raises StackNotFoundError if no input is a numeric tensor.
+    Raises StackNotFoundError if no input is one.
     """
     given = [node for node in inputs.data if is_numeric(node)]
-    tensors = [node for node in given if tensor_rank(node) >= 2] or given
+    # Noisy tokens are whole numbers, and the only input with a sequence.
+    tokens = [n for n in inputs.data if is_tensor(n) and tensor_rank(n) >= 2]
+    tensors = [node for node in given if tensor_rank(node) >= 2] or tokens or given
     if not tensors:
         raise StackNotFoundError(
             f"no input looks like a noisy sample: the inputs are {list(inputs.data.values())}"

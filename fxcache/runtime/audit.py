@@ -67,7 +67,7 @@ class Audit:
         """Try the residual in ring entry `entry` of `buffers`, which were filled by the evaluation
         of `inputs` that gave `outputs`. Writes into none of them. One read-back.
         """
-        if self.device.type == "meta" or any(map(_overlaps, (inputs[p] for p in self.samples))):
+        if self.device.type == "meta" or any(map(_is_fixed, (inputs[p] for p in self.samples))):
             return  # nothing to compare, or no way to move it
         with torch.no_grad(), self._generators():
             moved = list(inputs)
@@ -124,10 +124,11 @@ def _moved(sample: torch.Tensor) -> torch.Tensor:
     return moved.copy_(sample + (MOVE * scale * noise))
 
 
-def _overlaps(sample: torch.Tensor) -> bool:
-    """Whether elements of `sample` share memory (expanded dimensions)."""
+def _is_fixed(sample: torch.Tensor) -> bool:
+    """Whether `sample` holds whole numbers, or elements that share memory (expanded dimensions)."""
     pairs = zip(sample.shape, sample.stride(), strict=True)
-    return any(size > 1 and stride == 0 for size, stride in pairs)
+    is_continuous = sample.is_floating_point() or sample.is_complex()
+    return not is_continuous or any(size > 1 and stride == 0 for size, stride in pairs)
 
 
 def _copied(buffers: Buffers, device: torch.device) -> Buffers:
