@@ -10,7 +10,7 @@ Both compute the same bits: a linear layer is what was taken apart, and torch's 
 the same operations without the search for an overload.
 """
 
-from types import BuiltinFunctionType, MethodDescriptorType
+from types import BuiltinFunctionType
 from typing import Any, cast
 
 import torch
@@ -21,7 +21,12 @@ from fxcache.passes.graph import tensor_of
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.expand.default)
 _PRODUCTS = (aten.addmm.default, aten.mm.default, aten.bmm.default)
-_METHODS = {"view": torch.Tensor.view, "expand": torch.Tensor.expand}
+#: `reshape`, for a view of fake strides may be a copy of real ones.
+_BINDINGS = {
+    aten.view.default: torch.reshape,
+    aten._unsafe_view.default: torch.reshape,
+    aten.expand.default: torch.Tensor.expand,
+}
 
 
 def quicken(module: fx.GraphModule) -> fx.GraphModule:
@@ -103,8 +108,10 @@ def _binding(target: Any) -> Any:
     """torch's own name for an operation of aten, None if it has none with the same arguments."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return None
+    if target in _BINDINGS:
+        return _BINDINGS[target]
     if any("List[Optional[" in str(argument.type) for argument in target._schema.arguments):
         return None  # an index may be None here, and must be a tensor there
     name = target._schema.name.removeprefix("aten::")
-    found = _METHODS.get(name) or getattr(torch, name, None) or getattr(torch._C._nn, name, None)
-    return found if isinstance(found, BuiltinFunctionType | MethodDescriptorType) else None
+    found = getattr(torch, name, None) or getattr(torch._C._nn, name, None)
+    return found if isinstance(found, BuiltinFunctionType) else None
