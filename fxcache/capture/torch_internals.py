@@ -8,7 +8,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -123,8 +123,14 @@ def aot_inference(
     """`gm` behind AOTAutograd's runtime wrapper, its functional graph run by what `compiler` makes
     of it. Without decompositions, and only without gradients.
     """
-    backend = aot_autograd(fw_compiler=compiler, inference_compiler=compiler)
-    with keeping_operations():
+    with ExitStack() as tracing_only:
+
+        def traced(functional: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            tracing_only.close()
+            return compiler(functional, inputs)
+
+        backend = aot_autograd(fw_compiler=traced, inference_compiler=traced)
+        tracing_only.enter_context(keeping_operations())
         wrapped: Callable[..., Any] = backend(gm, example_inputs)
     return wrapped
 
