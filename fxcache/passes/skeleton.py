@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxcache.passes import linear
 from fxcache.passes.facts import Facts, Mask, mask_of, positions
 from fxcache.passes.graph import (
     bytes_of,
@@ -32,16 +33,6 @@ from fxcache.passes.graph import (
     op_name,
     shape_of,
     tensor_of,
-)
-from fxcache.passes.linear import (
-    CHOICES,
-    LAYERS,
-    LIMITS,
-    LINEAR,
-    SUMS,
-    part_taken,
-    passes_on,
-    terms_of,
 )
 
 #: What of the graph's work a leaf may cost behind the head, a term beside the cheapest, and a layer
@@ -77,8 +68,8 @@ class Skeleton:
         """A node of the shape of its value, of sizes that do not depend on data where there is one:
         of a sum, the term that is known.
         """
-        part = self
-        while depends_on_data(part.node) and len(part.parts) == 1 and op_name(part.node) in SUMS:
+        part, sums = self, linear.SUMS
+        while depends_on_data(part.node) and len(part.parts) == 1 and op_name(part.node) in sums:
             (part,) = part.parts.values()
         return part.node
 
@@ -89,7 +80,7 @@ class Skeleton:
         while len(part.parts) == 1 and (
             op_name(part.node) in ("add", "sub")
             or (part.node.args[0] in part.parts and op_name(part.node) in ("addmm", "baddbmm"))
-            or passes_on(part.node)
+            or linear.passes_on(part.node)
         ):
             (part,) = part.parts.values()
         return tensor_of(part.node).dtype
@@ -151,26 +142,24 @@ class Skeletons:
         first = node.args[0] if node.args else None
         if name == "copy" and isinstance(node.args[1], fx.Node):
             return self._through(node, node.args[1])
-        if is_view(node) or name in LINEAR:
+        if is_view(node) or name in linear.LINEAR:
             return self._simplified(node, first) if isinstance(first, fx.Node) else None
         if name == "constant_pad_nd" and (len(node.args) < 3 or not node.args[2]):
             return self._through(node, node.args[0])
-        if name in SUMS or (name in ("addmm", "baddbmm") and self._depends(first)):
+        if name in linear.SUMS or (name in ("addmm", "baddbmm") and self._depends(first)):
             return self._sum(node, name)
-        if name in CHOICES:
+        if name in linear.CHOICES:
             return self._choice(node, name)
         if name in ("mul", "div"):
             return self._product(node, name)
         if name in ("cat", "stack", "complex"):
             return self._joined(node)
-        if name in LAYERS and self.facts.cost[self.facts.position[node]] <= (
-            LAYER * self.facts.total
-        ):
+        work = self.facts.cost[self.facts.position[node]]
+        if name in linear.LAYERS and work <= LAYER * self.facts.total:
             return self._layer(node)
-        if passes_on(node) and isinstance(first, fx.Node):
-            part = self.of(first)
-            is_sum = part is not None and (part.is_sum or name not in LIMITS)
-            return part and replace(part, node=node, parts={first: part}, is_sum=is_sum)
+        if linear.passes_on(node) and isinstance(first, fx.Node):
+            part = self._through(node, first)
+            return part and replace(part, is_sum=part.is_sum or name not in linear.LIMITS)
         return None
 
     def _through(self, node: fx.Node, operand: Any) -> Skeleton | None:
@@ -200,14 +189,14 @@ class Skeletons:
         if not joined.is_leaf and op_name(joined.node) in ("cat", "stack"):
             if op_name(node) in ("sum", "mean"):
                 return replace(inner, share=1.0, is_sum=True)
-            part = part_taken(node, joined.node) if op_name(node) == "slice" else None
+            part = linear.part_taken(node, joined.node) if op_name(node) == "slice" else None
             if part is not None:
                 return joined.parts.get(part)
         return inner
 
     def _sum(self, node: fx.Node, name: str) -> Skeleton | None:
         """Terms of the sum's own size whose leaves also feed the work that is added to them."""
-        terms = [t for t in terms_of(node, self._depends) if self.facts.depends(t)]
+        terms = [t for t in linear.terms_of(node, self._depends) if self.facts.depends(t)]
         terms = [t for t in terms if shape_of(t) == shape_of(node)]
         found = {t: part for t in terms if (part := self.of(t)) is not None}
         if name == "sub" and len(found) == 2 and _cancel(*found.values()):
