@@ -555,3 +555,15 @@ def test_noisy_tokens_are_a_sample_too():
     assert hits(always) == [False, True]
     full = model(moved, 0.9 * t)
     assert (hit - full).norm() < (first - full).norm()
+
+
+@pytest.mark.parametrize("cls", ["SD3Transformer2DModel", "QwenImageTransformer2DModel"])
+def test_two_blocks_of_which_the_last_has_less_to_do(cls):
+    pytest.importorskip("diffusers")
+    from fxcache.integrations.tiny import tiny_model
+
+    model, inputs = tiny_model(cls, num_layers=2)
+    found = fxcache.explain(model, **inputs)
+    assert found.stack == "transformer_blocks (2)"
+    assert found.skipped_share > 0.5
+    assert found.audit < 1

@@ -61,12 +61,22 @@ class Run:
 
 
 def find_runs(facts: Facts) -> list[Run]:
-    """The runs of equal units in `facts`, in recorded order."""
+    """The runs of equal units in `facts`, in recorded order.
+
+    Where there are none, runs of a unit of which a good part comes again: two blocks, of which the
+    last has less to do.
+    """
+    return _runs(facts, 1.0) or _runs(facts, 0.3)
+
+
+def _runs(facts: Facts, again: float) -> list[Run]:
     runs = []
-    for first, period, end in _repeats(facts):
+    for first, period, end in _repeats(facts, again):
         bounds = _bounds(facts, first, period, end)
-        if len(bounds) >= 2:
-            runs += _split(facts, _by_modules(facts, bounds) or _units(facts, bounds))
+        units = _by_modules(facts, bounds) if len(bounds) >= 2 else None
+        if units is None and end - first >= 2 * period:  # else only modules say where it ends
+            units = _units(facts, bounds)
+        runs += _split(facts, units) if units else []
     whole = _extended(facts, sorted(runs, key=lambda run: run.start))
     return [run for run in whole if len(run.units) > 1]
 
@@ -87,9 +97,9 @@ def _split(facts: Facts, units: Sequence[Unit]) -> list[Run]:
     return [Run(tuple(units[start:end])) for start, end in pairwise([0, *at, len(units)])]
 
 
-def _repeats(facts: Facts) -> list[tuple[int, int, int]]:
+def _repeats(facts: Facts, again: float) -> list[tuple[int, int, int]]:
     """Tandem repeats in the string of words, the one with most work first, none overlapping:
-    (first word, period, end).
+    (first word, period, end). At least the share `again` of a phrase comes again behind it.
     """
     numbers: dict[object, int] = {}
     words = [numbers.setdefault(word_of(facts.nodes[p]), len(numbers)) for p in facts.heavy]
@@ -102,7 +112,7 @@ def _repeats(facts: Facts) -> list[tuple[int, int, int]]:
         for i in range(len(words) - period + 1):
             if i + period < len(words) and words[i] == words[i + period]:
                 continue
-            if i - start >= period:  # at least two whole phrases
+            if i - start >= again * period:
                 heap.append((before[start] - before[i + period], period, start, i + period))
             start = i + 1
     heapq.heapify(heap)
@@ -114,7 +124,7 @@ def _repeats(facts: Facts) -> list[tuple[int, int, int]]:
             break
         if any(taken[start:end]):
             free = _longest_free(taken, start, end)
-            if free[1] - free[0] >= 2 * period:
+            if free[1] - free[0] >= (1 + again) * period:
                 heapq.heappush(heap, (before[free[0]] - before[free[1]], period, *free))
             continue
         found.append((start, period, end))
@@ -139,6 +149,8 @@ def _bounds(facts: Facts, first: int, period: int, end: int) -> list[int]:
     (a block with two equal layers): the shortest whose edges are as narrow as any.
     """
     edge = {h: narrowest(facts, h) for h in range(first, end + 1)}
+    if end - first < 2 * period:
+        return [edge[first], edge[first + period], edge[end]]
     choices = []
     whole = (end - first) // period
     for length in range(period, end - first + 1, period):
