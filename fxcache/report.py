@@ -111,14 +111,14 @@ class Report:
             decision = "hit" if r.is_hit else f"miss ({r.reason})"
             branch = "-" if r.branch is None else str(r.branch)
             lines.append(f"{r.step:>4}  {branch:<10} {timestep:>10} {metric:>10}  {decision}")
+        if self.advice is not None:
+            lines.append(self.advice)
         lines.append(
             f"{self.hits} hits, {self.misses} misses ({self.hit_rate:.0%}), "
             f"{_size(self.cached_bytes)} cached{self._places()}, {self.graphs} graph(s), "
             f"{self.recompiles} recompile(s)"
             + ("" if self.audit is None else f", audit {self.audit:.2f}")
         )
-        if self.advice is not None:
-            lines.append(self.advice)
         return "\n".join(lines)
 
     def _places(self) -> str:
