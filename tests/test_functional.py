@@ -39,6 +39,19 @@ def test_all_private_names_of_torch_are_there():
     assert not torch._dynamo.config.capture_scalar_outputs
 
 
+def test_torch_is_left_as_it_was():
+    """What a trace would replace is kept while ours runs, and put back."""
+    ops = [torch.ops.aten.upsample_nearest2d.default, torch.ops.aten.matmul.default]
+    before = [dict(op.py_kernels) for op in ops]
+    assert all(before)
+    with internals.keeping_operations():
+        assert not any(set(op.py_kernels) & set(internals._PYTHON_KEYS) for op in ops)
+    assert [dict(op.py_kernels) for op in ops] == before
+    with pytest.raises(RuntimeError, match="amid"), internals.keeping_operations():
+        raise RuntimeError("amid a trace")
+    assert [dict(op.py_kernels) for op in ops] == before
+
+
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
