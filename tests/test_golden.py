@@ -22,10 +22,11 @@ def shown(name: str) -> str:
     model, inputs = make(name)
     with torch.no_grad():
         text = str(fxcache.explain(model, **inputs))
-    text = re.sub(r"(probe|stream) \w+( - [\w, ]+)?", r"\1", text)
+    text = re.sub(r"(probe|stream) +\w+( - \w+(, \w+)*)?", r"\1", text)
     return re.sub(r"audit  [\d.]+", "audit  #", text) + "\n"
 
 
+@pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="FLOPs are counted otherwise")
 @pytest.mark.parametrize("name", ZOO)
 def test_what_is_found(name):
     pytest.importorskip("diffusers")
