@@ -29,7 +29,7 @@ AS_GOOD = 0.02
 #: A hit that skips less than this of the work is not worth its memory.
 MIN_SKIPPED = 0.1
 #: Nor one that skips less than this part of the blocks that the policy would skip.
-PART = 0.5
+PART = 0.3
 #: The heaviest stack is taken if it skips this share of what another one does.
 MAIN_STACK = 0.6
 #: A U shape, whose tail sees fresh features, is taken if it skips this share of what a stack does.

@@ -7,6 +7,7 @@ residual is the right thing to keep, this says how to use it.
 
 import logging
 import math
+from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,7 +27,8 @@ Computed = tuple[int, list[torch.Tensor]]
 class Advice:
     """Compares `own`, a policy's forecast, with `Reuse` and with linear extrapolation.
 
-    Costs copies of two residuals a branch, and no read-back before somebody asks.
+    Costs copies of two residuals at each miss, one of which is kept where the ring holds one only,
+    and no read-back before somebody asks.
     """
 
     def __init__(self, own: Forecast) -> None:
@@ -41,14 +43,15 @@ class Advice:
         """The last two computed residuals, newest first, before a miss writes over one."""
         buffers = state.allocated
         older = self._last.pop(buffers, None)
-        if not state.past:
+        if not state.past or buffers.device.type == "meta":
             return []
-        if buffers.device.type == "meta":
-            return []
-        step, at = state.past[0]
-        newest = (step, [ring[at].clone() for ring in buffers.rings])
-        self._last[buffers] = newest
-        return [newest, older] if older is not None and older[0] < step < state.step else []
+        last = [(step, [ring[at].clone() for ring in buffers.rings]) for step, at in state.past[:2]]
+        if state.ring == 1:  # the one before it was written over
+            self._last[buffers] = last[0]
+            last += [] if older is None else [older]
+        steps = [state.step, *(step for step, _ in last)]
+        falls = all(later > step for later, step in pairwise(steps))
+        return last if len(last) == 2 and falls else []
 
     @torch.no_grad()
     def after_miss(self, state: BranchState, computed: list[Computed]) -> None:
