@@ -1,15 +1,17 @@
 """What the cache itself costs: a miss against the uncached model, a hit against the floor.
 
 The *floor* is the same model built with the head block only: what a hit could not have skipped.
-All are compiled by Inductor and called in turn in one process, so the ratios hold on a noisy
+All are compiled by `--backend` and called in turn in one process, so the ratios hold on a noisy
 machine; medians and 10th percentiles are printed.
 
     python examples/benchmark_overhead.py --size host-bound
     python examples/benchmark_overhead.py --size compute-bound
     python examples/benchmark_overhead.py --size host-bound --blocks 57    # guards of 800 weights
+    python examples/benchmark_overhead.py --backend eager                  # what nothing compiles
 """
 
 import argparse
+import functools
 import json
 import math
 import platform
@@ -92,24 +94,29 @@ def measure(calls: dict[str, object], size: str, repeats: int) -> dict[str, dict
     }
 
 
-def contestants(size: str, blocks: int, *, whole: bool) -> dict[str, Callable[..., object]]:
+def contestants(
+    size: str, blocks: int, backend: str, *, whole: bool
+) -> dict[str, Callable[..., object]]:
     """Everybody who is measured, by name; names begin with what they are compared to."""
     model, head = build(size, blocks), build(size, 1)
     # The floor: embeddings, the head block and the output projection, nothing else.
     head.single_transformer_blocks = torch.nn.ModuleList()
     never, always = (fxcache.FirstBlockCache(threshold=t) for t in (0.0, math.inf))
-    made: dict[str, Callable[..., object]] = {
-        "uncached": torch.compile(separate(model), fullgraph=True),
-        "floor": torch.compile(separate(head), fullgraph=True),
-    }
+    made: dict[str, Callable[..., object]] = {"uncached": model, "floor": head}
+    if backend != "eager":  # else the plain model, as it is called
+        made = {
+            name: torch.compile(separate(made[name]), backend=backend, fullgraph=True)
+            for name in made
+        }
+    transform = functools.partial(fxcache.transform, backend=backend)
     for name, policy in (("miss", never), ("hit", always)):
-        made[name] = fxcache.transform(model, policy)
-        made[f"{name}, guards a trajectory"] = fxcache.transform(model, policy, guards="trajectory")
+        made[name] = transform(model, policy)
+        made[f"{name}, guards a trajectory"] = transform(model, policy, guards="trajectory")
         skip = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        made[f"{name}, no module guards"] = fxcache.transform(model, policy, options=skip)
+        made[f"{name}, no module guards"] = transform(model, policy, options=skip)
     if whole:
-        made["miss, not outlined"] = fxcache.transform(model, never, outline=False)
-        made["miss, not outlined, guards a trajectory"] = fxcache.transform(
+        made["miss, not outlined"] = transform(model, never, outline=False)
+        made["miss, not outlined, guards a trajectory"] = transform(
             model, never, outline=False, guards="trajectory"
         )
     return made
@@ -130,6 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--size", choices=SIZES, default="host-bound")
     parser.add_argument("--blocks", type=int, default=BLOCKS)
+    parser.add_argument("--backend", default="inductor", help='or "eager": against the plain model')
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--whole", action="store_true", help="also without outlining (slow)")
     parser.add_argument("--calls", type=int, help="calls of each (default: by size)")
@@ -137,7 +145,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    calls = contestants(args.size, args.blocks, whole=args.whole)
+    calls = contestants(args.size, args.blocks, args.backend, whole=args.whole)
     for name, call in calls.items():
         start = time.perf_counter()
         for step in range(WARMUP):

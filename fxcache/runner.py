@@ -133,7 +133,6 @@ class Runner:
         #: The model is one graph; it became so with more of Dynamo's switches on.
         self.backend, self.is_whole, self.captures_more = backend, True, False
         self.cached = self.compile(backend)
-        self.first_error: CaptureError | None = None
 
     def compile(self, backend: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
         """`_evaluate` as Dynamo captures it and hands it to `backend`."""
@@ -213,19 +212,21 @@ class Runner:
         What fails as one graph is tried with more captured, then in pieces, one of which must hold
         the stack. What then works is the way of all later evaluations.
         """
+        first: CaptureError | StackNotFoundError | None = None
         while True:
             try:
                 return self._run(args, kwargs)
             except (CaptureError, StackNotFoundError) as error:
+                first = first or error
                 if hooks.make_traceable(self.model):  # hooks have come that break the graph
                     if not self.is_whole:
                         self._break_up()
                     continue
-                self._relax(error)
+                self._relax(error, first)
 
-    def _relax(self, error: CaptureError | StackNotFoundError) -> None:
-        """Go on to the next way to capture the model. Raises `error`, or the first, if this was the
-        last.
+    def _relax(self, error: FxCacheError, first: FxCacheError) -> None:
+        """Go on to the next way to capture the model. Raises `error`, or the first one of this
+        evaluation, if there is none.
         """
         if not self.is_whole:
             if not self.captures_more:
@@ -237,9 +238,9 @@ class Runner:
             raise error
         if not self.captures_more:
             log.info("trying again with more captured: %s", error)
-            self.captures_more, self.first_error = True, error
+            self.captures_more = True
             return
-        self.captures_more, first = False, self.first_error or error
+        self.captures_more = False
         asked = self.settings.fullgraph
         if asked or (asked is None and hooks.obstacles(self.model)):
             raise first

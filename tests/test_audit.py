@@ -47,6 +47,23 @@ def test_what_does_not_follow_the_sample_is_not_used(caplog):
     assert "audit=False" in warnings[0]
 
 
+class Still(SequentialDiT):
+    """Each block takes its input away again: nothing of the stream is left."""
+
+    def stack(self, h):
+        for block in self.blocks:
+            h = (h + torch.tanh(block.mlp(h))) + (-h)
+        return h
+
+
+def test_a_hit_that_stands_still_is_not_used(caplog):
+    denoiser = plain(seeded(Still))
+    solve(denoiser, 4)
+    assert hits(denoiser) == [False] * 4
+    assert [r.reason for r in denoiser.report().records[1:]] == ["audit"] * 3
+    assert any("did not move at all" in r.message for r in caplog.records)
+
+
 def test_it_can_be_left_out():
     denoiser = plain(seeded(Against), audit=False)
     solve(denoiser, 4)

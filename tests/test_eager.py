@@ -27,6 +27,10 @@ class Shapes(nn.Module):
             turned[..., 1::2] = h[..., 0::2]
             pooled = self.plain(turned.mean(1)) + self.whole(turned.mean(1))
             h = h + torch.tanh(block(turned[:, None]))[:, 0] + self.plain(turned.transpose(0, 1)).mT
+            heads = h.unflatten(
+                -1, (4, 4)
+            )  # all at once: no layer over the last of four dimensions
+            pooled = pooled + self.plain(heads.reshape(-1, 16)).view_as(heads).flatten(2).mean(1)
             h = h + pooled[:, None]
         return self.out(h)
 

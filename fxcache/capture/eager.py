@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from fxcache.passes.graph import tensor_of
+from fxcache.passes.graph import is_same_size, tensor_of
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.expand.default)
@@ -74,15 +74,15 @@ def _join_linear(graph: fx.Graph, product: fx.Node) -> None:
         return
     if bias is not None and tensor_of(bias).ndim != 1:
         return
-    result = product
-    (user, *others) = product.users
-    if user.target in _VIEWS and not others:
-        result = user
-    x = next((node for node in _chain(given) if _is_linear(node, result)), None)
+    matrix, result = cast(fx.Node, turned.args[0]), product
+    users = list(product.users)
+    if len(users) == 1 and users[0].target in _VIEWS:
+        result = users[0]
+    x = next((node for node in _chain(given) if _is_layer(node, matrix, result)), None)
     if x is None:
         return
     with graph.inserting_before(result):
-        layer = graph.call_function(torch.nn.functional.linear, (x, turned.args[0], bias))
+        layer = graph.call_function(torch.nn.functional.linear, (x, matrix, bias))
     layer.meta = dict(result.meta)
     result.replace_all_uses_with(layer)
     for node in dict.fromkeys((result, product, *_chain(given), *_chain(weight))):
@@ -98,10 +98,12 @@ def _chain(node: fx.Node) -> list[fx.Node]:
     return chain
 
 
-def _is_linear(given: fx.Node, result: fx.Node) -> bool:
-    """Whether the two differ in their last dimension only."""
-    a, b = tensor_of(given).shape, tensor_of(result).shape
-    return len(a) == len(b) and all(str(m) == str(n) for m, n in zip(a[:-1], b[:-1], strict=True))
+def _is_layer(given: fx.Node, matrix: fx.Node, result: fx.Node) -> bool:
+    """Whether a layer of weight `matrix` takes `given` to the shape of `result`."""
+    made, wide = tensor_of(matrix).shape
+    expected = (*tensor_of(given).shape[:-1], made, wide)
+    shape = (*tensor_of(result).shape, tensor_of(given).shape[-1])
+    return len(expected) == len(shape) and all(map(is_same_size, expected, shape))
 
 
 def _binding(target: Any) -> Any:

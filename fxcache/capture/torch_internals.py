@@ -1,6 +1,6 @@
 """What is private of torch and used by the capture, in one place.
 
-Checked on torch 2.11, 2.13 and 2.15: a new torch that moves one of these fails here first
+Checked on torch 2.13 and 2.15: a new torch that moves one of these fails here first
 (`tests/test_functional.py`).
 """
 
@@ -155,4 +155,4 @@ def source_name(node: fx.Node) -> str:
     """Where Dynamo found what the placeholder `node` of its graph stands for ("": unknown)."""
     source = getattr(node.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", "")
-    return str(name() if callable(name) else name)  # a method up to torch 2.11, then a property
+    return str(name() if callable(name) else name)  # a method in older torch

@@ -206,13 +206,13 @@ def _cut_u_shape(facts: Facts, span: Span, tried: list[str]) -> Cut | None:
                     continue
                 cut = try_cut(facts, skeletons, origin(facts, node), end, is_u_shape=True)
                 if cut is not None:
-                    return _named_bymodules(cut)
+                    return _named_by_modules(cut)
     if found:
         tried.append(f"{len(found)} long skips, of which none leaves its reader fresh features")
     return None
 
 
-def _named_bymodules(cut: Cut) -> Cut:
+def _named_by_modules(cut: Cut) -> Cut:
     """`cut` with the outermost modules that lie on one side of each boundary as its units."""
     names = modules(cut.facts, (-1, cut.head, cut.end, len(cut.facts.nodes) - 1))
     return replace(

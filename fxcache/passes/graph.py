@@ -81,10 +81,12 @@ def bytes_of(node: fx.Node) -> int:
 def same_sizes(a: fx.Node, b: fx.Node) -> bool:
     """Whether two tensors have one shape, symbols by their formulas: no guard is added."""
     left, right = tensor_of(a).shape, tensor_of(b).shape
-    return len(left) == len(right) and all(
-        m == n if isinstance(m, int) and isinstance(n, int) else str(m) == str(n)
-        for m, n in zip(left, right, strict=True)
-    )
+    return len(left) == len(right) and all(map(is_same_size, left, right))
+
+
+def is_same_size(m: Any, n: Any) -> bool:
+    """Whether two sizes are equal, symbols by their formulas: no guard is added."""
+    return m == n if isinstance(m, int) and isinstance(n, int) else str(m) == str(n)
 
 
 def op_name(node: fx.Node) -> str:

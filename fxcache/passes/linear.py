@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from torch import fx
 
-from fxcache.passes.graph import op_name, same_sizes, tensor_of, value_of
+from fxcache.passes.graph import is_same_size, op_name, same_sizes, tensor_of, value_of
 
 #: Linear in the first operand, besides views.
 LINEAR = {
@@ -19,8 +19,6 @@ SUMS = {"add", "sub", "addcmul", "lerp"}
 LAYERS = {"mm", "addmm", "bmm", "convolution"}
 #: Each element is that of one of the terms.
 CHOICES = {"where", "slice_scatter", "select_scatter", "index_put"}
-
-
 #: What keeps numbers within what a dtype holds.
 LIMITS = {"clamp", "nan_to_num"}
 
@@ -65,12 +63,8 @@ def part_taken(cut: fx.Node, joined: fx.Node) -> fx.Node | None:
     sizes = [tensor_of(operand).shape[dim] for operand in operands]
     for number, operand in enumerate(operands):
         before, rest = sum(sizes[:number]), sum(sizes[number + 1 :])
-        starts = _is_equal(begin, before) or _is_equal(begin, -(sizes[number] + rest))
-        ends = number + 1 < len(operands) and _is_equal(stop, -rest)
+        starts = is_same_size(begin, before) or is_same_size(begin, -(sizes[number] + rest))
+        ends = number + 1 < len(operands) and is_same_size(stop, -rest)
         if starts and (ends or same_sizes(cut, operand)):
             return cast(fx.Node, operand)
     return None
-
-
-def _is_equal(a: Any, b: Any) -> bool:
-    return a == b if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)

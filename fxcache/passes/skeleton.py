@@ -169,7 +169,8 @@ class Skeletons:
         if op_name(node) != "copy" and any(map(self.facts.depends, others)):
             return None  # an index, a factor
         part = self.of(operand)
-        return part and replace(part, node=node, parts={operand: part})
+        sign = -1.0 if op_name(node) == "neg" else 1.0
+        return part and replace(part, node=node, parts={operand: part}, gain=sign * part.gain)
 
     def _layer(self, node: fx.Node) -> Skeleton | None:
         """A product or a convolution with a weight is linear, too."""
@@ -199,8 +200,12 @@ class Skeletons:
         terms = [t for t in linear.terms_of(node, self._depends) if self.facts.depends(t)]
         terms = [t for t in terms if shape_of(t) == shape_of(node)]
         found = {t: part for t in terms if (part := self.of(t)) is not None}
-        if name == "sub" and len(found) == 2 and _cancel(*found.values()):
-            return None  # what a block adds: its result without its input
+        if name in ("add", "sub") and len(found) == 2:
+            one, other = found.values()
+            alpha: Any = node.kwargs.get("alpha", 1)
+            gain = one.gain + (alpha if name == "add" else -alpha) * other.gain
+            if one.leaves & other.leaves and gain == 0:
+                return None  # what a block adds: its result without its input
         found = self._without_costly(found)
         found = {t: part for t, part in found.items() if self._feeds_work(part, node)}
         if not found:
@@ -313,11 +318,6 @@ def _made(
         _union(part.layers for part in parts),
         parts[0].gain if len(parts) == 1 else math.nan,
     )
-
-
-def _cancel(one: Skeleton, other: Skeleton) -> bool:
-    """Whether the difference of the two is 0 for a leaf that they share."""
-    return bool(one.leaves & other.leaves) and one.gain == other.gain
 
 
 def _leaves(parts: Iterable[Skeleton]) -> Mask:

@@ -5,7 +5,6 @@ made of the two before it. On trained models reuse is often the worse by far: th
 residual is the right thing to keep, this says how to use it.
 """
 
-import logging
 import math
 from itertools import pairwise
 from weakref import WeakKeyDictionary
@@ -13,9 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from fxcache.policy.forecast import Forecast, Reuse, Taylor
+from fxcache.runtime.audit import squares
 from fxcache.runtime.state import BranchState, Buffers
-
-log = logging.getLogger("fxcache")
 
 #: By how much the policy's own forecast must be the worse one.
 WORSE = 1.2
@@ -68,8 +66,8 @@ class Advice:
                 _wide(f) - weights[0] * _wide(a) - weights[1] * _wide(b)
                 for f, a, b in zip(fresh, new, old, strict=True)
             ]
-            norms.append(_norm(off))
-        sums = torch.stack([*norms, _norm(fresh)])
+            norms.append(squares(off).sqrt())
+        sums = torch.stack([*norms, squares(fresh).sqrt()])
         self.sums = sums if self.sums is None else self.sums + sums
 
     def finding(self) -> str | None:
@@ -88,8 +86,3 @@ class Advice:
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.is_complex() else tensor.float()
-
-
-def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    squares = [tensor.abs().float().square().sum() for tensor in tensors]
-    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()

@@ -7,7 +7,8 @@ tenth of its standard deviation, and a hit there reuses the residual of the firs
 
 A right cut follows the sample: q is well below 1 (0.2 to 0.5 at the first step of trained models).
 A tensor that is no residual and is cached as one gives 1 and more: returning the old output would
-have been as good. The static rules cannot tell the two apart; only data can.
+have been as good. A hit that gives the old output bit for bit fails, too. The static rules cannot
+tell the two apart; only data can.
 """
 
 import logging
@@ -58,10 +59,12 @@ class Audit:
         self.what, self.device, self.draws, self.groups = what, device, draws, tuple(groups)
         #: None: not done yet, or it could not tell (nothing finite to compare).
         self.q: float | None = None
+        #: A hit gave the old output, though the sample had moved.
+        self.is_frozen = False
 
     @property
     def failed(self) -> bool:
-        return self.q is not None and self.q >= LIMIT
+        return self.is_frozen or (self.q is not None and self.q >= LIMIT)
 
     def run(self, inputs: Values, outputs: Sequence[Any], buffers: Buffers, entry: int) -> None:
         """Try the residual in ring entry `entry` of `buffers`, which were filled by the evaluation
@@ -77,21 +80,28 @@ class Audit:
             weights = [float(at == entry) for at in range(self.wiring.ring)]
             trial = Regions(self.wiring).begin(given, own)
             hit, full = trial.hit(weights), trial.miss(entry)  # which overwrites the entry
-            off = _distance([hit[i] for i in self.outputs], [full[i] for i in self.outputs])
-            change = _distance([outputs[i] for i in self.outputs], [full[i] for i in self.outputs])
-            error, scale = self._shared(torch.stack([off, change])).sqrt().tolist()
+            pairs = (hit, full), (outputs, full), (hit, outputs)
+            sums = torch.stack([self._distance(a, b) for a, b in pairs])
+            error, scale, moved = self._shared(sums).sqrt().tolist()
         if not math.isfinite(error) or not math.isfinite(scale):
             return
         self.q = error / scale if scale > 0 else (0.0 if error == 0 else math.inf)
+        self.is_frozen = moved == 0 < scale
         log.info("audit: q = %.2f", self.q)
         if self.failed:
+            still = ", and did not move at all" if self.is_frozen else ""
             log.warning(
                 "nothing is reused: on a slightly moved sample a hit is off by %.2f times what the "
-                "output moved (below 1 it would follow the sample). What was cut: %s. "
+                "output moved%s (below 1 it would follow the sample). What was cut: %s. "
                 "audit=False reuses it all the same",
                 self.q,
+                still,
                 self.what,
             )
+
+    def _distance(self, a: Sequence[Any], b: Sequence[Any]) -> torch.Tensor:
+        """The sum of the squares of a difference, over all outputs."""
+        return squares([a[i] - b[i] for i in self.outputs])
 
     def _shared(self, sums: torch.Tensor) -> torch.Tensor:
         """The sums over all ranks: they must come to the same verdict."""
@@ -140,7 +150,7 @@ def _copied(buffers: Buffers, device: torch.device) -> Buffers:
     return replace(buffers, kept=kept, rings=rings)
 
 
-def _distance(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of a difference's squares, over all tensors."""
-    squares = [(x - y).abs().float().square().sum() for x, y in zip(a, b, strict=True)]
-    return torch.stack([square.to(squares[0].device) for square in squares]).sum()
+def squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of the squares of all elements, in float32, where the first tensor is."""
+    sums = [tensor.abs().float().square().sum() for tensor in tensors]
+    return torch.stack([each.to(sums[0].device) for each in sums]).sum()

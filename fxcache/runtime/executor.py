@@ -178,7 +178,8 @@ class StepExecutor:
             advice.after_miss(state, computed)
         if self.audit is not None and self.audit.q is None and self.session.may_hit:
             self.audit.run(tuple(inputs), outputs, state.allocated, at)
-            self.session.audits.append(self.audit.q)
+            if self.audit.q is not None:
+                self.session.audits.append(self.audit.q)
         return outputs
 
     def _weights(self, state: BranchState, step: int) -> list[float]:

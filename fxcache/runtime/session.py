@@ -60,7 +60,7 @@ class Session:
         #: The share of the graph's FLOPs that a hit skips, 0 to 1; known once it was rewritten.
         self.skipped_share = 0.0
         #: What the audits gave, one a capture.
-        self.audits: list[float | None] = []
+        self.audits: list[float] = []
         #: Compares forecasts during the first trajectory, then says what it found (None: nothing).
         self.advice: Advice | None = self._new_advice()
         self.advised: str | None = None
@@ -172,7 +172,7 @@ class Session:
     def begin(self, slot: Slot, **announcement: Any) -> None:
         """Start a new trajectory in `slot`; of the last one, say what is worth saying."""
         self._conclude(slot)
-        if self.advice is not None and self.advice.sums is not None:
+        if self.advice is not None and self.records:  # the first trajectory is over
             self.advised, self.advice = self.advice.finding(), None
             if self.advised is not None:
                 log.info(self.advised)
@@ -389,6 +389,6 @@ class Session:
             self.graphs,
             self.recompiles,
             dict(cached),
-            max((q for q in self.audits if q is not None), default=None),
+            max(self.audits, default=None),
             self.advised if self.advice is None else self.advice.finding(),
         )
