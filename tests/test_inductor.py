@@ -48,6 +48,18 @@ def test_a_miss_is_what_torch_compile_computes():
     assert_close(fxcache.transform(model, NEVER)(**inputs), plain(**inputs), tolerance=1e-5)
 
 
+def test_a_warm_start_finds_every_piece_on_disk():
+    counters = torch._dynamo.utils.counters["aot_autograd"]
+    for start in ("cold", "warm"):
+        counters.clear()
+        model, inputs = make("sequential_dit")
+        taylor = FirstBlockCache(threshold=math.inf, forecast=Taylor(order=1))
+        fxcache.transform(model, taylor)(**inputs)
+        assert counters["autograd_cache_bypass"] == 0, start
+        torch._dynamo.reset()
+    assert counters["autograd_cache_hit"] > 0 and counters["autograd_cache_miss"] == 0
+
+
 def test_two_regions_a_step(monkeypatch):
     """head, then hit or miss: nothing else is called in a step."""
     torch.manual_seed(0)

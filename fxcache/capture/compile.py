@@ -194,6 +194,11 @@ def compile_pieces(
         return fakes[key] if key in fakes else value_of(key)
 
     def compiled(module: fx.GraphModule, given: Sequence[Any]) -> Function:
+        # AOTAutograd keeps a graph on disk only if this says that receivers are tensors.
+        for node in module.graph.nodes:
+            if node.op == "call_method":
+                receiver = cast(fx.Node, node.args[0])
+                receiver.meta.setdefault("example_value", receiver.meta.get("val"))
         try:
             # A context of its own: the one that is open belongs to the whole graph.
             with internals.tracing(internals.TracingContext(mode)):
