@@ -146,9 +146,6 @@ def contestants(model: torch.nn.Module, floor: torch.nn.Module) -> dict[str, Cal
         made[name] = fxcache.transform(model, policy)
         made[f"{name}, graphs"] = fxcache.transform(model, policy, **graphs)
         made[f"{name}, graphs, guards a trajectory"] = fxcache.transform(model, policy, **fast)
-        made[f"{name}, graphs, speculate"] = fxcache.transform(
-            model, policy, speculate=True, **fast
-        )
         made[f"{name}, graphs, triton"] = fxcache.transform(model, policy, kernel="triton", **fast)
     made["scheduled hit, graphs"] = fxcache.transform(model, hits, **fast)
     return made

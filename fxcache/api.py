@@ -27,7 +27,6 @@ def transform(
     fallback: bool = False,
     kernel: str = "auto",
     outline: bool = True,
-    speculate: bool = False,
     guards: str = "always",
     cache_dtype: torch.dtype | None = None,
     cache_device: torch.device | str | None = None,
@@ -52,9 +51,6 @@ def transform(
         outline: compile equal blocks once, so that compile time hardly grows with depth. False
             compiles each piece as a whole: much longer for deep models, but a call then saves what
             it costs to call the blocks one by one (some microseconds each).
-        speculate: queue the work of a hit before the decision is known, and drop it on a miss: on a
-            GPU that is to hide the wait for the decision (not measured yet), and it costs a hit's
-            time on every miss.
         guards: "always" checks at each call what torch.compile checks: that weights, modules and
             attributes of the model are those that were compiled; and that what is cached is of the
             weights as they are now: an optimizer's step, a loaded state, an adapter or a moving
@@ -112,7 +108,6 @@ def transform(
         fallback,
         kernel,
         outline,
-        speculate,
         guards,
         cache_dtype=cache_dtype,
         cache_device=cache_device,

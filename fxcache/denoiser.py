@@ -9,7 +9,7 @@ the other, and the model itself is not touched.
 import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from fxcache.errors import OptionError
 from fxcache.integrations import hooks
-from fxcache.policy import Policy
+from fxcache.policy import Policy, check_policy
 from fxcache.report import Report
 from fxcache.runner import Runner, Settings
 
@@ -104,29 +104,56 @@ class DenoiserMethods:
             yield
 
     @contextmanager
-    def branch(self, name: Hashable) -> Iterator[None]:
-        """Name the branch ("cond", "uncond", ...) of the calls inside: each has its own state."""
-        with self._fxcache.session.inside(branch=name):
+    def at(
+        self, *, step: int | None = None, branch: Hashable = None, slot: Hashable = None
+    ) -> Iterator[None]:
+        """Say where the calls inside belong, as far as you know it; None leaves it open.
+
+        `step` counts from 0; a lower one than the last starts a new trajectory. `branch` ("cond",
+        "uncond", ...) has a state of its own, `slot` names the request: each has its own
+        trajectory, and it is freed when its last step was seen (see `release`).
+
+        Raises OptionError for a step that is no integer from 0 on.
+        """
+        said = {"step": step, "branch": branch, "slot": slot}
+        with self._fxcache.session.at(**{k: v for k, v in said.items() if v is not None}):
             yield
 
-    @contextmanager
-    def slot(self, name: Hashable) -> Iterator[None]:
-        """Name the request that the calls inside belong to: each has its own trajectory."""
-        with self._fxcache.session.inside(slot=name):
-            yield
+    def branch(self, name: Hashable) -> AbstractContextManager[None]:
+        """Name the branch ("cond", "uncond", ...) of the calls inside: ``at(branch=name)``."""
+        return self._fxcache.session.at(branch=name)
 
-    @contextmanager
-    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
+    def slot(self, name: Hashable) -> AbstractContextManager[None]:
+        """Name the request that the calls inside belong to: ``at(slot=name)``."""
+        return self._fxcache.session.at(slot=name)
+
+    def cache_context(self, name: str, **where: Any) -> AbstractContextManager[None]:
         """The same as `branch`, under the name by which diffusers' pipelines call it.
 
         What they say besides (``step_index``, ``sigma``, ...) is for diffusers' own caches.
         """
-        with self._fxcache.session.inside(branch=name):
-            yield
+        return self._fxcache.session.at(branch=name)
 
-    def reset(self) -> None:
-        """Forget everything, records included, and free the memory."""
-        self._fxcache.reset()
+    def release(self, slot: Hashable) -> None:
+        """Forget the request `slot` and free its memory. Of an unknown one: nothing."""
+        self._fxcache.session.release(slot)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that is followed. One that is assigned holds from the next trajectory on; the
+        model is captured anew only if its span, its probe or its number of entries differs.
+        """
+        session = self._fxcache.session
+        return session.next_policy or session.policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        check_policy(policy)
+        self._fxcache.session.next_policy = policy
+
+    def reset(self, *, records: bool = True) -> None:
+        """Forget everything and free the memory; with ``records=False``, records are kept."""
+        self._fxcache.reset(records=records)
 
     def report(self) -> Report:
         """What happened since the start or the last reset."""
@@ -152,7 +179,7 @@ def other_policy(denoiser: DenoiserMethods, policy: Policy) -> Iterator[Runner]:
     """Inside, `denoiser` follows `policy`, with a state of its own; then it is as it was."""
     cell = denoiser._fxcache_runner
     before, runner = cell[0], Runner(cell[0].model, replace(cell[0].settings, policy=policy))
-    runner.session.clock = before.session.clock
+    runner.session.steps.clock = before.session.steps.clock
     cell[0] = runner
     try:
         yield runner

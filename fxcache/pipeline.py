@@ -130,7 +130,7 @@ def put(pipe: Any, name: str, denoiser: nn.Module, clock: SchedulerClock) -> Non
 
     Not by the pipeline's own attribute access, which would rewrite its config.
     """
-    _session(denoiser).clock = clock
+    _session(denoiser).steps.clock = clock
     object.__setattr__(pipe, name, denoiser)
 
 

@@ -60,8 +60,7 @@ class Keys:
         if slot not in self._slots:
             self._slots[slot] = self._number
             self._number += 1
-        branch = next(name for name, own in slot.branches.items() if own is state)
-        return self._slots[slot], slot.trajectory, branch
+        return self._slots[slot], slot.trajectory, state.label
 
 
 class Counter:

@@ -14,7 +14,8 @@ class Record:
 
     `step` counts steps of the trajectory from 0; `timestep` is the model's time input (None if it
     has none); `metric` is the policy's (residual diff; None if nothing was measured); `reason` says
-    why a miss was one. In reports of `fxcache.apply`, `component` is the pipeline's denoiser
+    why a miss was one; `score` is what was compared with the policy's threshold. In reports of
+    `fxcache.apply`, `component` is the pipeline's denoiser
     ("transformer", ...).
     """
 
@@ -27,6 +28,7 @@ class Record:
     trajectory: int = 0
     slot: Hashable = None
     component: str | None = None
+    score: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Report:
         records = []
         for record in self.records:
             entry = asdict(record)
-            for key in ("metric", "timestep"):
+            for key in ("metric", "timestep", "score"):
                 value = entry[key]
                 entry[key] = value if value is not None and abs(value) < float("inf") else None
             for key in ("branch", "slot"):

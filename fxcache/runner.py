@@ -7,7 +7,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +21,11 @@ from fxcache.errors import CaptureError, FxCacheError, OptionError, StackNotFoun
 from fxcache.integrations import hooks
 from fxcache.passes.graph import TIMESTEP_NAMES
 from fxcache.policy import Policy
-from fxcache.runtime.session import Session
+from fxcache.policy.reasons import Reason
+from fxcache.runtime.session import NewTrajectory, Session
 from fxcache.runtime.shortcut import NOT_TAKEN, Shortcut
-from fxcache.runtime.training import goes_around, pass_over
+from fxcache.runtime.steps import Call
+from fxcache.runtime.training import goes_around, is_recomputation, trains
 
 log = logging.getLogger("fxcache")
 
@@ -46,7 +48,6 @@ class Settings:
     fallback: bool = False
     kernel: str = "auto"
     outline: bool = True
-    speculate: bool = False
     guards: str = "always"
     cache_dtype: torch.dtype | None = None
     cache_device: torch.device | str | None = None
@@ -96,37 +97,40 @@ class Runner:
             settings.dynamic,
             outline=settings.outline,
             kernel=settings.kernel,
-            speculate=settings.speculate,
             cache_dtype=settings.cache_dtype,
             cache_device=settings.cache_device,
             audit=settings.audit,
         )
         parameters = inspect.signature(model.forward).parameters.values()
         names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
-        #: The time input's name and where it stands among positional arguments (None: nowhere).
-        self.timestep_places = {
-            p.name: names.index(p.name) if p.name in names else None
-            for p in parameters
-            if p.name in TIMESTEP_NAMES
-        }
+        self.names = names
+        self.time_names = [p.name for p in parameters if p.name in TIMESTEP_NAMES]
+        self.session.recapture = self._recapture
         if settings.fullgraph not in (None, True, False):
             raise OptionError(f"fullgraph must be None, True or False, got {settings.fullgraph!r}")
         self.gave_up = False
         if settings.guards not in GUARDS:
             raise OptionError(f"guards must be one of {GUARDS}, got {settings.guards!r}")
         self.shortcut = Shortcut(self.session) if settings.guards == "trajectory" else None
-        self.use(
-            Backend(
-                self.session,
-                self.lowering,
-                argument_names=names,
-                num_weights=functools.partial(_num_weights, weakref.ref(model)),
-            )
-        )
+        self.use(self._new_backend())
         is_eager = settings.backend == "eager"
         self.uncached = (
             _evaluate if is_eager else self.compile(self.lowering.compiler, fullgraph=False)
         )
+
+    def _new_backend(self) -> Backend:
+        return Backend(
+            self.session,
+            self.lowering,
+            argument_names=self.names,
+            num_weights=functools.partial(_num_weights, weakref.ref(self.model)),
+        )
+
+    def _recapture(self) -> None:
+        """Capture anew: another policy needs other pieces."""
+        self.use(self._new_backend())
+        if self.shortcut is not None:
+            self.shortcut.forget()
 
     def use(self, backend: Backend) -> None:
         """Capture anew, for `backend`."""
@@ -163,19 +167,50 @@ class Runner:
         """One evaluation around the cache."""
         return self.uncached(self.model, args, kwargs, hooks.own_forward(self.model))
 
-    def reset(self) -> None:
+    def reset(self, *, records: bool = True) -> None:
         """Forget all state and every learned path."""
-        self.session.reset()
+        self.session.reset(records=records)
         if self.shortcut is not None:
             self.shortcut.forget()
 
     def _may_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether an evaluation goes through the cache; if not, the state takes note of it."""
-        session, is_training = self.session, self.model.training and torch.is_grad_enabled()
+        """Whether an evaluation goes through the cache; if not, the state takes note of it.
+
+        Gradients may be wanted of some steps of a trajectory only, so it counts as a step. One that
+        trains the model is none, and all branches forget for it.
+        """
+        session = self.session
         if not goes_around(session, args, kwargs):
             return True
-        pass_over(session, self._timestep(args, kwargs), is_training=is_training)
+        if is_recomputation():
+            return False
+        timestep = self._placed_by(args, kwargs)[1]
+        if trains(self.model, timestep) or session.steps.goes_back(session.slot, timestep):
+            for state in session.slot.branches.values():
+                state.lose_to(Reason.UNCACHED)
+            return False
+        with self._settled(args, kwargs) as call:
+            if call.step is None:
+                session.steps.complete(call, None)
+            call.state.lose_to(Reason.UNCACHED)
         return False
+
+    def _settled(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AbstractContextManager[Call]:
+        """Inside, the evaluation is where it belongs."""
+        return self.session.settled(*self._placed_by(args, kwargs))
+
+    def _placed_by(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], Any]:
+        """The inputs by name, and the time input."""
+        inputs = dict(zip(self.names, args, strict=False))
+        inputs |= {f"*{place}": value for place, value in enumerate(args[len(self.names) :])}
+        inputs |= kwargs
+        names = [*self.time_names, self.session.steps.time_name]
+        times = (inputs.get(name) for name in names if name is not None)
+        return inputs, next((time for time in times if time is not None), None)
 
     def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One evaluation through the cache.
@@ -185,16 +220,16 @@ class Runner:
         """
         if hooks.replaces_weights(self.model):
             raise CaptureError(hooks.obstacles(self.model))
-        timestep = self._timestep(args, kwargs)
-        token = self.session.given_timestep.set(timestep)
-        try:
-            if self.session.clock is None:
+        with self._settled(args, kwargs) as call:
+            try:
                 return self._evaluate_placed(args, kwargs)
-            with self.session.placed(timestep):
-                return self._evaluate_placed(args, kwargs)
-        finally:
-            self.session.last_call.set(None)  # it holds the caller's tensors
-            self.session.given_timestep.reset(token)
+            except NewTrajectory:  # of another policy, for which the model was captured anew
+                return self._evaluate_checked(args, kwargs)
+            except BaseException:
+                call.state.undo(call.step)
+                raise
+            finally:
+                self.session.last_call.set(None)  # it holds the caller's tensors
 
     def _evaluate_placed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One evaluation, past Dynamo where that way is known."""
@@ -253,16 +288,6 @@ class Runner:
         self.backend.refused.clear()
         self.session.graphs = 0
         self.cached = self.compile(self.backend, fullgraph=False)
-
-    def _timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The caller's time input, for graphs that do not show it (cut off by a graph break)."""
-        for name, place in self.timestep_places.items():
-            if place is not None and place < len(args):
-                return args[place]
-            value = kwargs.get(name)
-            if value is not None:
-                return value
-        return None
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the compiled model. Dynamo captures it only so often; then what it has is dropped

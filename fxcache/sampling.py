@@ -18,7 +18,6 @@ from fxcache.integrations.scheduler import SchedulerClock
 from fxcache.pipeline import COMPONENTS, put
 from fxcache.policy import Policy, StepSchedule
 from fxcache.runner import Runner
-from fxcache.runtime.state import Direction
 
 #: The name of a lone argument of `run` that gets the denoiser, where run could do without.
 _TARGET_NAMES = {"denoiser", "pipe", "pipeline", "model", "transformer", "unet", "d", "m", "p"}
@@ -63,15 +62,15 @@ class Sampler:
         """
         session = runner.session
         for _ in range(2):
-            rising = session.direction.rising
+            rising = session.steps.rising
             runner.reset()
-            session.direction = Direction(rising=rising)
+            session.steps.rising = rising
             session.observe = seen = make()
             try:
                 result = self._called(seed)
             finally:
                 session.observe = None
-            if session.direction.rising == rising:
+            if session.steps.rising == rising:
                 break
         return result, seen
 

@@ -131,9 +131,8 @@ def test_the_host_path_computes_the_same(model, away, policy):
 
 
 @pytest.mark.parametrize(
-    "options", [{"guards": "trajectory", "kernel": "triton", "cache_dtype": E4M3},
-                {"speculate": True}]
-)  # fmt: skip
+    "options", [{"guards": "trajectory", "kernel": "triton", "cache_dtype": E4M3}]
+)
 def test_the_host_path_with_other_options(model, away, options):
     dtype = {"cache_dtype": options.get("cache_dtype")}
     hosted, without = plain(model, FORECAST, **options, **HOST), plain(model, FORECAST, **dtype)
@@ -227,7 +226,7 @@ def test_options_survive_copies(model):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("options", [{"backend": "eager"}, {}, {"speculate": True}])
+@pytest.mark.parametrize("options", [{"backend": "eager"}, {}])
 @pytest.mark.parametrize("policy", EVERY, ids=name_of)
 def test_residuals_of_a_gpu_in_pinned_memory(policy, options):
     model = seeded(SequentialDiT).cuda()

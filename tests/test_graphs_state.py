@@ -46,9 +46,8 @@ def test_branches_and_slots_do_not_mix(model, device):
     assert device.captures == 9
 
 
-@pytest.mark.parametrize("speculate", [False, True])
 @pytest.mark.parametrize("piece", ["head", "hit", "miss"])
-def test_an_exception_leaves_a_clean_state(model, device, piece, speculate):
+def test_an_exception_leaves_a_clean_state(model, device, piece):
     """Each piece fails, after it wrote, when it warms up, is captured and is replayed."""
     pieces, failing = iter(["head", "hit", "miss"]), set()
 
@@ -63,7 +62,7 @@ def test_an_exception_leaves_a_clean_state(model, device, piece, speculate):
 
         return run
 
-    options = {"outline": False, "speculate": speculate}
+    options = {"outline": False}
     denoiser = fxcache.transform(model, ALTERNATE, backend=compiler, **options)
     failures = 0
     for i in range(24):
@@ -152,7 +151,7 @@ def test_one_executor_in_both_modes(model, device, policy, monkeypatch):
 
 @pytest.mark.parametrize("policy", [ALTERNATE, TAYLOR, NEVER])
 def test_speculation_changes_nothing(model, device, policy):
-    a, b = graphed(model, policy, speculate=True), plain(model, policy)
+    a, b = graphed(model, policy), plain(model, policy)
     for seed in (0, 1):
         # Heun: the guess is made for the next step, and this one is the same again.
         for i, t in enumerate((1.0, 0.9, 0.9, 0.8, 0.8, 0.7, 0.6, 0.5, 0.4)):

@@ -300,9 +300,8 @@ def test_graphs(model, device, policy):
 
 
 @pytest.mark.parametrize("policy", [EASY, TEA, SEA, MAG], ids=name_of)
-@pytest.mark.parametrize("speculate", [False, True])
-def test_guards_once_a_trajectory(model, policy, speculate):
-    a, b = short(model, policy, speculate=speculate), plain(model, policy)
+def test_guards_once_a_trajectory(model, policy):
+    a, b = short(model, policy), plain(model, policy)
     for seed in (0, 1):
         assert_identical(run(a, 12, seed), run(b, 12, seed))
     assert a.report().records == b.report().records
@@ -312,7 +311,7 @@ def test_guards_once_a_trajectory(model, policy, speculate):
 @pytest.mark.parametrize("policy", [EASY, TEA, SEA], ids=name_of)
 def test_guards_once_a_trajectory_and_two_evaluations_a_timestep(model, policy):
     """An evaluation that is begun anew measures what it would have."""
-    denoisers = [short(model, policy, speculate=True), plain(model, policy)]
+    denoisers = [short(model, policy), plain(model, policy)]
     for denoiser in denoisers:
         for i in range(6):
             for shift in (0.0, 0.1):

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx
 
+from fxcache.capture import torch_internals as internals
 from fxcache.capture.compile import Lowering, compile_pieces, resolve_lowering
 from fxcache.capture.functional import functionalized
 from fxcache.capture.layout import allocator, signature_of
@@ -22,7 +23,15 @@ from fxcache.kernels import reference, residual_diff
 from fxcache.passes.choose import find_cut
 from fxcache.passes.cut import Cut
 from fxcache.passes.facts import Facts, analyse
-from fxcache.passes.graph import GraphInputs, op_name, outputs_of, process_groups, tensor_of
+from fxcache.passes.graph import (
+    GraphInputs,
+    is_number,
+    is_of_model,
+    op_name,
+    outputs_of,
+    process_groups,
+    tensor_of,
+)
 from fxcache.passes.pieces import build_pieces, is_random, state_fakes
 from fxcache.passes.probe import Probe, find_probe
 from fxcache.passes.whole import cut_whole
@@ -31,17 +40,17 @@ from fxcache.runtime.audit import Audit
 from fxcache.runtime.conditions import Conditions, conditioning
 from fxcache.runtime.device import GraphDevice, graph_device
 from fxcache.runtime.executor import StepExecutor
+from fxcache.runtime.freshness import Weights
 from fxcache.runtime.graphs import GraphedRegions
 from fxcache.runtime.host import HostedRegions, is_away
 from fxcache.runtime.regions import Regions, Wiring
 from fxcache.runtime.session import Session
 from fxcache.runtime.state import Slot
-from fxcache.runtime.weights import is_number, weights_of
 
 log = logging.getLogger("fxcache")
 
 # What the registered backend takes among its options, besides the policy and the backend.
-_OWN_OPTIONS = ("outline", "kernel", "speculate", "cache_dtype", "cache_device", "audit")
+_OWN_OPTIONS = ("outline", "kernel", "cache_dtype", "cache_device", "audit")
 #: A graph of a broken model whose blocks hold less than this of the model's parameters is beside
 #: its stack, or a part of it.
 MIN_WEIGHTS = 0.4
@@ -228,7 +237,7 @@ def rewrite(
     # by another thread amid an evaluation, must not share memory with it.
     devices: WeakKeyDictionary[Slot, GraphDevice | None] = WeakKeyDictionary()
     weights = [place[node] for node in inputs.weights if not is_number(node)]
-    data = [place[node] for node in inputs.data]
+    data = {place[node]: inputs.paths[node] for node in inputs.data}
     on_host = is_away(lowering.cache_device, device)
 
     def make_regions(slot: Slot) -> Regions:
@@ -237,8 +246,15 @@ def rewrite(
         graphs = devices.setdefault(slot, graph_device(device)) if has_graphs else None
         if graphs is None:
             return Regions(wiring)
-        return GraphedRegions(wiring, graphs, weights, data)
+        return GraphedRegions(wiring, graphs, weights, list(data))
 
+    steps = session.steps
+    if not is_part:
+        steps.samples |= {inputs.paths[node] for node in facts.samples}
+    if inputs.timestep is not None:
+        steps.time_name = inputs.paths[inputs.timestep]
+    steps.knows_time = True
+    session.keeps_buffers = has_graphs
     samples = [place[node] for node in facts.samples]
     outputs = [i for i, n in enumerate(outputs_of(gm.graph)) if n in facts.outputs]
     draws = any(map(is_random, gm.graph.nodes))
@@ -249,16 +265,26 @@ def rewrite(
         make_regions,
         data=data,
         has_numbers=bool(inputs.sizes),
-        sample=None if is_part else samples[0],
         timestep=None if inputs.timestep is None else place[inputs.timestep],
         ring=ring,
         signature=signature_of(placeholders, inputs, cut, [*kept.values(), *residuals]),
         allocate=allocator(placeholders, inputs, kept, residuals, ring, on_host=on_host),
-        weights=weights_of(inputs, place),
+        weights=_weights(inputs, place),
         conditions=_conditions(facts, place, session.policy, lowering),
         # With the whole model as the span, nothing was found that could be wrong.
         audit=audit if lowering.audit and cut.span_units else None,
-        speculate=lowering.speculate,
+    )
+
+
+def _weights(inputs: GraphInputs, place: dict[fx.Node, int]) -> Weights:
+    """The weights of a graph that is being captured, at their `place` among its inputs."""
+    own = [node for node in inputs.weights if node not in inputs.written]  # that is a counter
+    tensors = [node for node in own if not is_number(node)]
+    return Weights(
+        [place[node] for node in tensors],
+        [node in inputs.registered for node in tensors],
+        {inputs.sources[node]: place[node] for node in own if is_number(node)},
+        internals.guarded_numbers(is_of_model),
     )
 
 
@@ -297,7 +323,7 @@ def fxcache_backend(
     """``torch.compile(model, backend="fxcache", options={"policy": FirstBlockCache(...)})``.
 
     `options` may hold ``policy`` (default ``FirstBlockCache()``), ``backend`` (which compiles the
-    pieces, default "inductor"), ``outline``, ``kernel``, ``speculate``, ``cache_dtype``,
+    pieces, default "inductor"), ``outline``, ``kernel``, ``cache_dtype``,
     ``cache_device`` and ``audit`` (as in `fxcache.transform`) and that backend's own options. Each
     compiled graph keeps its own state; trajectories are recognised by their timesteps. A graph
     without a block stack raises.

@@ -45,9 +45,8 @@ class Lowering:
 
     `compiler` compiles a piece, `whole` a graph that is not cached. With `outline`, equal blocks
     are compiled once. `kernel` says who measures. With `graphs`, what is compiled is captured into
-    CUDA graphs where there is a GPU. With `speculate`, the hit is queued before the decision is
-    known. Residuals are kept in `cache_dtype` and on `cache_device` (None: as and where they are
-    computed). With `audit`, what is cached is tried before it is used.
+    CUDA graphs where there is a GPU. Residuals are kept in `cache_dtype` and on `cache_device`
+    (None: as and where they are computed). With `audit`, what is cached is tried before it is used.
     """
 
     compiler: Compiler
@@ -55,7 +54,6 @@ class Lowering:
     outline: bool = True
     kernel: str = "auto"
     graphs: bool = False
-    speculate: bool = False
     cache_dtype: torch.dtype | None = None
     cache_device: torch.device | None = None
     audit: bool = True
@@ -88,7 +86,6 @@ def resolve_lowering(
     *,
     outline: bool = True,
     kernel: str = "auto",
-    speculate: bool = False,
     cache_dtype: torch.dtype | None = None,
     cache_device: torch.device | str | None = None,
     audit: bool = True,
@@ -100,7 +97,7 @@ def resolve_lowering(
     """
     if kernel not in KERNELS:
         raise OptionError(f"kernel must be one of {KERNELS}, got {kernel!r}")
-    for name, value in (("outline", outline), ("speculate", speculate), ("audit", audit)):
+    for name, value in (("outline", outline), ("audit", audit)):
         if not isinstance(value, bool):
             raise OptionError(f"{name} must be True or False, got {value!r}")
     if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
@@ -129,7 +126,6 @@ def resolve_lowering(
         outline and backend != "eager",
         kernel,
         graphs,
-        speculate,
         cache_dtype,
         host,
         audit,

@@ -156,3 +156,27 @@ def source_name(node: fx.Node) -> str:
     source = getattr(node.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", "")
     return str(name() if callable(name) else name)  # a method in older torch
+
+
+def guarded_numbers(
+    is_wanted: Callable[[str], bool],
+) -> Callable[[], dict[str, frozenset[str]]]:
+    """Gives what the capture that is going on took for constant, by the name of where it stands.
+
+    These are Dynamo's guards. What they compare with is written into them after the backend is
+    done, so they are read later.
+    """
+    context = TracingContext.try_get()
+    guards: list[Any] = [
+        guard
+        for guard in (context.guards_context.dynamo_guards if context else ())
+        if guard.create_fn_name() in ("CONSTANT_MATCH", "EQUALS_MATCH")
+    ]
+
+    def numbers() -> dict[str, frozenset[str]]:
+        # A guard's name is a method up to torch 2.11, then a property.
+        named = {str(g.name() if callable(g.name) else g.name): g.code_list for g in guards}
+        guards.clear()
+        return {name: frozenset(code or ()) for name, code in named.items() if is_wanted(name)}
+
+    return numbers

@@ -18,12 +18,14 @@ class Reading:
 
     `timesteps` are those of the whole solve, one an evaluation. `index` is the place among them of
     the evaluation to come; None: not known yet (`counts` is set, and will be known after the first
-    step), or never.
+    step), or never. With `repeats`, the list is longer than
+    the solve has steps: equal neighbours (Heun) are one.
     """
 
     timesteps: torch.Tensor
     index: int | None
     counts: bool
+    repeats: bool = False
 
 
 class SchedulerClock:
@@ -42,10 +44,12 @@ class SchedulerClock:
         timesteps = getattr(scheduler, "timesteps", None)
         if not isinstance(timesteps, torch.Tensor) or timesteps.ndim != 1 or not len(timesteps):
             return None
-        if getattr(scheduler, "num_inference_steps", None) is None:
+        steps = getattr(scheduler, "num_inference_steps", None)
+        if steps is None:
             return None  # timesteps are still those of training
         counts = hasattr(scheduler, "step_index")
         index = getattr(scheduler, "step_index", None)
         if index is None:
             index = getattr(scheduler, "begin_index", None)
-        return Reading(timesteps, None if index is None else int(index), counts)
+        repeats = len(timesteps) > steps
+        return Reading(timesteps, None if index is None else int(index), counts, repeats)

@@ -193,3 +193,11 @@ class GraphInputs:
             if candidates:
                 return candidates[0] if len(candidates) == 1 else None
         return None
+
+
+def is_number(node: fx.Node) -> bool:
+    """Whether an input holds one number in host memory: Dynamo makes floats of the model such
+    tensors when they change, anew at each call.
+    """
+    value = tensor_of(node)
+    return value.ndim == 0 and value.device.type == "cpu"

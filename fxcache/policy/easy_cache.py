@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fxcache.policy.base import Decision, History, Span
 from fxcache.policy.named import ThresholdPolicy
 from fxcache.policy.probe import ModelInput
+from fxcache.policy.reasons import Reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,5 +49,5 @@ class EasyCache(ThresholdPolicy):
         if (miss := self.forced(history)) is not None:
             return miss
         if history.computed < 2:
-            return Decision(False, "no rate yet")
+            return Decision(False, Reason.NO_RATE)
         return self.compared(metric, history.accumulated + metric)

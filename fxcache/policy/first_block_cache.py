@@ -7,6 +7,7 @@ from fxcache.policy.base import Decision, History, Span
 from fxcache.policy.checks import check_integer, check_number
 from fxcache.policy.named import ThresholdPolicy
 from fxcache.policy.probe import HeadResidual
+from fxcache.policy.reasons import Reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,5 +59,5 @@ class FirstBlockCache(ThresholdPolicy):
         decision = self.compared(metric, metric)
         bound = self.max_accumulated
         if decision.is_hit and bound is not None and not history.accumulated + metric < bound:
-            return Decision(False, "max_accumulated", metric)
+            return Decision(False, Reason.MAX_ACCUMULATED, metric)
         return decision

@@ -10,6 +10,7 @@ from fxcache.errors import PolicyError
 from fxcache.policy.base import Decision, History, Span
 from fxcache.policy.checks import check_integer, check_number
 from fxcache.policy.named import NamedPolicy, compared
+from fxcache.policy.reasons import Reason
 
 Table = tuple[float, ...]
 
@@ -70,14 +71,14 @@ class MagCache(NamedPolicy):
     def rule(self, metric: float, history: History) -> Decision:
         """Hit if the error that the table predicts and every limit allow it."""
         if not history.past:
-            return Decision(False, "nothing cached")
+            return Decision(False, Reason.NOTHING_CACHED)
         table = self.table(history.num_steps, history.branch)
         if history.step >= len(table):
-            return Decision(False, "beyond the table")
+            return Decision(False, Reason.BEYOND_TABLE)
         if history.step < int(self.retention_ratio * len(table) + 0.5):
-            return Decision(False, "warm-up")
+            return Decision(False, Reason.WARM_UP)
         if history.hits_in_a_row >= self.max_consecutive_hits:
-            return Decision(False, "max_consecutive_hits")
+            return Decision(False, Reason.MAX_CONSECUTIVE_HITS)
         error = _predicted_error(table, history.past[0], history.step)
         return compared(error, error, self.threshold)
 

@@ -7,6 +7,7 @@ from fxcache.errors import PolicyError
 from fxcache.policy.base import Decision, History, Origin, as_float32
 from fxcache.policy.checks import check_integer, check_number
 from fxcache.policy.forecast import Forecast, Reuse, check_forecast
+from fxcache.policy.reasons import Reason
 
 #: What `decide` may be.
 DECIDE = ("each", "first")
@@ -84,15 +85,15 @@ class ThresholdPolicy(NamedPolicy):
         last = self._steps(history) - self.final_steps if self.final_steps else math.inf
         is_inside = self._in_window(history)
         if not history.past:
-            reason = "nothing cached"
+            reason = Reason.NOTHING_CACHED
         elif history.step < self.warmup_steps:
-            reason = "warm-up"
+            reason = Reason.WARM_UP
         elif history.step >= last:
-            reason = "final step"
+            reason = Reason.FINAL_STEP
         elif not is_inside:
-            reason = "outside start..end"
+            reason = Reason.OUTSIDE_WINDOW
         elif limit is not None and history.hits_in_a_row >= limit:
-            reason = "max_consecutive_hits"
+            reason = Reason.MAX_CONSECUTIVE_HITS
         else:
             return None
         return Decision(False, reason)
@@ -124,4 +125,6 @@ def compared(score: float, total: float, threshold: float) -> Decision:
     """A hit if `total` is below `threshold`, in float32. NaN compares false: a miss."""
     if as_float32(total) < as_float32(threshold):
         return Decision(True, None, score)
-    return Decision(False, "above threshold" if math.isfinite(total) else "not finite", score)
+    return Decision(
+        False, Reason.ABOVE_THRESHOLD if math.isfinite(total) else Reason.NOT_FINITE, score
+    )

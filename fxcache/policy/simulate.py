@@ -15,20 +15,20 @@ def simulate(
     policy: Policy,
     metrics: Sequence[float],
     *,
+    steps: Sequence[int] | None = None,
     num_steps: int | None = None,
     branch: Hashable = None,
-    first_step: int = 0,
 ) -> list[Decision]:
     """What `policy` decides on a trajectory of one branch.
 
     `metrics` has one number a step (NaN where nothing is measured): the change since the step
-    before. Where the probe's reference is the last computed step, the changes since then are
-    added up, which is about what would be measured.
+    before; `steps` are the steps' numbers (None: from 0). Where the probe's reference is the last
+    computed step, the changes since then are added up, which is about what would be measured.
     """
     adds_up = policy.probe is not None and policy.probe.reference == "computed"
     history, decisions = History(num_steps=num_steps, branch=branch), []
     since = 0.0
-    for step, change in enumerate(metrics, start=first_step):
+    for step, change in zip(steps or range(len(metrics)), metrics, strict=True):
         history.step = step
         since = change if math.isnan(since) else since + change
         metric = since if adds_up else change
@@ -49,9 +49,9 @@ def halving_threshold(
     policy: Any,
     metrics: Sequence[float],
     *,
+    steps: Sequence[int],
     num_steps: int | None,
     branch: Hashable,
-    first_step: int = 0,
 ) -> float | None:
     """The least threshold at which `policy` hits half of the steps, None if its limits forbid that.
 
@@ -60,9 +60,7 @@ def halving_threshold(
 
     def hits_half(threshold: float) -> bool:
         other = replace(policy, threshold=threshold)
-        decisions = simulate(
-            other, metrics, num_steps=num_steps, branch=branch, first_step=first_step
-        )
+        decisions = simulate(other, metrics, steps=steps, num_steps=num_steps, branch=branch)
         return 2 * sum(decision.is_hit for decision in decisions) >= len(decisions)
 
     if not hits_half(_HIGHEST):

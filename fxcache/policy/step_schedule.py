@@ -8,6 +8,7 @@ from fxcache.errors import PolicyError
 from fxcache.policy.base import Decision, History, Span
 from fxcache.policy.checks import check_integer
 from fxcache.policy.named import NamedPolicy
+from fxcache.policy.reasons import Reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +70,11 @@ class StepSchedule(NamedPolicy):
     def rule(self, metric: float, history: History) -> Decision:
         """Hit where the mask says so, if there is something to reuse."""
         if not history.past:
-            return Decision(False, "nothing cached")
+            return Decision(False, Reason.NOTHING_CACHED)
         if history.step >= len(self.mask):
-            return Decision(False, "beyond the mask")
+            return Decision(False, Reason.BEYOND_MASK)
         is_hit = self.mask[history.step]
-        return Decision(is_hit, None if is_hit else "scheduled")
+        return Decision(is_hit, None if is_hit else Reason.SCHEDULED)
 
 
 def _is_boolean(value: Any) -> bool:

@@ -5,18 +5,22 @@ once, the metric and the timestep together; where the policy measures nothing, n
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
+
 from fxcache.policy import Decision
+from fxcache.policy.reasons import Reason
 from fxcache.runtime.audit import Audit
 from fxcache.runtime.conditions import Conditions
+from fxcache.runtime.freshness import Weights
 from fxcache.runtime.regions import Evaluation, Regions
-from fxcache.runtime.session import NewTrajectory, Session
+from fxcache.runtime.session import NewTrajectory, Session, read_number
 from fxcache.runtime.state import BranchState, Buffers, Signature, Slot
-from fxcache.runtime.weights import Weights
+from fxcache.runtime.steps import Call, number_of
 
 
 class StepExecutor:
@@ -24,9 +28,8 @@ class StepExecutor:
 
     Args:
         make_regions: what evaluates the graph for a slot, made anew for each set of buffers.
-        data: the places of the caller's tensors among the inputs.
+        data: the places of the caller's tensors among the inputs, and their names.
         has_numbers: whether some inputs are numbers.
-        sample: the place of the noisy input (None: it is not known).
         timestep: the place of the time input (None: the graph has none).
         ring: how many past residuals a stream.
         signature: says which layout the inputs have; another layout is another trajectory.
@@ -34,7 +37,6 @@ class StepExecutor:
         weights: the graph's weights: residuals of others are forgotten.
         conditions: the conditioning inputs, if the policy wants them looked at.
         audit: tries what is cached before it is used.
-        speculate: queue the hit before the decision is known.
     """
 
     def __init__(
@@ -42,9 +44,8 @@ class StepExecutor:
         session: Session,
         make_regions: Callable[[Slot], Regions],
         *,
-        data: Sequence[int],
+        data: Mapping[int, str],
         has_numbers: bool,
-        sample: int | None,
         timestep: int | None,
         ring: int,
         signature: Callable[[Sequence[Any]], Signature],
@@ -52,38 +53,38 @@ class StepExecutor:
         weights: Weights,
         conditions: Conditions | None = None,
         audit: Audit | None = None,
-        speculate: bool = False,
     ) -> None:
         self.session, self.make_regions = session, make_regions
         self.signature, self.allocate = signature, allocate
         self.weights, self.conditions, self.audit = weights, conditions, audit
-        self.data, self.has_numbers = tuple(data), has_numbers
-        self.sample, self.timestep, self.ring, self.speculate = sample, timestep, ring, speculate
+        self.data, self.has_numbers = dict(data), has_numbers
+        self.timestep, self.ring = timestep, ring
         # By buffers and not in the state: recompiled graphs of one span share the state.
         self.regions: WeakKeyDictionary[Buffers, Regions] = WeakKeyDictionary()
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         session = self.session
-        slot, state = session.state()
+        call = session.call.get() or self._settled(inputs)
+        slot, state = call.slot, call.state
         try:
             signature = self.signature(inputs)
             if state.signature != signature:
-                self._relaid(slot, state, signature)
+                if state.past and state.signature is not None:
+                    state.lost = Reason.CONTROL_CHANGED
                 state.allocate(signature, lambda: self.allocate(inputs))
             evaluation = self._regions(slot, state.allocated).begin(inputs, state.allocated)
             self._check_weights(state, inputs)  # a GPU computes the head meanwhile
-            guess = self._guess(state, evaluation)
-            metric, timestep = self._measured(evaluation, inputs, slot)
+            metric, call = self._measured(call, evaluation, inputs)
             conditions = self.conditions
             change = None
             if conditions is not None:
                 change = partial(conditions.forbidding, inputs, state.allocated)
-            decision = session.decide(slot, state, metric, timestep, change)
+            decision = session.decide(call, metric, change)
             if decision.is_hit and self.audit is not None and self.audit.failed:
-                decision = Decision(False, "audit", decision.score)
+                decision = Decision(False, Reason.AUDIT, decision.score)
             measured = metric if session.is_measured(state) else None
             if decision.is_hit:
-                outputs = self._hit(state, evaluation, guess)
+                outputs = evaluation.hit(self._weights(state, state.step))
             else:
                 if conditions is not None:
                     conditions.keep(inputs, state.allocated)
@@ -93,31 +94,25 @@ class StepExecutor:
         except BaseException:
             state.forget()  # whatever was half written is never read
             raise
-        self._commit(slot, state, measured, decision, outputs)
-        if self.sample is not None:
-            session.examine(slot, state, inputs[self.sample], outputs)
+        self._commit(call, measured, decision, outputs)
         if not session.trusts_trajectory.get():  # else nobody asks, and the tensors would live on
             session.note_call(self, slot, inputs, outputs)
         return outputs
 
-    def _relaid(self, slot: Slot, state: BranchState, signature: Signature) -> None:
-        """Another layout is another trajectory, unless somebody says when it ends. So is a control
-        whose residuals came or went not, where the timestep tells trajectories apart.
-        """
-        if state.signature is None:
-            return
-        has_time = slot.is_known or state.timestep is not None
-        if has_time and state.signature.is_same_solve(signature):
-            state.lost = "control changed" if state.past else None
-        elif not slot.is_known:
-            self.session.begin(slot)
+    def _settled(self, inputs: Sequence[Any]) -> Call:
+        """The place of a call that came from no denoiser: a graph of the registered backend."""
+        session = self.session
+        given = {name: inputs[place] for place, name in self.data.items()}
+        time = None if self.timestep is None else inputs[self.timestep]
+        session.steps.knows_time = True
+        return session.steps.settle(session.slot, session.where, given, time)
 
     def _check_weights(self, state: BranchState, inputs: Sequence[Any]) -> None:
         """Forget the residuals of other weights than these."""
         if state.past and not self.session.trusts_trajectory.get():
             state.stamp = self.weights.unchanged(state.stamp, inputs)
             if state.stamp is None:
-                state.lose("weights changed")
+                state.lose(Reason.WEIGHTS_CHANGED)
 
     def _regions(self, slot: Slot, buffers: Buffers) -> Regions:
         regions = self.regions.get(buffers)
@@ -126,34 +121,19 @@ class StepExecutor:
         return regions
 
     def _measured(
-        self, evaluation: Evaluation, inputs: Sequence[Any], slot: Slot
-    ) -> tuple[float, float | None]:
-        """The metric (NaN if nothing is measured) and the timestep (None if it is not known)."""
+        self, call: Call, evaluation: Evaluation, inputs: Sequence[Any]
+    ) -> tuple[float, Call]:
+        """The metric (NaN if nothing is measured), and the call with its step."""
+        metric, read = math.nan, []
         if self.session.policy.probe is not None:
-            metric, *timestep = evaluation.read()
-            return metric, timestep[0] if timestep else None
+            metric, *read = evaluation.read()
+        if call.step is not None:
+            return metric, call
         value = None if self.timestep is None else inputs[self.timestep]
-        return math.nan, self.session.number_of(value, slot)
-
-    def _guess(self, state: BranchState, evaluation: Evaluation) -> tuple[Any, Any] | None:
-        """With `speculate`: the weights of a hit at the next step, and its outputs, queued.
-
-        Not where a hit keeps the probe: the evaluation may have to be begun anew.
-        """
-        probe = self.session.policy.probe
-        if not self.speculate or not state.past or probe is None or probe.reference == "previous":
-            return None
-        weights = self._weights(state, state.step + 1)
-        return weights, evaluation.hit(weights)
-
-    def _hit(
-        self, state: BranchState, evaluation: Evaluation, guess: tuple[Any, Any] | None
-    ) -> Sequence[Any]:
-        weights = self._weights(state, state.step)
-        if guess is not None and guess[0] == weights:
-            outputs: Sequence[Any] = guess[1]
-            return outputs
-        return evaluation.hit(weights)
+        time = read[0] if read else number_of(value)
+        if time is None and isinstance(value, torch.Tensor) and not call.slot.is_announced:
+            time = read_number(value)
+        return metric, self.session.completed(call, time)
 
     def _miss(
         self,
@@ -191,16 +171,12 @@ class StepExecutor:
         return by_slot
 
     def _commit(
-        self,
-        slot: Slot,
-        state: BranchState,
-        metric: float | None,
-        decision: Decision,
-        outputs: Sequence[Any],
+        self, call: Call, metric: float | None, decision: Decision, outputs: Sequence[Any]
     ) -> None:
+        session, state = self.session, call.state
         if decision.is_hit:
             state.reused(decision.score)
-        self.session.record(slot, state, metric, decision)
-        self.session.evaluations += 1
-        if self.session.observe is not None:
-            self.session.observe(slot, state, math.nan if metric is None else metric, outputs)
+        session.record(call, metric, decision)
+        session.evaluations += 1
+        if session.observe is not None:
+            session.observe(call.slot, state, math.nan if metric is None else metric, outputs)

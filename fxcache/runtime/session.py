@@ -1,9 +1,10 @@
-"""One session a denoiser: its policy, its state, what it recorded."""
+"""One session a denoiser: its policy, its slots, what it recorded."""
 
 import logging
 import math
-from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -14,16 +15,19 @@ import torch
 from fxcache.errors import OptionError
 from fxcache.policy import Decision, Policy
 from fxcache.policy.fitted import Fitted
+from fxcache.policy.reasons import Reason
+from fxcache.policy.verdict import verdict
 from fxcache.report import Record, Report
 from fxcache.runtime.advice import Advice
-from fxcache.runtime.clock import Clock, Place, Timeline
-from fxcache.runtime.noise import Exam
-from fxcache.runtime.state import BranchState, Direction, Slot, Verdict
+from fxcache.runtime.state import BranchState, Slot, Verdict
+from fxcache.runtime.steps import Call, Steps, Where
 
 log = logging.getLogger("fxcache")
 
 #: How many evaluations a report goes back.
 MAX_RECORDS = 10_000
+#: How many requests keep a state; of more, those that were not called for longest lose theirs.
+MAX_SLOTS = 64
 
 
 class NewTrajectory(Exception):  # noqa: N818 - a signal between executor and shortcut
@@ -38,22 +42,27 @@ class Session:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.direction = Direction()
-        self.slots: dict[Hashable, Slot] = {}
+        self.steps = Steps(self.begin, self.say_once)
+        self.steps.looks = getattr(policy, "control_threshold", None) is None
+        self.slots: OrderedDict[Hashable, Slot] = OrderedDict()
         self.records: deque[Record] = deque(maxlen=MAX_RECORDS)
         self.evaluations = 0
+        #: The policy from the next trajectory on, and what captures the model for it.
+        self.next_policy: Policy | None = None
+        self.recapture: Callable[[], None] | None = None
+        self.is_outdated = False
         #: How many steps a trajectory has whose number of steps nobody announced, if it is known.
         self.expected_steps: int | None = None
-        #: What knows where the sampler is (a pipeline's scheduler).
-        self.clock: Clock | None = None
         self.graphs = 0
         self.recompiles = 0
-        #: The caller's time input, for graphs that do not show it: a tensor, a number or None.
-        self.given_timestep: ContextVar[Any] = ContextVar("fxcache_timestep", default=None)
+        #: Buffers are part of CUDA graphs, and are kept from trajectory to trajectory.
+        self.keeps_buffers = False
+        #: The evaluation that this thread or coroutine is in.
+        self.call: ContextVar[Call | None] = ContextVar("fxcache_call", default=None)
         #: Whether the caller skipped the checks that a trajectory begins with.
         self.trusts_trajectory: ContextVar[bool] = ContextVar("fxcache_trusts", default=False)
         #: The last evaluation of this thread: executor, slot, flat inputs and outputs.
-        self.last_call: ContextVar[LastCall | None] = ContextVar("fxcache_call", default=None)
+        self.last_call: ContextVar[LastCall | None] = ContextVar("fxcache_last", default=None)
         self.keeps_calls = False
         #: Told of every evaluation: slot, state, metric (NaN: none) and outputs.
         self.observe: Callable[[Slot, BranchState, float, Sequence[Any]], None] | None = None
@@ -64,14 +73,10 @@ class Session:
         #: Compares forecasts during the first trajectory, then says what it found (None: nothing).
         self.advice: Advice | None = self._new_advice()
         self.advised: str | None = None
-        #: The step of the evaluation, if the clock says it.
-        self._step: ContextVar[int | None] = ContextVar("fxcache_step", default=None)
         self._warned: set[str] = set()
-        self._is_examined = self.policy.probe is None
+        self._lock = threading.Lock()
         # A ContextVar, so that threads and coroutines that serve other requests do not mix.
-        self._where: ContextVar[tuple[Hashable, Hashable]] = ContextVar(
-            "fxcache_where", default=(None, None)
-        )
+        self._where: ContextVar[Where] = ContextVar("fxcache_where", default=Where())  # noqa: B039
 
     @property
     def may_hit(self) -> bool:
@@ -86,69 +91,55 @@ class Session:
     # --- where an evaluation belongs ---
 
     @property
-    def where(self) -> tuple[Hashable, Hashable]:
-        """The caller's slot and branch, by name."""
+    def where(self) -> Where:
+        """What the caller said of it."""
         return self._where.get()
 
     @property
     def slot(self) -> Slot:
         """The slot of the caller."""
-        key = self._where.get()[0]
-        slot = self.slots.get(key)
-        if slot is None:
-            slot = self.slots[key] = Slot(num_steps=self.expected_steps)
+        key = self._where.get().slot
+        with self._lock:
+            slot = self.slots.get(key)
+            if slot is None:
+                slot = self.slots[key] = Slot(num_steps=self.expected_steps)
+            self.slots.move_to_end(key)
+            idle = [k for k, s in self.slots.items() if k != key and not s.is_announced]
+            for old in idle[: max(0, len(self.slots) - MAX_SLOTS)]:
+                del self.slots[old]
         return slot
 
+    def release(self, key: Hashable) -> None:
+        """Forget a request."""
+        with self._lock:
+            self.slots.pop(key, None)
+
     @contextmanager
-    def inside(self, **where: Hashable) -> Iterator[None]:
-        """Name the slot or the branch of the evaluations inside."""
-        slot, branch = self._where.get()
-        token = self._where.set((where.get("slot", slot), where.get("branch", branch)))
+    def at(self, **said: Any) -> Iterator[None]:
+        """What the caller says of the evaluations inside: slot, branch, step."""
+        step = said.get("step")
+        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
+            raise OptionError(f"step must be an integer from 0 on, or None, got {step!r}")
+        key = said.get("slot")
+        token = self._where.set(replace(self._where.get(), **said))
         try:
             yield
         finally:
             self._where.reset(token)
+            slot = self.slots.get(key) if key is not None else None
+            if slot is not None and slot.is_over and not slot.is_announced:
+                self.begin(slot)  # its solve is over: the request will not come back
+                self.release(key)
 
     @contextmanager
-    def placed(self, timestep: Any) -> Iterator[None]:
-        """Inside, the evaluation at `timestep` (the caller's time input) is where the clock says:
-        in a new trajectory if one begins, at its step, and in a branch of its own if the step had
-        one of that name.
-        """
-        (name, branch), slot = self._where.get(), self.slot
-        place = self._place(slot, branch, timestep)
-        if place is None:
-            yield
-            return
-        where, step = self._where.set((name, place.branch)), self._step.set(place.step)
+    def settled(self, inputs: Mapping[str, Any], timestep: Any) -> Iterator[Call]:
+        """Inside, an evaluation of `inputs` (by name) is where `Steps` says it belongs."""
+        call = self.steps.settle(self.slot, self.where, inputs, timestep)
+        token = self.call.set(call)
         try:
-            yield
+            yield call
         finally:
-            self._where.reset(where)
-            self._step.reset(step)
-        if slot.timeline is not None:
-            slot.timeline.called(branch)
-
-    def _place(self, slot: Slot, branch: Hashable, timestep: Any) -> Place | None:
-        reading = None if self.clock is None or slot.is_announced else self.clock.read()
-        if reading is None:
-            return None
-        timeline = slot.timeline
-        if timeline is None or not timeline.goes_on(reading):
-            timeline = Timeline(reading, timestep)
-            steps = {"num_steps": timeline.num_steps, "first_step": timeline.first_step}
-            self.begin(slot, **steps)
-            slot.timeline = timeline
-        was_stopped = timeline.has_stopped
-        place = timeline.place(reading, branch, timestep)
-        if timeline.has_stopped and not was_stopped:
-            self.say_once(
-                "clock",
-                "the pipeline's scheduler does not move with the denoiser's calls: it is another "
-                "sampler that calls it. Trajectories are recognised by their timesteps",
-            )
-            self.begin(slot)
-        return place
+            self.call.reset(token)
 
     @contextmanager
     def trajectory(self, num_steps: int | None, first_step: int = 0) -> Iterator[None]:
@@ -160,14 +151,16 @@ class Session:
                 f"first_step must be an integer in [0, num_steps), got {first_step!r} with "
                 f"num_steps={num_steps!r}"
             )
-        key, slot = self._where.get()[0], self.slot
+        key, slot = self._where.get().slot, self.slot
         self.begin(slot, announced=True, num_steps=num_steps, first_step=first_step)
         try:
             yield
         finally:
             self.begin(slot)
+            if not self.keeps_buffers:
+                slot.release()
             if key is not None:  # a request is over, and its name will not come back
-                self.slots.pop(key, None)
+                self.release(key)
 
     def begin(self, slot: Slot, **announcement: Any) -> None:
         """Start a new trajectory in `slot`; of the last one, say what is worth saying."""
@@ -176,195 +169,130 @@ class Session:
             self.advised, self.advice = self.advice.finding(), None
             if self.advised is not None:
                 log.info(self.advised)
-        slot.begin(**{"num_steps": self.expected_steps, **announcement})
+        if self.next_policy is not None:
+            self._adopt(self.next_policy)
+        timeline = slot.timeline
+        listed = None if timeline is None or timeline.has_stopped else timeline.num_steps
+        slot.begin(**{"num_steps": listed or self.expected_steps, **announcement})
 
-    def _conclude(self, slot: Slot, *, is_over: bool = True) -> None:
-        """Say once if the policy never hit in any branch, or always in all (unless that is wanted:
-        to observe).
-        """
-        if self.observe is not None or ("hits" in self._warned and slot.exam is None):
-            return
-        watches = {
-            branch: state.watch
-            for branch, state in slot.branches.items()
-            if (is_over or state.watch.is_judged) and state.watch.verdict(self.policy) is not None
-        }
-        verdicts = {branch: watch.verdict(self.policy) for branch, watch in watches.items()}
-        kinds = set(verdicts.values())
-        if len(kinds) == 1 or kinds == {"never", "control"}:
-            branch = min(verdicts, key=lambda branch: verdicts[branch] != "control")
-            if "hits" not in self._warned and (
-                complaint := watches[branch].complaint(self.policy, slot.num_steps, branch)
-            ):
-                self.say_once("hits", complaint)
-            finding = None if slot.exam is None else slot.exam.finding()
-            if finding is not None and kinds == {"never"}:
-                self.say_once("noise", f"{type(self.policy).__name__} does not hit: {finding}")
-
-    def state(self) -> tuple[Slot, BranchState]:
-        """The caller's slot and the state of the caller's branch in it."""
-        slot = self.slot
-        return slot, slot.branch(self._where.get()[1])
-
-    def reset(self) -> None:
-        """Forget everything and free the memory."""
-        self.slots.clear()
-        self.records.clear()
-        self.direction = Direction()
+    def _adopt(self, policy: Policy) -> None:
+        """Follow `policy`. Where it needs other pieces, every branch begins anew."""
+        needs_capture = _pieces_of(policy) != _pieces_of(self.policy)
+        self.policy, self.next_policy = policy, None
+        self.steps.looks = getattr(policy, "control_threshold", None) is None
         self.advice, self.advised = self._new_advice(), None
+        self._warned.discard("hits")
+        for slot in self.slots.values():
+            for state in slot.branches.values():
+                state.lose_to(Reason.POLICY_CHANGED)
+                if needs_capture:
+                    state.release()
+        if needs_capture:
+            self.is_outdated = True
+            if self.recapture is not None:
+                self.recapture()
+
+    def _conclude(self, slot: Slot) -> None:
+        """Say once if the policy never hit, or always, in a trajectory (but not to an observer)."""
+        if self.observe is not None or "hits" in self._warned:
+            return
+        branches: dict[Hashable, list[Any]] = {}
+        for record in reversed(self.records):
+            if record.trajectory == slot.trajectory and self.slots.get(record.slot) is slot:
+                branches.setdefault(record.branch, []).append(record)
+            elif record.slot is None and self.slots.get(None) is slot:
+                break
+        seen = {name: own[::-1] for name, own in branches.items()}
+        message = verdict(self.policy, seen, slot.num_steps) if seen else None
+        if message is not None:
+            self.say_once("hits", message)
+
+    def reset(self, *, records: bool = True) -> None:
+        """Forget everything (without `records`, all but what was recorded) and free the memory."""
+        self.slots.clear()
+        if records:
+            self.records.clear()
+            self.advice, self.advised = self._new_advice(), None
+        self.steps.rising = False
 
     # --- one evaluation ---
 
-    def decide(
-        self,
-        slot: Slot,
-        state: BranchState,
-        metric: float,
-        timestep: float | None,
-        change: Callable[[], float | None] | None = None,
-    ) -> Decision:
-        """Place the evaluation in its trajectory (or a new one) and ask the policy.
+    def current(self) -> Call:
+        """The evaluation that is going on. A graph that is called from outside a denoiser (the
+        registered backend) is placed by what its time input says.
+        """
+        call = self.call.get()
+        return call or self.steps.settle(self.slot, self.where, {}, None)
 
-        `change` gives the change of the conditioning if that forbids a hit. It is asked only where
-        all else allows one.
+    def completed(self, call: Call, timestep: float | None) -> Call:
+        """`call` with its step, which a timestep read from a GPU may tell.
 
         Raises NewTrajectory if one begins and the caller trusted that it does not.
         """
-        if timestep is None:
-            timestep = self.number_of(self.given_timestep.get(), slot)
-        step = self._clocked(slot, timestep)
-        if step is not None:
-            state.step, state.timestep = step, timestep
-        else:
-            if not slot.is_known:
-                self._recognise(slot, state, timestep)
-            slot.advance(state, timestep, self.direction.rising)
-        decision = self._verdict(slot, state, metric, change)
-        noted = metric if self.is_measured(state) else math.nan
-        state.watch.note(noted, decision, self.policy)
-        return decision
-
-    def _clocked(self, slot: Slot, timestep: float | None) -> int | None:
-        """The step that the clock says, None if there is no clock, or it is another sampler's."""
-        step, timeline = self._step.get(), slot.timeline
-        if step is None or timeline is None or timestep is None or timeline.agrees(timestep):
-            return step
-        timeline.has_stopped = True
-        self.begin(slot)
-        if self.trusts_trajectory.get():
+        if call.step is not None:
+            return call
+        self.is_outdated = False
+        call, is_new = self.steps.complete(call, timestep)
+        if is_new and (self.trusts_trajectory.get() or self.is_outdated):
             raise NewTrajectory
-        return None
+        return call
+
+    def decide(
+        self, call: Call, metric: float, change: Callable[[], float | None] | None = None
+    ) -> Decision:
+        """Ask the policy, or what it said to the first branch of this step.
+
+        `change` gives the change of the conditioning if that forbids a hit. It is asked only where
+        all else allows one.
+        """
+        slot, state, first = call.slot, call.state, call.slot.verdict
+        is_led = first is not None and first.branch != state.label and first.step == state.step
+        if self.policy.decide == "first" and first is not None and is_led:
+            return self._unless_changed(self._led(first, state, metric), change)
+        decision = self.policy.rule(metric, state.history(slot.num_steps))
+        if decision.reason == Reason.NOTHING_CACHED and state.lost is not None:
+            decision = replace(decision, reason=state.lost)
+        decision = self._unless_changed(decision, change)
+        slot.verdict = Verdict(state.label, state.step, decision.is_hit)
+        return decision
 
     def is_measured(self, state: BranchState) -> bool:
         """Whether the metric means anything: it was compared with this trajectory's own steps."""
         probe = self.policy.probe
         return probe is not None and state.computed >= probe.needs
 
-    def _verdict(
-        self,
-        slot: Slot,
-        state: BranchState,
-        metric: float,
-        change: Callable[[], float | None] | None,
-    ) -> Decision:
-        """What the policy says, or what it said to the first branch of this step; a hit only if the
-        conditioning allows it.
-        """
-        branch, first = self._where.get()[1], slot.verdict
-        is_led = first is not None and first.branch != branch and first.step == state.step
-        if self.policy.decide == "first" and first is not None and is_led:
-            return self._unless_changed(self._led(first, state, metric), state, change)
-        decision = self.policy.rule(metric, state.history(slot.num_steps, branch))
-        if decision.reason == "nothing cached" and state.lost is not None:
-            decision = replace(decision, reason=state.lost)
-        decision = self._unless_changed(decision, state, change)
-        slot.verdict = Verdict(branch, state.step, decision.is_hit)
-        return decision
-
     def _led(self, first: Verdict, state: BranchState, metric: float) -> Decision:
         """What the first branch of this step said, if this one can follow."""
         if not state.past:
-            return Decision(False, state.lost or "nothing cached")
+            return Decision(False, state.lost or Reason.NOTHING_CACHED)
         if self.policy.probe is not None and not math.isfinite(metric):
-            return Decision(False, "not finite")
-        return Decision(first.is_hit, None if first.is_hit else "the first branch computed")
+            return Decision(False, Reason.NOT_FINITE)
+        return Decision(first.is_hit, None if first.is_hit else Reason.FIRST_COMPUTED)
 
     def _unless_changed(
-        self,
-        decision: Decision,
-        state: BranchState,
-        change: Callable[[], float | None] | None,
+        self, decision: Decision, change: Callable[[], float | None] | None
     ) -> Decision:
         """`decision`, or a miss where the conditioning changed too much since the last miss."""
         if not decision.is_hit or change is None or (by := change()) is None:
             return decision
-        state.watch.forbidden(by)
-        return Decision(False, "control changed", decision.score)
+        return Decision(False, Reason.CONTROL_CHANGED, by)
 
-    def _recognise(self, slot: Slot, state: BranchState, timestep: float | None) -> None:
-        """Begin a new trajectory if `timestep` says so; nobody announced one."""
-        trusted = self.trusts_trajectory.get()
-        if timestep is None:
-            self.say_once(
-                "timestep",
-                "this model shows no time input: new trajectories are recognised by their shapes "
-                "only. Announce them: with denoiser.trajectory()",
-            )
-        elif self.direction.turns_back(state, timestep):
-            self.begin(slot)
-        elif timestep == state.timestep:
-            if self.where[1] is None:
-                self.say_once(
-                    "repeat",
-                    "two evaluations at the same timestep in one branch: if they are the branches "
-                    "of classifier-free guidance, name them with denoiser.branch(...)",
-                )
-        else:
-            return
-        if trusted:  # a new trajectory, or what may be one
-            raise NewTrajectory
-
-    def number_of(self, timestep: Any, slot: Slot) -> float | None:
-        """A time input as one number (the largest of a batch), None if it is not known.
-
-        A tensor on a GPU costs a read-back, so it is looked at only to recognise a trajectory that
-        was not announced.
-        """
-        if not isinstance(timestep, torch.Tensor):
-            return float(timestep) if isinstance(timestep, int | float) else None
-        if not timestep.numel() or (slot.is_known and timestep.device.type != "cpu"):
-            return None
-        return float(timestep.max())
-
-    def record(
-        self, slot: Slot, state: BranchState, metric: float | None, decision: Decision
-    ) -> None:
+    def record(self, call: Call, metric: float | None, decision: Decision) -> None:
         """Note what was decided."""
-        key, branch = self._where.get()
+        state = call.state
         self.records.append(
             Record(
                 state.step,
-                branch,
+                state.label,
                 state.timestep,
                 metric,
                 decision.is_hit,
                 decision.reason,
-                slot.trajectory,
-                key,
+                call.slot.trajectory,
+                call.where.slot,
+                score=decision.score,
             )
         )
-
-    def examine(
-        self, slot: Slot, state: BranchState, sample: torch.Tensor, outputs: Sequence[Any]
-    ) -> None:
-        """Find out, once, whether it is the sampler's noise that keeps the policy from hitting."""
-        branch = self._where.get()[1]
-        if slot.exam is not None:
-            if not slot.exam.is_over:
-                slot.exam.look(branch, state.step, sample, outputs)
-                self._is_examined = slot.exam.is_over
-        elif state.watch.is_stuck and not (self._is_examined or self.observe):
-            slot.exam = Exam(branch, state.step)
 
     def note_call(self, *call: Any) -> None:
         """Remember an evaluation (a `LastCall`) for somebody who learns how to repeat it."""
@@ -379,10 +307,10 @@ class Session:
 
     def report(self) -> Report:
         """Everything noted since the start or the last reset."""
-        for slot in self.slots.values():
+        for slot in list(self.slots.values()):
             if not slot.is_announced:  # probably over; of an announced one the end will be known
-                self._conclude(slot, is_over=False)
-        cached = sum((slot.bytes_by_device for slot in self.slots.values()), Counter[str]())
+                self._conclude(slot)
+        cached = sum((s.bytes_by_device for s in list(self.slots.values())), Counter[str]())
         return Report(
             tuple(self.records),
             cached.total(),
@@ -392,3 +320,14 @@ class Session:
             max(self.audits, default=None),
             self.advised if self.advice is None else self.advice.finding(),
         )
+
+
+def _pieces_of(policy: Policy) -> tuple[Any, ...]:
+    """What of a policy is compiled into the pieces."""
+    looks = getattr(policy, "control_threshold", None)
+    return policy.span, policy.probe, policy.forecast.ring, looks
+
+
+def read_number(timestep: torch.Tensor) -> float | None:
+    """The largest number of a time input on a GPU. A read-back."""
+    return float(timestep.max()) if timestep.numel() else None

@@ -62,7 +62,7 @@ class Shortcut:
 
     def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model returns, or NOT_TAKEN if this call needs all checks."""
-        path = self.paths.get(self.session.where)
+        path = self.paths.get(self._key())
         if path is None or not path.is_current or path.ambient != _ambient():
             return NOT_TAKEN
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -86,7 +86,7 @@ class Shortcut:
 
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Remember how the evaluation that just went the complete way can be repeated."""
-        call, where = self.session.last_call.get(), self.session.where
+        call, where = self.session.last_call.get(), self._key()
         self.paths.pop(where, None)
         path = None if call is None else _path(call, args, kwargs, result)
         if path is not None:
@@ -95,6 +95,10 @@ class Shortcut:
             if len(self.paths) >= _MAX_PATHS:
                 self.paths.clear()
             self.paths[where] = path
+
+    def _key(self) -> Hashable:
+        call = self.session.call.get()
+        return None if call is None else (call.where.slot, call.state.label)
 
     def forget(self) -> None:
         """Every next call goes the complete way."""

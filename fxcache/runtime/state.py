@@ -5,20 +5,14 @@ Tensors are allocated once a layout and kept from trajectory to trajectory; whet
 anything is decided by `past` alone, which every new trajectory and every exception empties.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from fxcache.policy import History
-from fxcache.runtime.clock import Timeline
-from fxcache.runtime.noise import Exam
-from fxcache.runtime.watch import Watch
-from fxcache.runtime.weights import Stamp
-
-log = logging.getLogger("fxcache")
 
 
 @dataclass(eq=False)
@@ -66,25 +60,68 @@ class Signature:
 
 
 @dataclass
+class Pairs:
+    """Whether the timesteps of an announced trajectory come as those of Heun's method do: the first
+    once and every other twice, the second time amid the same step. Timesteps that are equal since
+    they were rounded (or always) are steps.
+    """
+
+    holds: bool = True
+    distinct: int = 0
+    evaluations: int = 0
+    merged: int = 0
+
+    def moves(self) -> int:
+        """Note another timestep. By how many steps the count was too low."""
+        is_single = self.distinct > 1 and self.evaluations == 1
+        self.distinct, self.evaluations = self.distinct + 1, 1
+        return self._break() if is_single and self.holds else 0
+
+    def repeats(self) -> int:
+        """Note the same timestep. How many steps that is."""
+        self.evaluations += 1
+        if self.holds and self.distinct > 1 and self.evaluations == 2:
+            self.merged += 1
+            return 0
+        return 1 + self._break()
+
+    def _break(self) -> int:
+        merged, self.merged, self.holds = self.merged, 0, False
+        return merged
+
+
+@dataclass(eq=False)
 class BranchState:
     """The state of one branch in one slot.
 
     `past` holds (step, ring slot) of the residuals that are valid, newest first.
     """
 
+    #: The caller's name for it, and the name in reports.
+    name: Hashable = None
+    label: Hashable = None
     signature: Signature | None = None
     buffers: Buffers | None = None
     past: list[tuple[int, int]] = field(default_factory=list)
-    step: int = -1
-    timestep: float | None = None
     accumulated: float = 0.0
     hits_in_a_row: int = 0
     computed: int = 0
-    watch: Watch = field(default_factory=Watch)
     #: Why nothing is cached, if it is not that nothing was computed yet.
     lost: str | None = None
-    #: The weights that the residuals were computed with.
-    stamp: Stamp | None = None
+    #: The weights that the residuals were computed with (see `fxcache.runtime.freshness`).
+    stamp: Any = None
+
+    #: It was called in this trajectory, so often, at last at this place of the sampler's list.
+    is_running: bool = False
+    calls: int = 0
+    place: int | None = None
+    step: int = -1
+    timestep: float | None = None
+    time_seen: Any = None
+    pairs: Pairs = field(default_factory=Pairs)
+    #: What its last call was given, and which of that is another tensor from call to call.
+    given: Any = None
+    varying: set[str] = field(default_factory=set)
 
     def forget(self) -> None:
         """Nothing cached means anything any more."""
@@ -97,20 +134,34 @@ class BranchState:
         self.forget()
         self.lost = reason
 
+    def lose_to(self, reason: str) -> None:
+        """Forget what is cached, if anything is."""
+        if self.past:
+            self.lose(reason)
+
+    def undo(self, step: int | None) -> None:
+        """Be as before the evaluation of `step`, which failed; what was cached is lost."""
+        self.begin(self.step if step is None else step)
+
     def begin(self, first_step: int = 0) -> None:
         """Start a trajectory at `first_step`."""
         self.forget()
-        self.step, self.timestep, self.watch = first_step - 1, None, Watch(first_step)
-        self.lost = None
+        self.is_running, self.calls, self.place = False, 0, None
+        self.step, self.timestep, self.pairs = first_step - 1, None, Pairs()
+        self.lost, self.varying = None, set()
+
+    def release(self) -> None:
+        """Free the memory."""
+        self.forget()
+        self.signature = self.buffers = None
 
     def allocate(self, signature: Signature, make: Callable[[], Buffers]) -> None:
         """Get buffers for a new layout. The old ones are freed first."""
-        self.forget()
-        self.signature = self.buffers = None
+        self.release()
         self.buffers = make()
         self.signature = signature
 
-    def history(self, num_steps: int | None, branch: Hashable) -> History:
+    def history(self, num_steps: int | None) -> History:
         """The state as policies see it."""
         past = tuple(step for step, _ in self.past)
         return History(
@@ -119,7 +170,7 @@ class BranchState:
             self.accumulated,
             self.hits_in_a_row,
             past,
-            branch,
+            self.label,
             self.computed,
         )
 
@@ -157,31 +208,6 @@ class BranchState:
         self.hits_in_a_row += 1
 
 
-@dataclass
-class Direction:
-    """Which way timesteps move along a trajectory; a move the other way starts a new one.
-
-    They fall in most samplers. Some models count up (t from 0 to 1): two "trajectories" of one
-    step in a row that both ended by a rise show it, and from then on a fall starts a new one.
-    """
-
-    rising: bool = False
-    single_steps: int = 0
-
-    def turns_back(self, state: BranchState, timestep: float) -> bool:
-        """Whether `timestep`, after the last one of `state`, lies in another trajectory."""
-        if state.timestep is None or timestep == state.timestep:
-            return False
-        if (timestep > state.timestep) == self.rising:
-            self.single_steps = 0
-            return False
-        self.single_steps = self.single_steps + 1 if state.step == 0 else 0
-        if self.single_steps == 2:
-            self.rising, self.single_steps = not self.rising, 0
-            log.info("timesteps %s along a trajectory", "rise" if self.rising else "fall")
-        return True
-
-
 @dataclass(frozen=True)
 class Verdict:
     """What the first branch of a step decided for the others."""
@@ -193,32 +219,46 @@ class Verdict:
 
 @dataclass(eq=False)
 class Slot:
-    """The state of one request: its trajectory and the branches in it."""
+    """The state of one request: its trajectory, and its branches by their names in reports."""
 
     branches: dict[Hashable, BranchState] = field(default_factory=dict)
     trajectory: int = 0
     is_announced: bool = False
     num_steps: int | None = None
     first_step: int = 0
+    #: The last step, place in the sampler's list, and timestep.
+    step: int = -1
+    place: int = -1
+    timestep: float | None = None
     #: Which step each timestep of the trajectory is.
     steps: dict[float, int] = field(default_factory=dict)
+    #: A timestep that comes again is another branch: the first did, and no solver repeats that.
+    repeats: bool = False
     verdict: Verdict | None = None
-    #: Looks for the reason why nothing hits.
-    exam: Exam | None = None
-    #: What the sampler's scheduler says of this trajectory, where there is one.
-    timeline: Timeline | None = None
+    #: What the sampler's scheduler says, where there is one.
+    timeline: Any = None
 
     @property
-    def is_known(self) -> bool:
-        """Whether somebody says when the trajectory ends: the caller, or the scheduler."""
-        return self.is_announced or (self.timeline is not None and not self.timeline.has_stopped)
+    def is_running(self) -> bool:
+        """Whether an evaluation of this trajectory was seen."""
+        return any(state.is_running for state in self.branches.values())
 
-    def branch(self, name: Hashable) -> BranchState:
-        """The state of branch `name`."""
-        if name not in self.branches:
-            self.branches[name] = BranchState()
-            self.branches[name].begin(self.first_step)
-        return self.branches[name]
+    @property
+    def is_over(self) -> bool:
+        """Whether the last step was seen, as far as somebody said which that is."""
+        return self.num_steps is not None and self.step >= self.num_steps - 1
+
+    def new_branch(self, name: Hashable, number: int) -> BranchState:
+        """The `number`-th branch that goes by `name`."""
+        label = name
+        while number > 1 or label in self.branches:
+            label = f"{'call' if name is None else name} {max(number, 2)}"
+            if label not in self.branches:
+                break
+            number += 1
+        state = self.branches[label] = BranchState(name, label)
+        state.begin(self.first_step)
+        return state
 
     def begin(
         self, *, announced: bool = False, num_steps: int | None = None, first_step: int = 0
@@ -228,45 +268,14 @@ class Slot:
             state.begin(first_step)
         self.trajectory += 1
         self.is_announced, self.num_steps, self.first_step = announced, num_steps, first_step
+        self.step, self.place, self.timestep = first_step - 1, -1, None
         self.steps.clear()
-        self.verdict = self.exam = None
+        self.verdict, self.repeats = None, False
 
-    def advance(self, state: BranchState, timestep: float | None, rising: bool) -> None:
-        """Count a step of `state`, one of the branches.
-
-        Two evaluations at one timestep (Heun) belong to the same step; a branch that was not
-        called at every step (guidance within an interval) takes its step from the others.
-        """
-        if timestep is None:
-            state.step += 1
-        elif timestep != state.timestep:
-            state.step = max(state.step + 1, self._step_of(timestep, rising))
-            self.steps[timestep] = state.step
-        state.timestep = timestep
-
-    def count(self, branch: Hashable, timestep: float | None, rising: bool) -> bool:
-        """Count an evaluation of `branch` around the cache as a step, if it may be one of this
-        trajectory; whether it is.
-        """
-        if self.timeline is not None:  # which says each step's number itself
-            return True
-        if not self.is_announced and (timestep is None or branch not in self.branches):
-            return False
-        state = self.branch(branch)
-        last = state.timestep
-        if last is None and not self.is_announced:
-            return False
-        if timestep is not None and last not in (None, timestep) and (timestep > last) != rising:
-            return False
-        self.advance(state, timestep, rising)
-        return True
-
-    def _step_of(self, timestep: float, rising: bool) -> int:
-        """The step of `timestep`, by what other branches have seen."""
-        if timestep in self.steps:
-            return self.steps[timestep]
-        seen = [step for t, step in self.steps.items() if (t < timestep) == rising]
-        return max(seen, default=self.first_step - 1) + 1
+    def release(self) -> None:
+        """Free the memory of all branches."""
+        for state in self.branches.values():
+            state.release()
 
     @property
     def bytes_by_device(self) -> Counter[str]:

@@ -1,0 +1,48 @@
+"""Why an evaluation was computed, as reports say it."""
+
+from enum import Enum
+
+
+class Reason(str, Enum):
+    """The reason of a miss. A policy of your own may give any other text."""
+
+    NOTHING_CACHED = "nothing cached"
+    WARM_UP = "warm-up"
+    FINAL_STEP = "final step"
+    OUTSIDE_WINDOW = "outside start..end"
+    NO_RATE = "no rate yet"
+    MAX_CONSECUTIVE_HITS = "max_consecutive_hits"
+    SCHEDULED = "scheduled"
+    BEYOND_MASK = "beyond the mask"
+    BEYOND_TABLE = "beyond the table"
+    ABOVE_THRESHOLD = "above threshold"
+    MAX_ACCUMULATED = "max_accumulated"
+    NOT_FINITE = "not finite"
+    FIRST_COMPUTED = "the first branch computed"
+    CONTROL_CHANGED = "control changed"
+    WEIGHTS_CHANGED = "weights changed"
+    UNCACHED = "after an uncached evaluation"
+    UNKNOWN_BRANCH = "which branch it is cannot be told"
+    POLICY_CHANGED = "another policy"
+    AUDIT = "audit"
+
+    def __str__(self) -> str:
+        return self.value
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether it is a verdict on what was measured or predicted, so that another threshold
+        might have hit.
+        """
+        return self in _MEASURED
+
+
+_MEASURED = {
+    Reason.ABOVE_THRESHOLD,
+    Reason.MAX_ACCUMULATED,
+    Reason.NOT_FINITE,
+    Reason.CONTROL_CHANGED,
+}

@@ -1,0 +1,137 @@
+"""What to tell the user of a trajectory: the policy never hit, or always, or is for other steps."""
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Protocol
+
+from fxcache.policy.base import Policy
+from fxcache.policy.reasons import Reason
+from fxcache.policy.simulate import halving_threshold
+
+#: Shorter trajectories say nothing.
+MIN_STEPS = 4
+#: Of longer ones, the first steps say enough.
+MAX_STEPS = 1000
+_BEYOND = {Reason.BEYOND_MASK, Reason.BEYOND_TABLE}
+
+
+class Evaluation(Protocol):
+    """What is asked of a record. `score` is what was compared with a threshold."""
+
+    step: int
+    metric: float | None
+    is_hit: bool
+    reason: str | None
+    score: float
+
+
+def verdict(
+    policy: Any, branches: Mapping[Hashable, Sequence[Any]], num_steps: int | None
+) -> str | None:
+    """One sentence on a trajectory, given the evaluations of each branch; None if all is well.
+
+    Branches that are too short, or that followed another one, have no say; where the others differ,
+    some hit, and nothing is said.
+    """
+    own = {name: seen[:MAX_STEPS] for name, seen in branches.items()}
+    kinds = {name: kind for name, seen in own.items() if (kind := _kind(policy, seen)) is not None}
+    if not kinds or (len(set(kinds.values())) > 1 and set(kinds.values()) != {"never", "control"}):
+        return None
+    name = min(kinds, key=lambda name: kinds[name] != "control")
+    kind, seen = kinds[name], own[name]
+    where = "" if name is None else f" in branch {name!r}"
+    if kind == "beyond":
+        beyond = sum(each.reason in _BEYOND for each in seen)
+        return (
+            f"{type(policy).__name__} was made for fewer steps than the trajectory has{where}: "
+            f"{beyond} step(s) beyond it were computed, and the others are not placed well"
+        )
+    if kind == "control":
+        return _of_control(policy, seen, where)
+    if kind not in ("never", "always"):
+        return None
+    what = "never hit" if kind == "never" else "hit on every step where it was free to"
+    return (
+        f"{type(policy).__name__}(threshold={policy.threshold:g}) {what} in a trajectory of "
+        f"{len(seen)} evaluations{where}: {_range(seen)}. {_advice(policy, seen, num_steps, name)}"
+    )
+
+
+def _kind(policy: Any, seen: Sequence[Evaluation]) -> str | None:
+    if any(each.reason in _BEYOND for each in seen):
+        return "beyond"
+    if len(seen) < MIN_STEPS:
+        return None
+    free = _free(seen)
+    hits = sum(each.is_hit for each in free)
+    looks = getattr(policy, "control_threshold", None) is not None
+    changed = looks * sum(each.reason == Reason.CONTROL_CHANGED for each in free)
+    if not hits and 2 * changed >= len(free) > 0:
+        return "control"
+    if not free:
+        return None
+    if not hasattr(policy, "threshold"):
+        return "mixed" if hits else None
+    if not hits:
+        return "never"
+    return "always" if hits == len(free) else "mixed"
+
+
+def _free(seen: Sequence[Evaluation]) -> list[Evaluation]:
+    """The evaluations that could have been hits and misses. A reason of the user's own counts."""
+    known = {reason.value for reason in Reason if not reason.is_measured}
+    return [each for each in seen if each.is_hit or each.reason not in known]
+
+
+def _of_control(policy: Any, seen: Sequence[Evaluation], where: str) -> str:
+    changes = [each.score for each in seen if each.reason == Reason.CONTROL_CHANGED]
+    largest = max(changes, key=lambda change: math.inf if math.isnan(change) else change)
+    advice = (
+        f"A control_threshold above {largest:.4g} would have allowed them"
+        if math.isfinite(largest)
+        else "control_threshold=None does not look at it"
+    )
+    return (
+        f"{type(policy).__name__}(control_threshold={policy.control_threshold:g}) never hit in a "
+        f"trajectory of {len(seen)} evaluations{where}: at {len(changes)} of the "
+        f"{len(_free(seen))} where it was free to, the conditioning (control residuals, text, "
+        f"adapter features) had changed since the last computed step, by up to {largest:.4g}. "
+        f"{advice}"
+    )
+
+
+def _range(seen: Sequence[Evaluation]) -> str:
+    measured = [each.metric for each in seen if each.metric is not None]
+    if not measured:
+        measured = [each.score for each in _free(seen)]
+    finite = [value for value in measured if math.isfinite(value)]
+    if not finite:
+        return "nothing was measured where it was free to hit"
+    return f"the metric was {min(finite):.4g} to {max(finite):.4g}"
+
+
+def _advice(
+    policy: Policy, seen: Sequence[Evaluation], num_steps: int | None, branch: Hashable
+) -> str:
+    adds_up = policy.probe is not None and policy.probe.reference == "computed"
+    changes, in_a_row = [], 0
+    for each in seen:
+        metric = math.nan if each.metric is None else each.metric
+        changes.append(metric / (in_a_row + 1) if adds_up else metric)
+        in_a_row = in_a_row + 1 if each.is_hit else 0
+    steps = [each.step for each in seen]
+    try:
+        threshold = halving_threshold(
+            policy, changes, steps=steps, num_steps=num_steps, branch=branch
+        )
+    except Exception:  # noqa: BLE001 - a policy of the user's that takes no other threshold
+        return "Which threshold would have hit half of the steps is not known"
+    if threshold is None:
+        return "Its other limits do not let it hit half of the steps at any threshold"
+    return f"A threshold of about {_rounded_up(threshold):.6g} would have hit half of the steps"
+
+
+def _rounded_up(value: float) -> float:
+    """`value` with three digits, not below it."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return math.ceil(value / unit) * unit

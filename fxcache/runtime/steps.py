@@ -1,0 +1,363 @@
+"""Where an evaluation belongs: slot, branch, step and trajectory, settled before the graph runs.
+
+The step is what the caller says (`denoiser.at`), else what the sampler's own list of timesteps
+says, else what the timesteps of the evaluations say. The branch is the caller's name for it, or the
+one whose conditioning and layout the call continues. On doubt an evaluation is a miss.
+"""
+
+import itertools
+import logging
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from fxcache.integrations.scheduler import Reading
+from fxcache.policy.reasons import Reason
+from fxcache.runtime.continuity import Continuity, Given, Seen
+from fxcache.runtime.state import BranchState, Slot
+
+log = logging.getLogger("fxcache")
+
+
+#: Models take the list's times as they are, as fractions of 1000, or as those that rise.
+_UNITS = ((0.0, 1.0), (0.0, 1e-3), (1.0, -1e-3))
+
+
+class Clock(Protocol):
+    """Says where the sampler is."""
+
+    def read(self) -> Reading | None:
+        """None if it does not know."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """What the caller says of the calls inside: request, branch, step (None: nothing)."""
+
+    slot: Hashable = None
+    branch: Hashable = None
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One evaluation's place. `step` is None until its timestep has been read from a GPU."""
+
+    slot: Slot
+    state: BranchState
+    where: Where
+    step: int | None
+    timestep: float | None
+
+
+class Steps:
+    """Settles where evaluations belong.
+
+    Args:
+        begin: starts a new trajectory in a slot, with `num_steps` and `first_step` if known.
+        say_once: logs a warning the first time that a key comes up.
+    """
+
+    def __init__(self, begin: Callable[..., None], say_once: Callable[[str, str], None]) -> None:
+        self.begin, self.say_once = begin, say_once
+        #: What knows where the sampler is (a pipeline's scheduler).
+        self.clock: Clock | None = None
+        #: Whether timesteps rise along a trajectory. They fall in most samplers.
+        self.rising = False
+        self._single_steps = 0
+        #: Names of the noisy inputs, which are others at each step; known after the capture.
+        self.samples: frozenset[str] = frozenset()
+        #: The name of a time input that goes by none of the usual names.
+        self.time_name: str | None = None
+        #: Whether it is known that a call without a time input has none.
+        self.knows_time = False
+        #: Whether changes of the conditioning are not the policy's own matter.
+        self.looks = True
+
+    def settle(self, slot: Slot, where: Where, inputs: Mapping[str, Any], timestep: Any) -> Call:
+        """The place of a call of `inputs` (by name), of which `timestep` is the time input."""
+        time, seen = number_of(timestep), _seen(timestep)
+        index = where.step
+        if index is not None and index < slot.place and not slot.is_announced:
+            self.begin(slot)
+        if index is None and self.clock is not None and not slot.is_announced:
+            index = self._read(slot, self.clock, time)
+
+        def was_called(state: BranchState) -> bool:
+            if index is not None:
+                return state.place == index
+            return _is_same_time(state, time, seen)
+
+        given = {name: value for name, value in inputs.items() if value is not timestep}
+        repeats = where.branch is None and not slot.is_announced and slot.repeats
+        is_exact = index is not None or repeats
+        search = Continuity(
+            slot, where.branch, Given(given, self.samples), was_called, is_exact, self.looks
+        )
+        state = search.find()
+        step: int | None
+        if index is not None:
+            state = state or search.begin()
+            step = (
+                index
+                if where.step is not None or slot.timeline is None
+                else (slot.timeline.steps[index])
+            )
+            slot.place = state.place = index
+            state.step, state.timestep = step, time
+        else:
+            is_known = time is not None or (timestep is None and self.knows_time)
+            state = self._recognised(search, state, time) if is_known else state or search.begin()
+            step = self._counted(slot, state, time) if is_known else None
+        search.note(state)
+        state.time_seen = seen
+        slot.step = max(slot.step, state.step)
+        return Call(slot, state, where, step, time)
+
+    def goes_back(self, slot: Slot, timestep: Any) -> bool:
+        """Whether a time input lies before the last one of `slot`, as far as that is known."""
+        time, last = number_of(timestep), slot.timestep
+        return None not in (time, last) and time != last and (time > last) != self.rising  # type: ignore[operator]
+
+    def complete(self, call: Call, timestep: float | None) -> tuple[Call, bool]:
+        """`call`, now that its timestep was read (None: it was not), and whether a new trajectory
+        begins with it.
+        """
+        slot, state = call.slot, call.state
+        if timestep is None and not slot.is_announced:
+            self._say_timeless()
+        is_new = not slot.is_announced and self._turns_back(state, timestep)
+        if is_new:
+            self.begin(slot)
+            state.is_running = True
+        elif (
+            not slot.is_announced
+            and call.where.branch is None
+            and timestep is not None
+            and (timestep, slot.first_step) == (state.timestep, state.step)
+        ):
+            self._say_repeated()
+            state.lose(Reason.UNKNOWN_BRANCH)  # Heun's method does not repeat the first one
+        step = self._counted(slot, state, timestep)
+        slot.step = max(slot.step, step)
+        return replace(call, step=step, timestep=timestep), is_new
+
+    # --- by timesteps alone ---
+
+    def _recognised(
+        self, search: Continuity, state: BranchState | None, time: float | None
+    ) -> BranchState:
+        """The branch of a call that nobody placed; a new trajectory begins where time goes back, or
+        where it goes on with other layouts.
+        """
+        slot, name = search.slot, search.name
+        if slot.is_announced:
+            return state or search.begin()
+        if time is None:
+            self._say_timeless()
+        is_relaid = (
+            slot.is_running and not search.has_layout() and (time is None or time != slot.timestep)
+        )
+        if is_relaid or self._turns_back(state or slot, time):
+            self.begin(slot)
+            return search.begin()
+        if state is None or time is None or time != state.timestep or name is not None:
+            return state or search.begin()
+        self._say_repeated()
+        if state.step > slot.first_step:  # Heun's method evaluates twice at all but the first
+            return state
+        slot.repeats = True
+        return search.begin()
+
+    def _say_timeless(self) -> None:
+        self.say_once(
+            "timestep",
+            "this model shows no time input: new trajectories are recognised by their shapes only. "
+            "Announce them: with denoiser.trajectory()",
+        )
+
+    def _say_repeated(self) -> None:
+        self.say_once(
+            "repeat",
+            "several evaluations at one timestep in one branch: if they are the branches of "
+            "classifier-free guidance, name them with denoiser.branch(...)",
+        )
+
+    def _turns_back(self, last: BranchState | Slot, time: float | None) -> bool:
+        """Whether `time` lies in another trajectory than that of `last`.
+
+        Some models count up (t from 0 to 1): two "trajectories" of one step in a row that both
+        ended by a rise show it, and from then on a fall starts a new one.
+        """
+        if time is None or last.timestep is None or time == last.timestep:
+            return False
+        if (time > last.timestep) == self.rising:
+            self._single_steps = 0
+            return False
+        self._single_steps = self._single_steps + 1 if last.step == 0 else 0
+        if self._single_steps == 2:
+            self.rising, self._single_steps = not self.rising, 0
+            log.info("timesteps %s along a trajectory", "rise" if self.rising else "fall")
+        return True
+
+    def _counted(self, slot: Slot, state: BranchState, time: float | None) -> int:
+        """Count a step of `state`. Two evaluations at one timestep (Heun) are one step; a branch
+        that was not called at every step takes its step from the others.
+        """
+        if time is None:
+            state.step += 1
+        elif time != state.timestep:
+            seen = slot.steps.get(time)
+            if seen is None:
+                before = (s for t, s in slot.steps.items() if (t < time) == self.rising)
+                seen = max(before, default=slot.first_step - 1) + 1
+            state.step = max(state.step + 1 + state.pairs.moves(), seen)
+        elif slot.is_announced:
+            state.step += state.pairs.repeats()
+        if time is not None:
+            slot.steps[time] = state.step
+            slot.timestep = time
+        state.timestep = time
+        return state.step
+
+    # --- by the sampler's list ---
+
+    def _read(self, slot: Slot, clock: Clock, time: float | None) -> int | None:
+        """Where in the sampler's list an evaluation at `time` is, None if that cannot be told."""
+        reading = clock.read()
+        if reading is None:
+            return None
+        timeline = slot.timeline
+        if timeline is None or not timeline.is_of(reading):
+            timeline = Timeline(reading)
+        elif timeline.has_stopped:
+            return None
+        index = timeline.find(reading, time)
+        if timeline is not slot.timeline or timeline.begins_anew(reading, index):
+            timeline = Timeline(reading, timeline.unit)
+            index = timeline.find(reading, time)
+            first = 0 if index is None else timeline.steps[index]
+            slot.timeline = timeline
+            self.begin(slot, first_step=first)
+        was_stopped = timeline.has_stopped
+        timeline.note(reading, index, time)
+        if timeline.has_stopped and not was_stopped:
+            self.say_once(
+                "clock",
+                "the pipeline's scheduler does not move with the denoiser's calls: it is another "
+                "sampler that calls it. Trajectories are recognised by their timesteps",
+            )
+            self.begin(slot)
+        return None if timeline.has_stopped else index
+
+
+class Timeline:
+    """One solve of a scheduler: its timesteps, one an evaluation.
+
+    Of a scheduler whose list is longer than its steps (Heun's), equal neighbours are one step.
+    """
+
+    def __init__(self, reading: Reading, unit: tuple[float, float] | None = None) -> None:
+        #: How the model's time follows from the list's: offset and factor.
+        self.unit = unit
+        self.timesteps = reading.timesteps
+        self.values = [float(value) for value in reading.timesteps.tolist()]
+        self.steps = [0]
+        for before, value in itertools.pairwise(self.values):
+            self.steps.append(self.steps[-1] + (not reading.repeats or value != before))
+        #: The place of the last evaluation, and of the first.
+        self.index = self.first = -1
+        #: It is another sampler that calls: the scheduler does not move with the timesteps.
+        self.has_stopped = False
+        self._time: float | None = None
+        self._rises: bool | None = None
+
+    @property
+    def num_steps(self) -> int:
+        return self.steps[-1] + 1
+
+    @property
+    def is_over(self) -> bool:
+        return self.index == len(self.steps) - 1
+
+    def is_of(self, reading: Reading) -> bool:
+        """Whether `reading` has the same list, whichever object holds it."""
+        own, other = self.timesteps, reading.timesteps
+        return own is other or (own.shape == other.shape and torch.equal(own, other.to(own)))
+
+    def begins_anew(self, reading: Reading, index: int | None) -> bool:
+        """Whether the sampler went back: to an earlier place, or to the first with a list anew."""
+        if index is None or self.index < 0:
+            return False
+        is_new = reading.timesteps is not self.timesteps and index <= self.first
+        self.timesteps = reading.timesteps
+        was_stepped = reading.index is not None and reading.index > index  # but not by this sampler
+        return is_new or index < self.index or (index == self.index and was_stepped)
+
+    def find(self, reading: Reading, time: float | None) -> int | None:
+        """The place in the list of an evaluation at `time` (the model's own, None: not read)."""
+        index = reading.index
+        if index is None and reading.counts:
+            index = 0  # it counts from its first step on
+        places = [] if time is None else self._places(time)
+        if index is not None and (index in places or not places):
+            return index if index < len(self.steps) else None
+        later = [place for place in places if place >= self.index]
+        found = later or places
+        return found[0] if found else None
+
+    def _places(self, time: float) -> list[int]:
+        """Where the list holds `time`, in one of the model's units. Of several, the unit is right
+        that makes it the earliest place: a solve begins at its start.
+        """
+        found = {}
+        for unit in _UNITS if self.unit is None else (self.unit,):
+            off = (abs(unit[0] + unit[1] * value - time) for value in self.values)
+            places = [place for place, by in enumerate(off) if by < 1e-4 * max(1, abs(time))]
+            if places:
+                found[unit] = places
+        if not found:
+            return []
+        self.unit = min(found, key=lambda unit: found[unit][0])
+        return found[self.unit]
+
+    def note(self, reading: Reading, index: int | None, time: float | None) -> None:
+        """Note an evaluation at `index`; see whether list and timesteps move together."""
+        if index is None:
+            return
+        last, before = self.index, self._time
+        self.index, self._time = index, time
+        if last < 0:
+            self.first = index
+        if time is None or before is None or self._places(time):
+            return
+        if index == last:
+            self.has_stopped |= time != before
+        elif time != before:
+            rises = time > before
+            self._rises = rises if self._rises is None else self._rises
+            self.has_stopped |= rises != self._rises
+
+
+def number_of(timestep: Any) -> float | None:
+    """A time input as one number (the largest of a batch); None if there is none, or it lies on a
+    GPU: that would cost a read-back.
+    """
+    if not isinstance(timestep, torch.Tensor):
+        return float(timestep) if isinstance(timestep, int | float) else None
+    if not timestep.numel() or timestep.device.type != "cpu":
+        return None
+    return float(timestep.max())
+
+
+def _seen(timestep: Any) -> Seen | None:
+    return Seen.of(timestep) if isinstance(timestep, torch.Tensor) else None
+
+
+def _is_same_time(state: BranchState, time: float | None, seen: Seen | None) -> bool:
+    """Whether the last call of `state` was at this time, as far as that is known."""
+    if time is not None:
+        return time == state.timestep
+    return seen is not None and seen == state.time_seen
