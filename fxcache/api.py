@@ -10,8 +10,8 @@ from torch import nn
 from fxcache.denoiser import DenoiserMethods, give_back, make_denoiser
 from fxcache.errors import FxCacheError, OptionError
 from fxcache.explain import Explanation, explain_model
+from fxcache.options import Options
 from fxcache.policy import FirstBlockCache, Policy, check_policy
-from fxcache.runner import Settings
 
 
 def transform(
@@ -92,28 +92,14 @@ def transform(
 
     Warns if `policy` is a preset or a calibration for another class of model.
     """
+    given = dict(locals())
     check_model(model)
     if policy is None:
         policy = FirstBlockCache()
     check_policy(policy)
     check_origin(model, policy)
-    settings = Settings(
-        policy,
-        backend,
-        mode,
-        dynamic,
-        fullgraph,
-        options,
-        disable,
-        fallback,
-        kernel,
-        outline,
-        guards,
-        cache_dtype=cache_dtype,
-        cache_device=cache_device,
-        audit=audit,
-    )
-    denoiser: nn.Module = make_denoiser(model, settings)
+    options_of = {name: value for name, value in given.items() if name not in ("model", "policy")}
+    denoiser: nn.Module = make_denoiser(model, policy, Options(**options_of))
     return denoiser
 
 

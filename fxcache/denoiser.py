@@ -10,7 +10,6 @@ import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -18,9 +17,10 @@ from torch import nn
 
 from fxcache.errors import OptionError
 from fxcache.integrations import hooks
+from fxcache.options import Options
 from fxcache.policy import Policy, check_policy
 from fxcache.report import Report
-from fxcache.runner import Runner, Settings
+from fxcache.runner import Runner
 
 
 class DenoiserMethods:
@@ -165,7 +165,7 @@ class DenoiserMethods:
             return super().__reduce_ex__(protocol)
         runner = self._fxcache
         # In two steps, as diffusers' registry of hooks may make the model refer to the denoiser.
-        return _unmade, (type(runner.model),), (runner.model, runner.settings)
+        return _unmade, (type(runner.model),), (runner.model, self.policy, runner.options)
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, tuple):
@@ -178,7 +178,7 @@ class DenoiserMethods:
 def other_policy(denoiser: DenoiserMethods, policy: Policy) -> Iterator[Runner]:
     """Inside, `denoiser` follows `policy`, with a state of its own; then it is as it was."""
     cell = denoiser._fxcache_runner
-    before, runner = cell[0], Runner(cell[0].model, replace(cell[0].settings, policy=policy))
+    before, runner = cell[0], Runner(cell[0].model, policy, cell[0].options)
     runner.session.steps.clock = before.session.steps.clock
     cell[0] = runner
     try:
@@ -220,21 +220,21 @@ def _denoiser_class(model_class: Any) -> Any:
     return Alike(model_class.__name__, (DenoiserMethods, model_class), names)
 
 
-def make_denoiser(model: nn.Module, settings: Settings) -> Any:
+def make_denoiser(model: nn.Module, policy: Policy, options: Options) -> Any:
     """A denoiser around `model`. See the module's docstring."""
     denoiser = _unmade(type(model))
-    _make(denoiser, model, settings)
+    _make(denoiser, model, policy, options)
     return denoiser
 
 
 def _unmade(model_class: type[nn.Module]) -> Any:
     """A denoiser without a model, which `_make` gives it."""
     cls: Any = _denoiser_class(cast(Hashable, model_class))
-    return cls.__new__(cls)
+    return object.__new__(cls)  # the class may have a `__new__` that makes a model
 
 
-def _make(denoiser: Any, model: nn.Module, settings: Settings) -> None:
-    runner = Runner(model, settings)
+def _make(denoiser: Any, model: nn.Module, policy: Policy, options: Options) -> None:
+    runner = Runner(model, policy, options)
     #: A cell, so that `other_policy` can put another runner here.
     current = [runner]
 
@@ -242,7 +242,7 @@ def _make(denoiser: Any, model: nn.Module, settings: Settings) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return hooks.around(model, current[0], *args, **kwargs)
 
-    if not settings.disable:  # what somebody else compiles around it is cut there
+    if not options.disable:  # what somebody else compiles around it is cut there
         reason = "fxcache compiles the denoiser itself"
         forward = torch.compiler.disable(forward, reason=reason)
     object.__setattr__(denoiser, "__dict__", model.__dict__)

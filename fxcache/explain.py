@@ -11,11 +11,12 @@ from torch import fx, nn
 from fxcache.capture.backend import Backend, rewrite
 from fxcache.errors import FxCacheError, PolicyError, StackNotFoundError
 from fxcache.integrations import hooks
+from fxcache.options import Options
 from fxcache.passes.cut import Cut, Stream
 from fxcache.passes.graph import GraphInputs, bytes_of, shape_of, tensor_of
 from fxcache.passes.probe import Probe
 from fxcache.policy import Policy
-from fxcache.runner import Runner, Settings
+from fxcache.runner import Runner
 
 #: Some policies need a number of steps, though the first is computed whatever it is.
 ANY = 28
@@ -138,18 +139,18 @@ class _Analyst(Backend):
             self.session.evaluations += 1
             return gm
         self.found = cut, probe
-        return rewrite(gm, cut, probe, self.session, self.lowering, is_part=is_part)
+        return rewrite(gm, cut, probe, self.session, self.compilers, is_part=is_part)
 
 
 def explain_model(
     model: nn.Module, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Explanation:
     """Run the model once through the pass, and describe what was found."""
-    runner = Runner(model, Settings(policy, backend="eager"))
+    runner = Runner(model, policy, Options(backend="eager"))
     old = runner.backend
     analyst = _Analyst(
         runner.session,
-        runner.lowering,
+        runner.compilers,
         argument_names=old.argument_names,
         num_weights=old.num_weights,
     )

@@ -7,8 +7,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ from torch import nn
 
 from fxcache.capture import torch_internals as internals
 from fxcache.capture.backend import Backend
-from fxcache.capture.compile import resolve_lowering
-from fxcache.errors import CaptureError, FxCacheError, OptionError, StackNotFoundError
+from fxcache.capture.compile import Compilers
+from fxcache.errors import CaptureError, FxCacheError, StackNotFoundError
 from fxcache.integrations import hooks
+from fxcache.options import Options
 from fxcache.passes.graph import TIMESTEP_NAMES
 from fxcache.policy import Policy
 from fxcache.policy.reasons import Reason
@@ -30,28 +30,8 @@ from fxcache.runtime.training import goes_around, is_recomputation, trains
 log = logging.getLogger("fxcache")
 
 
-#: What `guards` may be: Dynamo's guards at every call, or once a trajectory and branch.
-GUARDS = ("always", "trajectory")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a denoiser was asked for; enough to make it again around a copied model."""
-
-    policy: Policy
-    backend: str | Callable[..., Any] = "inductor"
-    mode: str | None = None
-    dynamic: bool | None = None
-    fullgraph: bool | None = None
-    options: dict[str, Any] | None = field(default=None)
-    disable: bool = False
-    fallback: bool = False
-    kernel: str = "auto"
-    outline: bool = True
-    guards: str = "always"
-    cache_dtype: torch.dtype | None = None
-    cache_device: torch.device | str | None = None
-    audit: bool = True
+#: Where all captures are dropped twice within so many evaluations, the model is captured no more.
+MAX_QUIET_CALLS = 100
 
 
 def _evaluate(
@@ -70,7 +50,7 @@ def _evaluate(
     return forward(model, *args, **kwargs)
 
 
-def _own_evaluate() -> Callable[..., Any]:
+def _own_evaluate() -> types.FunctionType:
     """A copy of `_evaluate` with a code object of its own.
 
     Dynamo keeps its compiled entries a code object and allows only so many: denoisers must not use
@@ -83,45 +63,28 @@ def _own_evaluate() -> Callable[..., Any]:
 class Runner:
     """Calls a model through the cache, or around it where nothing may be cached."""
 
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
-        self.model, self.settings = model, settings
-        self.session = Session(settings.policy)
-        options = dict(settings.options or {})
-        guard_filter = options.pop("guard_filter_fn", None)
-        #: What of the options is Dynamo's and not the compiler's.
-        self.dynamo_options = {"guard_filter_fn": guard_filter} if guard_filter else None
-        self.lowering = resolve_lowering(
-            settings.backend,
-            settings.mode,
-            options,
-            settings.dynamic,
-            outline=settings.outline,
-            kernel=settings.kernel,
-            cache_dtype=settings.cache_dtype,
-            cache_device=settings.cache_device,
-            audit=settings.audit,
-        )
+    def __init__(self, model: nn.Module, policy: Policy, options: Options) -> None:
+        self.model, self.options = model, options
+        self.session = Session(policy)
+        self.compilers = Compilers(options)
         parameters = inspect.signature(model.forward).parameters.values()
         names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         self.names = names
         self.time_names = [p.name for p in parameters if p.name in TIMESTEP_NAMES]
         self.session.recapture = self._recapture
-        if settings.fullgraph not in (None, True, False):
-            raise OptionError(f"fullgraph must be None, True or False, got {settings.fullgraph!r}")
         self.gave_up = False
-        if settings.guards not in GUARDS:
-            raise OptionError(f"guards must be one of {GUARDS}, got {settings.guards!r}")
-        self.shortcut = Shortcut(self.session) if settings.guards == "trajectory" else None
-        self.use(self._new_backend())
-        is_eager = settings.backend == "eager"
+        #: After how many evaluations all captures were dropped.
+        self._renewed_at: int | None = None
+        self.shortcut = Shortcut(self.session, model, checks=options.guards == "always")
         self.uncached = (
-            _evaluate if is_eager else self.compile(self.lowering.compiler, fullgraph=False)
+            _evaluate if options.is_eager else self.compile(self.compilers.piece, fullgraph=False)
         )
+        self.use(self._new_backend())
 
     def _new_backend(self) -> Backend:
         return Backend(
             self.session,
-            self.lowering,
+            self.compilers,
             argument_names=self.names,
             num_weights=functools.partial(_num_weights, weakref.ref(self.model)),
         )
@@ -129,8 +92,7 @@ class Runner:
     def _recapture(self) -> None:
         """Capture anew: another policy needs other pieces."""
         self.use(self._new_backend())
-        if self.shortcut is not None:
-            self.shortcut.forget()
+        self.shortcut.forget()
 
     def use(self, backend: Backend) -> None:
         """Capture anew, for `backend`."""
@@ -140,24 +102,25 @@ class Runner:
 
     def compile(self, backend: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
         """`_evaluate` as Dynamo captures it and hands it to `backend`."""
+        self.function = _own_evaluate()
         return torch.compile(
-            _own_evaluate(),
+            self.function,
             backend=backend,
             fullgraph=fullgraph,
-            dynamic=self.settings.dynamic,
-            options=dict(self.dynamo_options) if self.dynamo_options else None,
+            dynamic=self.options.dynamic,
+            options=self.options.guard_filter,
             **internals.ISOLATED,
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.settings.disable:
+        if self.options.disable:
             return _evaluate(self.model, args, kwargs, hooks.own_forward(self.model))
         if self.gave_up or not self._may_cache(args, kwargs):
             return self.evaluate_uncached(args, kwargs)
         try:
             return self.evaluate(args, kwargs)
         except (StackNotFoundError, CaptureError) as error:
-            if not self.settings.fallback:
+            if not self.options.fallback:
                 raise
             warnings.warn(f"fxcache runs this model uncached: {error}", stacklevel=3)
             self.gave_up = True
@@ -170,8 +133,7 @@ class Runner:
     def reset(self, *, records: bool = True) -> None:
         """Forget all state and every learned path."""
         self.session.reset(records=records)
-        if self.shortcut is not None:
-            self.shortcut.forget()
+        self.shortcut.forget()
 
     def _may_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether an evaluation goes through the cache; if not, the state takes note of it.
@@ -233,13 +195,21 @@ class Runner:
 
     def _evaluate_placed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One evaluation, past Dynamo where that way is known."""
-        if self.shortcut is None or not self.is_whole:
+        if not self.is_whole:
             return self._evaluate_checked(args, kwargs)
-        outputs = self.shortcut.evaluate(args, kwargs)
+        given = self._locals(args, kwargs)
+        outputs = self.shortcut.evaluate(given)
         if outputs is NOT_TAKEN:
             outputs = self._evaluate_checked(args, kwargs)
-            self.shortcut.learn(args, kwargs, outputs)
+            if self.shortcut.learns:
+                guards = internals.guards_of(self.function, given) if self.shortcut.checks else None
+                self.shortcut.learn(given, outputs, guards)
         return outputs
+
+    def _locals(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `_evaluate`, by name."""
+        forward = hooks.own_forward(self.model)
+        return {"model": self.model, "args": args, "kwargs": kwargs, "forward": forward}
 
     def _evaluate_checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One evaluation through Dynamo, which checks its guards.
@@ -276,7 +246,7 @@ class Runner:
             self.captures_more = True
             return
         self.captures_more = False
-        asked = self.settings.fullgraph
+        asked = self.options.fullgraph
         if asked or (asked is None and hooks.obstacles(self.model)):
             raise first
         log.info("capturing in pieces: %s", first)
@@ -291,27 +261,36 @@ class Runner:
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the compiled model. Dynamo captures it only so often; then what it has is dropped
-        (a life of many adapters and sizes), and it begins anew.
+        (a life of many adapters and sizes), and it begins anew. Where that happens again in one
+        trajectory's time, the model is not captured any more.
         """
+        own = hooks.own_forward(self.model)
         try:
-            return self.cached(self.model, args, kwargs, hooks.own_forward(self.model))
+            return self.cached(self.model, args, kwargs, own)
         except internals.FailOnRecompileLimitHit:
-            self.session.say_once(
-                "recompiles",
-                f"{type(self.model).__name__} was captured {self.session.graphs} times and is "
-                f"captured anew: its adapters, attributes or the sizes of its inputs change again "
-                f"and again. TORCH_LOGS=recompiles shows what does; dynamic=True may help with "
-                f"sizes, and enable_lora_hotswap with adapters",
+            evaluations, self._renewed_at = self._renewed_at, self.session.evaluations
+        name, graphs = type(self.model).__name__, self.session.graphs
+        given = self._locals(args, kwargs)
+        why = internals.failed_guard(self.function, given) or "TORCH_LOGS=recompiles shows what"
+        if evaluations is not None and self.session.evaluations - evaluations < MAX_QUIET_CALLS:
+            self.gave_up = True
+            log.warning(
+                f"{name} was captured {graphs} times, and runs uncached from here on: something "
+                f"that a graph depends on is another at each call. What failed last: {why}"
             )
+            return self.evaluate_uncached(args, kwargs)
+        log.info(
+            f"{name} was captured {graphs} times and is captured anew. What failed last: {why}"
+        )
         self.cached = self.compile(self.backend, fullgraph=self.is_whole)
-        return self.cached(self.model, args, kwargs, hooks.own_forward(self.model))
+        return self.cached(self.model, args, kwargs, own)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the compiled model; errors of the pass and of the capture become our own."""
         session = self.session
         before = session.evaluations
         try:
-            with internals.capturing_more() if self.captures_more else nullcontext():
+            with internals.capturing(more=self.captures_more):
                 outputs = self._call(args, kwargs)
         except internals.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, FxCacheError):
@@ -325,7 +304,7 @@ class Runner:
                 f"{type(self.model).__name__} could not be captured in one graph by torch.compile. "
                 f"{hooks.obstacles(self.model) or ''} Dynamo says: {error}"
             ) from error
-        if session.evaluations == before:
+        if session.evaluations == before and not self.gave_up:
             cause = hooks.obstacles(self.model) or (
                 "Graph breaks inside the blocks are the usual cause: TORCH_LOGS=graph_breaks shows "
                 "them"

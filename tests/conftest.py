@@ -1,6 +1,5 @@
 """What every test shares: deterministic threads, no gradients, and a clean Dynamo."""
 
-import dataclasses
 import gc
 import os
 
@@ -14,7 +13,7 @@ from helpers import ALWAYS, CountingDevice
 from zoo import SequentialDiT
 
 import fxcache
-from fxcache.capture.compile import resolve_lowering
+from fxcache.capture.compile import Compilers
 
 
 def pytest_collection_finish():
@@ -56,8 +55,10 @@ def device(monkeypatch):
     device = CountingDevice()
     monkeypatch.setattr("fxcache.capture.backend.graph_device", lambda _: device)
 
-    def resolve(*args, **options):
-        return dataclasses.replace(resolve_lowering(*args, **options), graphs=callable(args[0]))
+    class WithGraphs(Compilers):
+        def __init__(self, options):
+            super().__init__(options)
+            self.graphs = callable(options.backend)
 
-    monkeypatch.setattr("fxcache.runner.resolve_lowering", resolve)
+    monkeypatch.setattr("fxcache.runner.Compilers", WithGraphs)
     return device

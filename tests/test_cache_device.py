@@ -201,8 +201,8 @@ def test_other_devices_are_refused(model, device):
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu"), None])
 def test_the_host_by_any_spelling(model, device):
-    lowering = fxcache.transform(model, cache_device=device)._fxcache.lowering
-    assert lowering.cache_device == (None if device is None else torch.device(device))
+    options = fxcache.transform(model, cache_device=device)._fxcache.options
+    assert options.host == (None if device is None else torch.device(device))
 
 
 @pytest.mark.parametrize(
@@ -211,14 +211,14 @@ def test_the_host_by_any_spelling(model, device):
 def test_host_memory_and_cuda_graphs_exclude_each_other(model, options):
     with pytest.raises(OptionError, match=r"cache_device='cpu' cannot be had with CUDA graphs"):
         fxcache.transform(model, cache_device="cpu", **options)
-    assert fxcache.transform(model, cache_dtype=torch.bfloat16, **options)._fxcache.lowering.graphs
+    assert fxcache.transform(model, cache_dtype=torch.bfloat16, **options)._fxcache.compilers.graphs
 
 
 def test_options_survive_copies(model):
     again = copy.deepcopy(plain(model, ALTERNATE, cache_dtype=E4M3, **HOST))
     solve(again)
     assert cached_residuals(again)[0].dtype == E4M3
-    assert again._fxcache.lowering.cache_device == torch.device("cpu")
+    assert again._fxcache.options.host == torch.device("cpu")
 
 
 # --- on a GPU ---

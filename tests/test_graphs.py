@@ -28,7 +28,8 @@ from zoo import SequentialDiT
 
 import fxcache
 from fxcache import FirstBlockCache, StepSchedule, Taylor
-from fxcache.capture.compile import resolve_lowering
+from fxcache.capture.compile import Compilers
+from fxcache.options import Options
 from fxcache.runtime.device import CudaDevice, graph_device
 from fxcache.runtime.graphs import MAX_QUIET_RESTARTS
 
@@ -80,9 +81,9 @@ def test_inductor_pieces(model, monkeypatch, options):
 
 def test_modes_that_ask_for_graphs():
     for mode in ("reduce-overhead", "max-autotune"):
-        assert resolve_lowering("inductor", mode, None, None).graphs
+        assert Compilers(Options(mode=mode)).graphs
     for mode in (None, "max-autotune-no-cudagraphs"):
-        assert not resolve_lowering("inductor", mode, None, None).graphs
+        assert not Compilers(Options(mode=mode)).graphs
     assert graph_device(torch.device("cpu")) is None
     assert isinstance(graph_device(torch.device("cuda")), CudaDevice)
 

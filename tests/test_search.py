@@ -11,7 +11,7 @@ from fxcache import AdamsBashforth, Chebyshev, Hermite, PolicyError, Reuse, Tayl
 from fxcache import recording as recording_module
 from fxcache.policy.fitted import Fitted
 from fxcache.recording import Recorder, Trajectory
-from fxcache.runtime.state import BranchState, Buffers, Slot
+from fxcache.runtime.state import Buffers, Slot
 from fxcache.search import (
     fit_weights,
     interpolated_sensitivity,
@@ -221,7 +221,7 @@ def recorded(trajectories, recorder=None):
     recorder = recorder or Recorder()
     for steps in trajectories:
         slot = Slot()
-        state = slot.branch(None)
+        state = slot.new_branch(None, 1)
         state.buffers = Buffers({}, tuple((torch.empty_like(r),) for r in steps[0]))
         for step, residuals in enumerate(steps):
             observe(recorder, slot, state, residuals, step)
@@ -269,7 +269,7 @@ def test_trajectories_of_slots_that_are_gone_are_not_mixed_up():
 def test_a_second_evaluation_of_a_step_replaces_the_first():
     first, second = drifting(2, (1, 4, 2))
     slot, recorder = Slot(), Recorder()
-    state = slot.branch("cond")
+    state = slot.new_branch("cond", 1)
     state.buffers = Buffers({}, ((torch.empty(1, 4, 2),),))
     for step, residual in ((0, first), (1, first), (1, second)):
         observe(recorder, slot, state, residual, step)
@@ -297,8 +297,7 @@ def test_no_ratio_of_the_first_step():
 def test_a_state_without_hits_is_counted():
     counter, slot = recording_module.Counter(), Slot()
     for branch, hits in (("a", [0, 1, 2, 0]), ("b", [0, 0, 0, 1])):
-        state = BranchState()
-        slot.branches[branch] = state
+        state = slot.new_branch(branch, 1)
         for step, state.hits_in_a_row in enumerate(hits):
             state.step = step
             counter(slot, state, math.nan, [])

@@ -255,7 +255,7 @@ def test_a_copied_denoiser_is_one_of_its_own():
 
 
 def test_averages_that_are_copied_in_and_out():
-    """diffusers' EMAModel writes through ``.data``, which torch does not count: the caller says so."""
+    """diffusers' EMAModel writes through ``.data``, which torch does not count: so one says so."""
     training_utils = pytest.importorskip("diffusers.training_utils")
     model = small()
     denoiser = plain(model)

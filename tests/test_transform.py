@@ -153,7 +153,7 @@ def test_disable_runs_the_model(model):
 
 def test_none_means_first_block_cache(model):
     denoiser = fxcache.transform(model, backend="eager")
-    assert denoiser._fxcache.settings.policy == FirstBlockCache()
+    assert denoiser.policy == FirstBlockCache()
 
 
 def test_denoisers_of_one_class_do_not_use_up_each_others_compilations(model):

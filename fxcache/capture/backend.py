@@ -15,11 +15,12 @@ import torch
 from torch import fx
 
 from fxcache.capture import torch_internals as internals
-from fxcache.capture.compile import Lowering, compile_pieces, resolve_lowering
+from fxcache.capture.compile import Compilers, compile_pieces
 from fxcache.capture.functional import functionalized
 from fxcache.capture.layout import allocator, signature_of
 from fxcache.errors import CaptureError, StackNotFoundError
 from fxcache.kernels import reference, residual_diff
+from fxcache.options import Options
 from fxcache.passes.choose import find_cut
 from fxcache.passes.cut import Cut
 from fxcache.passes.facts import Facts, analyse
@@ -49,8 +50,8 @@ from fxcache.runtime.state import Slot
 
 log = logging.getLogger("fxcache")
 
-# What the registered backend takes among its options, besides the policy and the backend.
-_OWN_OPTIONS = ("outline", "kernel", "cache_dtype", "cache_device", "audit")
+# What the registered backend takes among its options, besides the policy.
+_OWN_OPTIONS = ("backend", "outline", "kernel", "cache_dtype", "cache_device", "audit")
 #: A graph of a broken model whose blocks hold less than this of the model's parameters is beside
 #: its stack, or a part of it.
 MIN_WEIGHTS = 0.4
@@ -61,7 +62,7 @@ class Backend:
 
     Args:
         session: where state and records are kept.
-        lowering: compiles the pieces, and graphs without a stack.
+        compilers: compile the pieces, and graphs without a stack.
         argument_names: the names of the model's positional arguments.
         num_weights: gives how many elements the model's parameters have. None: it is not known.
     """
@@ -69,12 +70,12 @@ class Backend:
     def __init__(
         self,
         session: Session,
-        lowering: Lowering,
+        compilers: Compilers,
         *,
         argument_names: tuple[str, ...] = (),
         num_weights: Callable[[], int] | None = None,
     ) -> None:
-        self.session, self.lowering = session, lowering
+        self.session, self.compilers = session, compilers
         self.argument_names, self.num_weights = argument_names, num_weights
         #: The model is one graph. If it is not, graphs without the stack are compiled as they are.
         self.fullgraph = True
@@ -91,18 +92,22 @@ class Backend:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if torch.is_grad_enabled():
             log.warning("gradients are enabled: this graph is not cached")
-            return self.lowering.whole(gm, example_inputs)
-        is_part = self._is_part(gm)
+            uncached: Callable[..., Any] = self.compilers.whole(gm, example_inputs)
+            return uncached
+        is_part, changes_objects = self._is_part(gm), internals.changes_objects()
 
         def compile_graph(functional: fx.GraphModule, inputs: GraphInputs) -> Callable[..., Any]:
-            return self.compile_graph(functional, inputs, is_part=is_part)
+            run = self.compile_graph(functional, inputs, is_part=is_part)
+            if isinstance(run, StepExecutor):
+                run.is_all = not changes_objects
+            return run
 
         try:
             compiled = functionalized(gm, example_inputs, compile_graph, self.argument_names)
         except _Refused as refused:
             log.info("compiled as it is: %s", refused)
             self.refused.append((refused.nodes, str(refused)))
-            compiled = self.lowering.whole(gm, example_inputs)
+            compiled = self.compilers.whole(gm, example_inputs)
         # Counted when it is done: Dynamo may begin a graph anew.
         self.session.graphs += 1
         self.session.recompiles += self.session.evaluations > 0
@@ -121,7 +126,7 @@ class Backend:
             if self.fullgraph and not is_part:
                 raise
             raise _Refused(str(error), len(gm.graph.nodes)) from error
-        return rewrite(gm, cut, probe, self.session, self.lowering, is_part=is_part)
+        return rewrite(gm, cut, probe, self.session, self.compilers, is_part=is_part)
 
     def analyse(
         self, gm: fx.GraphModule, inputs: GraphInputs, *, is_part: bool
@@ -203,33 +208,34 @@ def rewrite(
     cut: Cut,
     probe: Probe | None,
     session: Session,
-    lowering: Lowering,
+    compilers: Compilers,
     *,
     is_part: bool = False,
 ) -> StepExecutor:
     """`gm`, which is not changed, becomes a step executor that runs it as `cut` says."""
+    options = compilers.options
     facts, inputs, ring = cut.facts, cut.facts.inputs, session.policy.forecast.ring
     log.info("%s", cut)
     for note in cut.notes:
         log.info("%s", note)
     session.skipped_share = cut.skipped_share
-    kept, residuals = state_fakes(cut, probe, lowering.cache_dtype)
+    kept, residuals = state_fakes(cut, probe, options.cache_dtype)
     device = residuals[0].device
-    kernels = lowering.kernels(device)
+    kernels = compilers.kernels(device)
     pieces = build_pieces(
-        gm, cut, probe, ring=ring, kernels=kernels, cache_dtype=lowering.cache_dtype
+        gm, cut, probe, ring=ring, kernels=kernels, cache_dtype=options.cache_dtype
     )
     placeholders = gm.graph.find_nodes(op="placeholder")
     place = {node: index for index, node in enumerate(placeholders)}
     wiring = Wiring(
         pieces,
-        compile_pieces(pieces, kept, residuals, ring, lowering),
+        compile_pieces(pieces, kept, residuals, ring, compilers),
         inputs=placeholders,
         kept=tuple(kept),
         streams=len(residuals),
         ring=ring,
     )
-    has_graphs = lowering.graphs and graph_device(device) is not None
+    has_graphs = compilers.graphs and graph_device(device) is not None
     if has_graphs and (why := _not_graphable(inputs, device)):
         log.warning("no CUDA graphs: %s", why)
         has_graphs = False
@@ -238,7 +244,7 @@ def rewrite(
     devices: WeakKeyDictionary[Slot, GraphDevice | None] = WeakKeyDictionary()
     weights = [place[node] for node in inputs.weights if not is_number(node)]
     data = {place[node]: inputs.paths[node] for node in inputs.data}
-    on_host = is_away(lowering.cache_device, device)
+    on_host = is_away(options.host, device)
 
     def make_regions(slot: Slot) -> Regions:
         if on_host:
@@ -270,9 +276,9 @@ def rewrite(
         signature=signature_of(placeholders, inputs, cut, [*kept.values(), *residuals]),
         allocate=allocator(placeholders, inputs, kept, residuals, ring, on_host=on_host),
         weights=_weights(inputs, place),
-        conditions=_conditions(facts, place, session.policy, lowering),
+        conditions=_conditions(facts, place, session.policy, options),
         # With the whole model as the span, nothing was found that could be wrong.
-        audit=audit if lowering.audit and cut.span_units else None,
+        audit=audit if options.audit and cut.span_units else None,
     )
 
 
@@ -289,7 +295,7 @@ def _weights(inputs: GraphInputs, place: dict[fx.Node, int]) -> Weights:
 
 
 def _conditions(
-    facts: Facts, place: dict[fx.Node, int], policy: Policy, lowering: Lowering
+    facts: Facts, place: dict[fx.Node, int], policy: Policy, options: Options
 ) -> Conditions | None:
     """What compares the conditioning inputs, None if the policy does not look at them."""
     threshold = getattr(policy, "control_threshold", None)
@@ -298,7 +304,7 @@ def _conditions(
     places = {facts.inputs.paths[node]: place[node] for node in conditioning(facts)}
     on_gpu = any(tensor_of(node).device.type == "cuda" for node in facts.inputs.data)
     # Nothing compiles this: plain operations would make many passes over memory.
-    plain = lowering.kernel == "aten" or not on_gpu
+    plain = options.kernel == "aten" or not on_gpu
     return Conditions(threshold, places, reference.residual_diff if plain else residual_diff)
 
 
@@ -332,6 +338,5 @@ def fxcache_backend(
     policy = rest.pop("policy", None) or FirstBlockCache()
     check_policy(policy)
     own = {name: rest.pop(name) for name in _OWN_OPTIONS if name in rest}
-    backend = rest.pop("backend", "inductor")
-    lowering = resolve_lowering(backend, mode, rest or None, None, **own)
-    return Backend(Session(policy), lowering)(gm, example_inputs)
+    compilers = Compilers(Options(mode=mode, options=rest or None, **own))
+    return Backend(Session(policy), compilers)(gm, example_inputs)

@@ -5,15 +5,19 @@ Checked on torch 2.13 and 2.15: a new torch that moves one of these fails here f
 """
 
 import inspect
+import logging
+import sys
 import threading
+import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import fx
 from torch._C import DispatchKey
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import (
     BackendCompilerFailed,
@@ -22,6 +26,8 @@ from torch._dynamo.exc import (
     Unsupported,
     UserError,
 )
+from torch._dynamo.output_graph import OutputGraph
+from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting
 from torch._functorch._aot_autograd.descriptors import (
     InputMutationAOTOutput,
     PlainAOTInput,
@@ -66,21 +72,34 @@ ISOLATED: dict[str, Any] = (
     else {}
 )
 
-# Switches of Dynamo, as far as this torch has them, that leave more of a model in one graph.
-_CAPTURE_MORE: dict[str, Any] = {
-    name: value
-    for name, value in {
+#: What logs and returns nothing, as far as it is there (some libraries add their own).
+_LOGGING = (
+    "debug",
+    "info",
+    "warning",
+    "error",
+    "critical",
+    "log",
+    "warning_once",
+    "warning_advice",
+)
+
+
+def capturing(*, more: bool) -> AbstractContextManager[None]:
+    """Dynamo's switches for the calls inside only, as far as this torch has them: guards that skip
+    what has not changed since they were last checked; with `more`, those that avoid graph breaks:
+    what a model warns of and logs is left out.
+    """
+    own = {getattr(logging.Logger, name) for name in _LOGGING if hasattr(logging.Logger, name)}
+    switches: dict[str, Any] = {"use_recursive_dict_tags_for_guards": True}
+    extra = {
         "capture_scalar_outputs": True,
         "capture_dynamic_output_shape_ops": True,
-        "ignore_logging_functions": {warnings.warn},
-    }.items()
-    if hasattr(torch._dynamo.config, name)
-}
-
-
-def capturing_more() -> AbstractContextManager[None]:
-    """Dynamo's switches that avoid graph breaks, for the calls inside only."""
-    patched: AbstractContextManager[None] = torch._dynamo.config.patch(_CAPTURE_MORE)
+        "ignore_logging_functions": {warnings.warn, *own},
+    }
+    switches |= extra if more else {}
+    known = {name: value for name, value in switches.items() if hasattr(torch._dynamo.config, name)}
+    patched: AbstractContextManager[None] = torch._dynamo.config.patch(known)
     return patched
 
 
@@ -180,3 +199,44 @@ def guarded_numbers(
         return {name: frozenset(code or ()) for name, code in named.items() if is_wanted(name)}
 
     return numbers
+
+
+def changes_objects() -> bool:
+    """Whether the capture that is going on sees the model change something of its own besides
+    tensors (attributes, lists), or draw numbers of Python's. Compiled code replays that at each
+    call, around the graph. Where it cannot be told: True.
+    """
+    frame: types.FrameType | None = sys._getframe()
+    while (frame := frame.f_back if frame else None) is not None:
+        output = frame.f_locals.get("self")
+        if isinstance(output, OutputGraph):
+            changed = output.side_effects._get_modified_vars()
+            kinds = (AttributeMutationExisting, ValueMutationExisting)
+            return bool(output.random_calls) or any(
+                isinstance(variable.mutation_type, kinds) for variable in changed
+            )
+    return True
+
+
+def guards_of(
+    function: types.FunctionType, given: Mapping[str, Any]
+) -> Callable[[Mapping[str, Any]], bool] | None:
+    """Dynamo's guards of that compiled entry of `function` which fits a call with `given`, by the
+    names of its arguments. None if there is none.
+    """
+    managers = (entry.guard_manager for entry in _entries(function))
+    return next((manager.check for manager in managers if manager.check(given)), None)
+
+
+def failed_guard(function: types.FunctionType, given: Mapping[str, Any]) -> str | None:
+    """What the newest compiled entry of `function` depends on and `given` does not fulfil."""
+    for entry in _entries(function):
+        parts = entry.guard_manager.check_verbose(given).verbose_code_parts
+        if parts:
+            return str(parts[0]).split("#")[0].strip()
+    return None
+
+
+def _entries(function: types.FunctionType) -> list[Any]:
+    entries: list[Any] = _debug_get_cache_entry_list(function.__code__)
+    return entries

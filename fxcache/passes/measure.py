@@ -78,9 +78,14 @@ class Measurement:
     def _change(self, graph: "PieceGraph", after: Any, before: Any = None) -> Any:
         """float32 [B, 2]: sum |p - p*| and sum |p*|."""
         operands = [after, before, graph.proxy(graph.argument(REFERENCE))]
+        operands = [None if each is None else self._real(each) for each in operands]
         if self.kernels is not reference:
             operands.append(graph.proxy(graph.argument(TICKETS)))
         return self.kernels.residual_diff(*operands)
+
+    def _real(self, value: Any) -> Any:
+        """The parts of what is measured, if it is complex."""
+        return torch.view_as_real(value) if tensor_of(self.probe.node).is_complex() else value
 
     def _metric(self, graph: "PieceGraph", change: Any) -> Any:
         """The metric out of the sums. NaN and Inf stay."""
@@ -137,7 +142,7 @@ class Measurement:
         last_x, last_y, statistics = (
             graph.proxy(graph.argument(key)) for key in (INPUT, OUTPUT, STATISTICS)
         )
-        rate = _distance(y, last_y) / _distance(x, last_x)
+        rate = _distance(y, last_y) / _distance(self._real(x), self._real(last_x))
         statistics.copy_(torch.stack([rate, y.float().abs().mean()]))
         last_x.copy_(x)
         last_y.copy_(y)

@@ -151,7 +151,7 @@ class _PiecesWriter:
         for index, stream in enumerate(self.cut.streams):
             before = self._before(graph, stream)
             past = [self._past(graph, stream, ring_key(index, j)) for j in range(ring)]
-            predicted = self.kernels.forecast(before, past, weights)
+            predicted = self._forecast(stream, before, past, weights)
             graph.define(stream.after, _laid_out_like(stream.after, predicted).node)
         if self.measurement is not None:
             self.measurement.on_hit(graph)
@@ -173,6 +173,14 @@ class _PiecesWriter:
         scalars = [n for n in self.crossing if not isinstance(value_of(n), torch.Tensor)]
         for node in scalars:
             graph.emit(1 << self.facts.position[node])
+
+    def _forecast(self, stream: Stream, before: Any, past: list[Any], weights: Any) -> Any:
+        """What the kernel predicts; of a complex stream, of both parts."""
+        if weights is None or not stream.after_dtype.is_complex:
+            return self.kernels.forecast(before, past, weights)
+        parts = None if before is None else torch.view_as_real(before)
+        predicted = self.kernels.forecast(parts, list(map(torch.view_as_real, past)), weights)
+        return torch.view_as_complex(predicted)
 
     def _before(self, graph: PieceGraph, stream: Stream) -> Any:
         """What of `stream` is renewed, a proxy (None: nothing is)."""

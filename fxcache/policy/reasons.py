@@ -21,10 +21,14 @@ class Reason(str, Enum):
     FIRST_COMPUTED = "the first branch computed"
     CONTROL_CHANGED = "control changed"
     WEIGHTS_CHANGED = "weights changed"
+    NUMBER_CHANGED = "a number of the model changed"
     UNCACHED = "after an uncached evaluation"
     UNKNOWN_BRANCH = "which branch it is cannot be told"
     POLICY_CHANGED = "another policy"
     AUDIT = "audit"
+
+    def __repr__(self) -> str:
+        return repr(self.value)
 
     def __str__(self) -> str:
         return self.value

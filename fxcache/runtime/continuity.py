@@ -39,17 +39,18 @@ class Seen:
 
 class Given:
     """What one call was given, by the names of its inputs: the layouts of tensors and what is a
-    word or a switch, and which tensors they are (but for `samples`, which always are others).
+    word or a switch, and which tensors they are. `samples` are others at each step.
     """
 
     def __init__(self, inputs: Mapping[str, Any], samples: Collection[str] = ()) -> None:
         self.tensors: dict[str, Seen] = {}
+        self.samples: dict[str, Seen] = {}
         self.layouts: dict[str, Hashable] = {}
         for name, value in _leaves(inputs):
             if isinstance(value, torch.Tensor):
                 self.layouts[name] = value.shape, value.dtype, value.device
-                if name not in samples:
-                    self.tensors[name] = Seen.of(value)
+                kept = self.samples if name in samples else self.tensors
+                kept[name] = Seen.of(value)
             elif isinstance(value, str | bool):
                 self.layouts[name] = value
 
@@ -62,6 +63,11 @@ class Given:
         """The names of the tensors that both hold and that are not the same."""
         mine, others = self.tensors, other.tensors
         return {name for name in mine.keys() & others.keys() if mine[name] != others[name]}
+
+    def shares(self, other: "Given") -> bool:
+        """Whether one tensor at least is the same."""
+        mine, others = self.tensors | self.samples, other.tensors | other.samples
+        return any(mine[name] == others[name] for name in mine.keys() & others.keys())
 
 
 def _leaves(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -94,38 +100,35 @@ class Continuity:
 
     def find(self) -> BranchState | None:
         """The branch that goes on; None: the call begins one of its own."""
-        own = [s for s in self.slot.branches.values() if s.is_running and s.name == self.name]
-        like = [s for s in own if s.given is not None and s.given.fits(self.given)]
-        if self.name is None and self.looks:
-            like = [s for s in like if not self._contradicts(s)]
+        own = self._running()
+        like = [state for state in own if state.given.fits(self.given)]
+        # What is made anew for each call of one branch is no evidence for another, either.
+        varying = set[str]().union(*(state.varying for state in own))
+        changed = {id(state): state.given.changed(self.given) - varying for state in like}
+        if self.name is None and self.looks:  # not where what was the same at all calls is another
+            like = [state for state in like if state.calls == 1 or not changed[id(state)]]
         if not like:
             return None
-        missing = {id(s): len(self._changed(s)) for s in like}
-        best = [s for s in like if missing[id(s)] == min(missing.values())]
-        free = [s for s in best if not self.was_called(s)]
-        if self.looks and any(
-            a.given.changed(b.given) - a.varying for a, b in combinations(best, 2)
-        ):
-            if not free:
-                return None
+        fewest = min(len(changed[id(state)]) for state in like)
+        best = [state for state in like if len(changed[id(state)]) == fewest]
+        free = [state for state in best if not self.was_called(state)]
+        pairs = combinations(best, 2) if self.looks else ()
+        if free and any(a.given.changed(b.given) - varying for a, b in pairs):
             free[0].lose(Reason.UNKNOWN_BRANCH)
         if free:
             return free[0]
-        return None if self.is_exact or (self.looks and missing[id(best[0])]) else best[0]
+        # What shares nothing at all is the same call anew; what shares a part, another branch's.
+        is_other = self.looks and fewest > 0 and best[0].given.shares(self.given)
+        return None if self.is_exact or is_other else best[0]
 
     def has_layout(self) -> bool:
-        """Whether some branch of this name was given tensors of these layouts."""
-        own = (s.given for s in self.slot.branches.values() if s.is_running and s.name == self.name)
-        return any(given is not None and given.fits(self.given) for given in own)
+        """Whether a branch of this name was given tensors of these layouts, if there is one."""
+        own = self._running()
+        return not own or any(state.given.fits(self.given) for state in own)
 
-    def _changed(self, state: BranchState) -> set[str]:
-        """What is another tensor than at the last call of `state`, and not so at every call."""
-        changed: set[str] = state.given.changed(self.given)
-        return changed - state.varying
-
-    def _contradicts(self, state: BranchState) -> bool:
-        """Whether something is another tensor that was the same at all calls of `state`."""
-        return state.calls > 1 and bool(self._changed(state))
+    def _running(self) -> list[BranchState]:
+        states = self.slot.branches.values()
+        return [state for state in states if state.is_running and state.name == self.name]
 
     def begin(self) -> BranchState:
         """A branch of its own. It takes the place of one that is not called any more, if it can."""

@@ -18,7 +18,7 @@ from fxcache.runtime.audit import Audit
 from fxcache.runtime.conditions import Conditions
 from fxcache.runtime.freshness import Weights
 from fxcache.runtime.regions import Evaluation, Regions
-from fxcache.runtime.session import NewTrajectory, Session, read_number
+from fxcache.runtime.session import NewTrajectory, Outdated, Session, read_number
 from fxcache.runtime.state import BranchState, Buffers, Signature, Slot
 from fxcache.runtime.steps import Call, number_of
 
@@ -59,6 +59,8 @@ class StepExecutor:
         self.weights, self.conditions, self.audit = weights, conditions, audit
         self.data, self.has_numbers = dict(data), has_numbers
         self.timestep, self.ring = timestep, ring
+        #: A call of the model does nothing but run this graph.
+        self.is_all = False
         # By buffers and not in the state: recompiled graphs of one span share the state.
         self.regions: WeakKeyDictionary[Buffers, Regions] = WeakKeyDictionary()
 
@@ -73,7 +75,10 @@ class StepExecutor:
                     state.lost = Reason.CONTROL_CHANGED
                 state.allocate(signature, lambda: self.allocate(inputs))
             evaluation = self._regions(slot, state.allocated).begin(inputs, state.allocated)
-            self._check_weights(state, inputs)  # a GPU computes the head meanwhile
+            # Checked while a GPU computes the head or, where nothing is measured, the hit.
+            checks_late = session.policy.probe is None
+            if not checks_late:
+                self._check(state, inputs)
             metric, call = self._measured(call, evaluation, inputs)
             conditions = self.conditions
             change = None
@@ -85,17 +90,19 @@ class StepExecutor:
             measured = metric if session.is_measured(state) else None
             if decision.is_hit:
                 outputs = evaluation.hit(self._weights(state, state.step))
-            else:
+            if checks_late and self._check(state, inputs) and decision.is_hit:
+                decision = Decision(False, state.lost, decision.score)
+            if not decision.is_hit:
                 if conditions is not None:
                     conditions.keep(inputs, state.allocated)
                 outputs = self._miss(state, evaluation, measured, inputs)
-        except NewTrajectory:  # nothing was written, and the evaluation comes again
+        except (NewTrajectory, Outdated):  # nothing was written, and the evaluation comes again
             raise
         except BaseException:
             state.forget()  # whatever was half written is never read
             raise
         self._commit(call, measured, decision, outputs)
-        if not session.trusts_trajectory.get():  # else nobody asks, and the tensors would live on
+        if session.call.get() is not None:  # else nobody asks, and the tensors would live on
             session.note_call(self, slot, inputs, outputs)
         return outputs
 
@@ -107,12 +114,20 @@ class StepExecutor:
         session.steps.knows_time = True
         return session.steps.settle(session.slot, session.where, given, time)
 
-    def _check_weights(self, state: BranchState, inputs: Sequence[Any]) -> None:
-        """Forget the residuals of other weights than these."""
-        if state.past and not self.session.trusts_trajectory.get():
-            state.stamp = self.weights.unchanged(state.stamp, inputs)
-            if state.stamp is None:
-                state.lose(Reason.WEIGHTS_CHANGED)
+    def _check(self, state: BranchState, inputs: Sequence[Any]) -> bool:
+        """Forget the residuals of other weights than these; whether they were others.
+
+        Raises Outdated if the caller came past Dynamo, and what was learned does not hold.
+        """
+        session = self.session
+        if (holds := session.holds.get()) is not None and not holds():
+            raise Outdated
+        if not state.past or session.trusts_trajectory.get():
+            return False
+        state.stamp, reason = self.weights.check(state.stamp, inputs)
+        if reason is not None:
+            state.lose(reason)
+        return reason is not None
 
     def _regions(self, slot: Slot, buffers: Buffers) -> Regions:
         regions = self.regions.get(buffers)

@@ -11,11 +11,15 @@ import functools
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from fxcache.policy.reasons import Reason
+
+_version = attrgetter("_version")
 _stamps: "weakref.WeakSet[Stamp]" = weakref.WeakSet()
 
 
@@ -65,39 +69,42 @@ class Weights:
         _stamps.add(stamp)
         return stamp
 
-    def unchanged(self, stamp: Stamp | None, inputs: Sequence[Any]) -> Stamp | None:
-        """`stamp` if the weights are as it says (or one of this graph), None if not."""
-        if stamp is None or stamp.is_void:
-            return None
-        now = Stamp(self, *self._now(inputs))
+    def check(self, stamp: Stamp, inputs: Sequence[Any]) -> tuple[Stamp, Reason | None]:
+        """Why what is of `stamp` must be forgotten (None: nothing changed), and a stamp for next
+        time: this one, or if it is of another graph, one of this graph.
+        """
+        ids, versions, values = self._now(inputs)
         if stamp.weights is self:
-            is_same = (stamp.ids, stamp.versions, stamp.values) == (
-                now.ids,
-                now.versions,
-                now.values,
-            )
-            return stamp if is_same else None
-        then, own = stamp.weights._named(stamp), self._named(now)
-        is_same = all(then[name] == own[name] for name in then.keys() & own.keys())
-        return (
-            self.stamp(inputs)
-            if is_same and stamp.weights._held(stamp) == self._held(now)
-            else None
-        )
+            is_same = (stamp.ids, stamp.versions) == (ids, versions)
+            reason = None if stamp.values == values else Reason.NUMBER_CHANGED
+        else:
+            then = {**stamp.weights.constants(), **_tagged(stamp.values)}
+            own = {**self.constants(), **_tagged(values)}
+            is_same = stamp.weights._held(stamp.ids, stamp.versions) == self._held(ids, versions)
+            changed = any(then[name] != own[name] for name in then.keys() & own.keys())
+            reason = Reason.NUMBER_CHANGED if changed else None
+        if stamp.is_void or not is_same:
+            reason = Reason.WEIGHTS_CHANGED
+        keeps = reason is None and stamp.weights is self
+        return (stamp if keeps else self.stamp(inputs)), reason
+
+    def _held(self, ids: list[int], versions: list[int]) -> dict[int, int]:
+        each = zip(ids, versions, self.registered, strict=True)
+        return {identity: version for identity, version, is_registered in each if is_registered}
 
     def _now(self, inputs: Sequence[Any]) -> tuple[list[int], list[int], dict[str, Any]]:
         tensors = [inputs[place] for place in self.tensors]
-        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        try:
+            versions = list(map(_version, tensors))
+        except RuntimeError:  # of inference tensors no writes are counted
+            versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
         values = {name: inputs[place].item() for name, place in self.numbers.items()}
         return list(map(id, tensors)), versions, values
 
-    def _held(self, stamp: Stamp) -> dict[int, int]:
-        each = zip(stamp.ids, stamp.versions, self.registered, strict=True)
-        return {identity: version for identity, version, is_registered in each if is_registered}
 
-    def _named(self, stamp: Stamp) -> dict[str, Hashable]:
-        """All numbers. A constant that became an input has changed: this is why it is one."""
-        return {**self.constants(), **{name: ("input", v) for name, v in stamp.values.items()}}
+def _tagged(values: Mapping[str, Any]) -> dict[str, Hashable]:
+    """Numbers that are inputs. A constant that became one has changed: this is why it is one."""
+    return {name: ("input", value) for name, value in values.items()}
 
 
 def _void(stamp: "weakref.ref[Stamp]", _: Any) -> None:

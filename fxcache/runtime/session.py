@@ -34,6 +34,10 @@ class NewTrajectory(Exception):  # noqa: N818 - a signal between executor and sh
     """A new trajectory begins: its first evaluation must be called with all checks."""
 
 
+class Outdated(Exception):  # noqa: N818 - a signal between executor and shortcut
+    """What was learned of the model does not hold any more: the complete way must be taken."""
+
+
 LastCall = tuple[Any, Slot, tuple[Any, ...], Sequence[Any]]
 
 
@@ -61,9 +65,12 @@ class Session:
         self.call: ContextVar[Call | None] = ContextVar("fxcache_call", default=None)
         #: Whether the caller skipped the checks that a trajectory begins with.
         self.trusts_trajectory: ContextVar[bool] = ContextVar("fxcache_trusts", default=False)
+        #: Asked once the device is busy: whether what was learned of the model still holds.
+        self.holds: ContextVar[Callable[[], bool] | None] = ContextVar(
+            "fxcache_holds", default=None
+        )
         #: The last evaluation of this thread: executor, slot, flat inputs and outputs.
         self.last_call: ContextVar[LastCall | None] = ContextVar("fxcache_last", default=None)
-        self.keeps_calls = False
         #: Told of every evaluation: slot, state, metric (NaN: none) and outputs.
         self.observe: Callable[[Slot, BranchState, float, Sequence[Any]], None] | None = None
         #: The share of the graph's FLOPs that a hit skips, 0 to 1; known once it was rewritten.
@@ -280,6 +287,12 @@ class Session:
     def record(self, call: Call, metric: float | None, decision: Decision) -> None:
         """Note what was decided."""
         state = call.state
+        if call.is_repeat and call.where.branch is None:
+            self.say_once(
+                "repeat",
+                "several evaluations at one timestep in one branch: if they are the branches of "
+                "classifier-free guidance, name them with denoiser.branch(...)",
+            )
         self.records.append(
             Record(
                 state.step,
@@ -296,8 +309,7 @@ class Session:
 
     def note_call(self, *call: Any) -> None:
         """Remember an evaluation (a `LastCall`) for somebody who learns how to repeat it."""
-        if self.keeps_calls:
-            self.last_call.set(cast(LastCall, call))
+        self.last_call.set(cast(LastCall, call))
 
     def say_once(self, key: str, message: str) -> None:
         """Log a warning the first time that `key` comes up."""

@@ -1,21 +1,24 @@
-"""The way past Dynamo for the evaluations of a trajectory after its first.
+"""The way past Dynamo for calls like one that went the complete way.
 
-Dynamo checks its guards and loads every weight of the model at each call, which costs more than a
-small model's hit. Inside a trajectory the same things are called again and again, so after a
-complete first evaluation of a branch the others go straight to its step executor, as long as their
-arguments have the same structure, layouts and constants.
+Dynamo checks its guards and loads every weight of the model before a call starts, which costs more
+than a small model's hit. So it is remembered how such a call became one of the step executor, and
+the next goes straight there, as long as its arguments have the same structure, layouts and
+constants. Dynamo's guards, and that every weight is the same tensor, are checked once the device is
+busy; if that fails, what was queued is dropped and the complete way is taken. With
+``guards="trajectory"`` they are not checked before the next trajectory begins.
 """
 
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxcache.runtime.session import LastCall, NewTrajectory, Session
+from fxcache.runtime.session import LastCall, NewTrajectory, Outdated, Session
 from fxcache.runtime.state import Slot
 
 #: What `Shortcut.evaluate` gives where the complete way must be taken.
@@ -23,19 +26,26 @@ NOT_TAKEN = object()
 
 _CONSTANTS = (int, float, str, bool, type(None), torch.dtype, torch.device)
 _FIXED_RESULTS = (str, bool, type(None), torch.dtype, torch.device)
-_MAX_PATHS = 64
+_MAX_PATHS, _MAX_FAILURES = 64, 8
+#: Of the arguments of what Dynamo compiled, by name: whether the compiled code fits.
+Guards = Callable[[Mapping[str, Any]], bool]
 
 
 @dataclass(frozen=True)
 class _Path:
     """How a call of the model becomes a call of an executor.
 
-    `values` are the executor's inputs, with None at the places of the caller's tensors; `places`
+    `values` are the executor's inputs, with None at the places of the caller's tensors and of the
+    weights that stand in the model; `places`
     maps leaves of the arguments to such places; `results` are the leaves of what the model returns:
     a place among the executor's outputs, or a constant. Each output is one of them.
     """
 
     executor: Any
+    #: Dynamo's guards, and where each weight and module stands. Without: not checked.
+    guards: Guards | None
+    owners: tuple[tuple[dict[str, Any], str], ...]
+    ids: list[int]
     slot: weakref.ref[Slot]  # a finished request is not kept alive
     trajectory: int
     ambient: Hashable
@@ -48,53 +58,115 @@ class _Path:
 
     @property
     def is_current(self) -> bool:
+        """Whether the trajectory is the one in which it was learned, if nothing else is checked."""
         slot = self.slot()
-        return slot is not None and slot.trajectory == self.trajectory
+        is_same = slot is not None and slot.trajectory == self.trajectory
+        return is_same or self.guards is not None
 
 
 class Shortcut:
-    """Learns paths from complete evaluations and takes them; one path a slot and branch."""
+    """Learns paths from complete evaluations and takes them; one path a slot and branch.
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    Args:
+        model: whose weights are looked at.
+        checks: whether guards and weights are checked at each call.
+    """
+
+    def __init__(self, session: Session, model: nn.Module, *, checks: bool) -> None:
+        self.session, self.model, self.checks = session, weakref.ref(model), checks
         self.paths: dict[Hashable, _Path] = {}
-        session.keeps_calls = True
+        #: How often in a row nothing could be learned.
+        self.failures = 0
 
-    def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    @property
+    def learns(self) -> bool:
+        """Whether there is a use in trying."""
+        return self.failures < _MAX_FAILURES
+
+    def evaluate(self, given: Mapping[str, Any]) -> Any:
         """What the model returns, or NOT_TAKEN if this call needs all checks."""
-        path = self.paths.get(self._key())
+        key, call = self._key(), self.session.call.get()
+        path = self.paths.get(key)
+        if call is None or (call.is_repeat and not self.checks):  # it may begin a trajectory
+            return NOT_TAKEN
         if path is None or not path.is_current or path.ambient != _ambient():
             return NOT_TAKEN
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = pytree.tree_flatten((given["args"], given["kwargs"]))
         if spec != path.spec or any(
             not _same(leaf, layout) for leaf, layout in zip(leaves, path.layouts, strict=True)
         ):
             return NOT_TAKEN
         values = list(path.values)
+        weights = [where.get(name) for where, name in path.owners]
+        if list(map(id, weights)) != path.ids:
+            return NOT_TAKEN
         for leaf, place in path.places:
             values[place] = leaves[leaf]
-        token = self.session.trusts_trajectory.set(True)
+        if path.owners:
+            for place, weight in zip(path.executor.weights.tensors, weights, strict=False):
+                values[place] = weight
+        trusts = self.session.trusts_trajectory.set(not self.checks)
+        guards = path.guards
+        holds = self.session.holds.set(None if guards is None else lambda: guards(given))
         try:
             with _without_autocast():  # which is in the graph, as casts
                 outputs = path.executor(*values)
         except NewTrajectory:
             return NOT_TAKEN
+        except Outdated:
+            del self.paths[key]
+            return NOT_TAKEN
+        except Exception:
+            if guards is None or guards(given):
+                raise
+            del self.paths[key]  # what was queued did not fit the model any more
+            return NOT_TAKEN
         finally:
-            self.session.trusts_trajectory.reset(token)
+            self.session.holds.reset(holds)
+            self.session.trusts_trajectory.reset(trusts)
         results = [outputs[value] if computed else value for computed, value in path.results]
         return pytree.tree_unflatten(results, path.result_spec)
 
-    def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Remember how the evaluation that just went the complete way can be repeated."""
-        call, where = self.session.last_call.get(), self._key()
-        self.paths.pop(where, None)
-        path = None if call is None else _path(call, args, kwargs, result)
+    def learn(self, given: Mapping[str, Any], result: Any, guards: Guards | None) -> None:
+        """Remember how the evaluation that just went the complete way can be repeated.
+
+        `given` are the arguments of what Dynamo compiled, by name, `guards` those that hold for it.
+        """
+        last, key = self.session.last_call.get(), self._key()
+        self.paths.pop(key, None)
+        self.failures += 1
+        if last is None or (self.checks and guards is None):
+            return
+        owners = self._owners(last) if self.checks else ()
+        path = None if owners is None else _path(last, given, result, guards, owners)
         if path is not None:
+            self.failures = 0
             if len(self.paths) >= _MAX_PATHS:
-                self.paths = {at: old for at, old in self.paths.items() if old.is_current}
+                self.paths = {at: old for at, old in self.paths.items() if old.slot() is not None}
             if len(self.paths) >= _MAX_PATHS:
                 self.paths.clear()
-            self.paths[where] = path
+            self.paths[key] = path
+
+    def _owners(self, last: LastCall) -> tuple[tuple[dict[str, Any], str], ...] | None:
+        """Where the graph's weights stand in the model, then all modules; None if a weight does not
+        stand there, or is a number.
+        """
+        executor, _, inputs, _ = last
+        model = self.model()
+        if executor.weights.numbers or not executor.is_all or model is None:
+            return None
+        modules = list(model.modules())
+        where = {
+            id(value): (own, name)
+            for module in modules
+            for own in (module._buffers, module._parameters)
+            for name, value in own.items()
+        }
+        places = (where.get(id(inputs[place])) for place in executor.weights.tensors)
+        found = tuple(place for place in places if place is not None)
+        if len(found) < len(executor.weights.tensors):
+            return None
+        return found + tuple((m._modules, name) for m in modules for name in m._modules)
 
     def _key(self) -> Hashable:
         call = self.session.call.get()
@@ -103,17 +175,25 @@ class Shortcut:
     def forget(self) -> None:
         """Every next call goes the complete way."""
         self.paths.clear()
+        self.failures = 0
 
 
 def _path(
-    call: LastCall, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    call: LastCall,
+    given: Mapping[str, Any],
+    result: Any,
+    guards: Callable[[Mapping[str, Any]], bool] | None,
+    owners: tuple[tuple[dict[str, Any], str], ...],
 ) -> _Path | None:
     """The path of `call`, None if its inputs or results are not simply the caller's."""
     executor, slot, inputs, outputs = call
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, spec = pytree.tree_flatten((given["args"], given["kwargs"]))
     if _shares(leaves):
         return None  # the next call may not
     values = list(inputs)
+    if owners:  # the model keeps them, not the path
+        for place in executor.weights.tensors:
+            values[place] = None
     places = []
     for place in executor.data:
         found = [i for i, leaf in enumerate(leaves) if leaf is inputs[place]]
@@ -133,6 +213,9 @@ def _path(
         return None  # an output that is not returned becomes something else after the graph
     return _Path(
         executor,
+        guards,
+        owners,
+        [id(where.get(name)) for where, name in owners],
         weakref.ref(slot),
         slot.trajectory,
         _ambient(),

@@ -232,8 +232,6 @@ class Slot:
     timestep: float | None = None
     #: Which step each timestep of the trajectory is.
     steps: dict[float, int] = field(default_factory=dict)
-    #: A timestep that comes again is another branch: the first did, and no solver repeats that.
-    repeats: bool = False
     verdict: Verdict | None = None
     #: What the sampler's scheduler says, where there is one.
     timeline: Any = None
@@ -270,7 +268,7 @@ class Slot:
         self.is_announced, self.num_steps, self.first_step = announced, num_steps, first_step
         self.step, self.place, self.timestep = first_step - 1, -1, None
         self.steps.clear()
-        self.verdict, self.repeats = None, False
+        self.verdict = None
 
     def release(self) -> None:
         """Free the memory of all branches."""

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 
 from fxcache.integrations.scheduler import Reading
-from fxcache.policy.reasons import Reason
 from fxcache.runtime.continuity import Continuity, Given, Seen
 from fxcache.runtime.state import BranchState, Slot
 
@@ -43,13 +42,17 @@ class Where:
 
 @dataclass(frozen=True)
 class Call:
-    """One evaluation's place. `step` is None until its timestep has been read from a GPU."""
+    """One evaluation's place. `step` is None until its timestep has been read from a GPU.
+
+    `is_repeat`: the branch was evaluated at this timestep before, and nobody says what that means.
+    """
 
     slot: Slot
     state: BranchState
     where: Where
     step: int | None
     timestep: float | None
+    is_repeat: bool = False
 
 
 class Steps:
@@ -78,7 +81,8 @@ class Steps:
 
     def settle(self, slot: Slot, where: Where, inputs: Mapping[str, Any], timestep: Any) -> Call:
         """The place of a call of `inputs` (by name), of which `timestep` is the time input."""
-        time, seen = number_of(timestep), _seen(timestep)
+        time = number_of(timestep)
+        seen = Seen.of(timestep) if time is None and isinstance(timestep, torch.Tensor) else None
         index = where.step
         if index is not None and index < slot.place and not slot.is_announced:
             self.begin(slot)
@@ -91,13 +95,13 @@ class Steps:
             return _is_same_time(state, time, seen)
 
         given = {name: value for name, value in inputs.items() if value is not timestep}
-        repeats = where.branch is None and not slot.is_announced and slot.repeats
-        is_exact = index is not None or repeats
+        is_exact = index is not None
         search = Continuity(
             slot, where.branch, Given(given, self.samples), was_called, is_exact, self.looks
         )
         state = search.find()
         step: int | None
+        is_repeat = False
         if index is not None:
             state = state or search.begin()
             step = (
@@ -110,11 +114,12 @@ class Steps:
         else:
             is_known = time is not None or (timestep is None and self.knows_time)
             state = self._recognised(search, state, time) if is_known else state or search.begin()
+            is_repeat = time is not None and time == state.timestep and not slot.is_announced
             step = self._counted(slot, state, time) if is_known else None
         search.note(state)
         state.time_seen = seen
         slot.step = max(slot.step, state.step)
-        return Call(slot, state, where, step, time)
+        return Call(slot, state, where, step, time, is_repeat)
 
     def goes_back(self, slot: Slot, timestep: Any) -> bool:
         """Whether a time input lies before the last one of `slot`, as far as that is known."""
@@ -128,21 +133,14 @@ class Steps:
         slot, state = call.slot, call.state
         if timestep is None and not slot.is_announced:
             self._say_timeless()
+        is_repeat = timestep is not None and timestep == state.timestep and not slot.is_announced
         is_new = not slot.is_announced and self._turns_back(state, timestep)
         if is_new:
             self.begin(slot)
             state.is_running = True
-        elif (
-            not slot.is_announced
-            and call.where.branch is None
-            and timestep is not None
-            and (timestep, slot.first_step) == (state.timestep, state.step)
-        ):
-            self._say_repeated()
-            state.lose(Reason.UNKNOWN_BRANCH)  # Heun's method does not repeat the first one
         step = self._counted(slot, state, timestep)
         slot.step = max(slot.step, step)
-        return replace(call, step=step, timestep=timestep), is_new
+        return replace(call, step=step, timestep=timestep, is_repeat=is_repeat), is_new
 
     # --- by timesteps alone ---
 
@@ -152,7 +150,7 @@ class Steps:
         """The branch of a call that nobody placed; a new trajectory begins where time goes back, or
         where it goes on with other layouts.
         """
-        slot, name = search.slot, search.name
+        slot = search.slot
         if slot.is_announced:
             return state or search.begin()
         if time is None:
@@ -160,29 +158,18 @@ class Steps:
         is_relaid = (
             slot.is_running and not search.has_layout() and (time is None or time != slot.timestep)
         )
-        if is_relaid or self._turns_back(state or slot, time):
+        # A branch that has a name may be called for many steps before another is.
+        last = slot if state is None and search.name is None else state
+        if is_relaid or (last is not None and self._turns_back(last, time)):
             self.begin(slot)
             return search.begin()
-        if state is None or time is None or time != state.timestep or name is not None:
-            return state or search.begin()
-        self._say_repeated()
-        if state.step > slot.first_step:  # Heun's method evaluates twice at all but the first
-            return state
-        slot.repeats = True
-        return search.begin()
+        return state or search.begin()
 
     def _say_timeless(self) -> None:
         self.say_once(
             "timestep",
             "this model shows no time input: new trajectories are recognised by their shapes only. "
             "Announce them: with denoiser.trajectory()",
-        )
-
-    def _say_repeated(self) -> None:
-        self.say_once(
-            "repeat",
-            "several evaluations at one timestep in one branch: if they are the branches of "
-            "classifier-free guidance, name them with denoiser.branch(...)",
         )
 
     def _turns_back(self, last: BranchState | Slot, time: float | None) -> bool:
@@ -349,11 +336,7 @@ def number_of(timestep: Any) -> float | None:
         return float(timestep) if isinstance(timestep, int | float) else None
     if not timestep.numel() or timestep.device.type != "cpu":
         return None
-    return float(timestep.max())
-
-
-def _seen(timestep: Any) -> Seen | None:
-    return Seen.of(timestep) if isinstance(timestep, torch.Tensor) else None
+    return float(timestep if timestep.numel() == 1 else timestep.max())
 
 
 def _is_same_time(state: BranchState, time: float | None, seen: Seen | None) -> bool:

@@ -1,0 +1,101 @@
+"""What `transform`, `apply` and the backend can be asked for: one object, checked once."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fxcache.errors import OptionError
+
+#: What `cache_dtype` may be, besides None: as residuals are computed.
+CACHE_DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+_CHOICES = {
+    "fullgraph": (None, True, False),
+    "disable": (True, False),
+    "fallback": (True, False),
+    "outline": (True, False),
+    "audit": (True, False),
+    "kernel": ("auto", "triton", "aten"),
+    "guards": ("always", "trajectory"),
+    "cache_dtype": (None, *CACHE_DTYPES),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """See `fxcache.transform`. Raises OptionError for a value that is none of the known ones.
+
+    Whether a backend knows `mode` and `options` is seen when its compiler is made
+    (`fxcache.capture.compile.Compilers`).
+    """
+
+    backend: str | Callable[..., Any] = "inductor"
+    mode: str | None = None
+    dynamic: bool | None = None
+    fullgraph: bool | None = None
+    options: dict[str, Any] | None = field(default=None)
+    disable: bool = False
+    fallback: bool = False
+    kernel: str = "auto"
+    outline: bool = True
+    guards: str = "always"
+    cache_dtype: torch.dtype | None = None
+    cache_device: torch.device | str | None = None
+    audit: bool = True
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if not any(value is choice or value == choice for choice in choices):
+                raise OptionError(f"{name} must be one of {choices}, got {value!r}")
+        if self.mode is not None and self.options:
+            raise OptionError(
+                f"either mode or options can be given, not both: mode={self.mode!r}, "
+                f"options={self.options!r}"
+            )
+        _host(self.cache_device)
+
+    @property
+    def host(self) -> torch.device | None:
+        """Where residuals are kept, None: where they are computed."""
+        return _host(self.cache_device)
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether nothing is compiled: pieces run as they were written."""
+        return self.backend == "eager"
+
+    @property
+    def guard_filter(self) -> dict[str, Any] | None:
+        """What of the compiler's options is Dynamo's matter."""
+        found = (self.options or {}).get("guard_filter_fn")
+        return None if found is None else {"guard_filter_fn": found}
+
+    @property
+    def for_compiler(self) -> dict[str, Any] | None:
+        """What of them is the compiler's own."""
+        own = {k: v for k, v in (self.options or {}).items() if k != "guard_filter_fn"}
+        return own or None
+
+
+def _host(cache_device: Any) -> torch.device | None:
+    """The device that `cache_device` names: the host, or None."""
+    if isinstance(cache_device, torch.device | str):
+        with suppress(RuntimeError):  # no device goes by that name
+            device = torch.device(cache_device)
+            if device.type == "cpu":
+                return device
+    if cache_device is not None:
+        raise OptionError(
+            f'cache_device must be "cpu" (host memory) or None (where residuals are computed), '
+            f"got {cache_device!r}"
+        )
+    return None
