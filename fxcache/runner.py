@@ -75,7 +75,7 @@ class Runner:
         self.gave_up = False
         #: After how many evaluations all captures were dropped.
         self._renewed_at: int | None = None
-        self.shortcut = Shortcut(self.session, model, checks=options.guards == "always")
+        self.shortcut = Shortcut(self.session, checks=options.guards == "always")
         self.uncached = (
             _evaluate if options.is_eager else self.compile(self.compilers.piece, fullgraph=False)
         )

@@ -10,7 +10,7 @@ told apart by their order. Where several branches would do, nobody knows: a miss
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -19,8 +19,7 @@ from fxcache.policy.reasons import Reason
 from fxcache.runtime.state import BranchState, Slot
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
+class Seen(NamedTuple):
     """A tensor that a call was given. It is not kept alive, and no other has this memory."""
 
     memory: Any

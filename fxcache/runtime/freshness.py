@@ -18,6 +18,7 @@ import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fxcache.policy.reasons import Reason
+from fxcache.runtime.regions import picker
 
 _version = attrgetter("_version")
 _stamps: "weakref.WeakSet[Stamp]" = weakref.WeakSet()
@@ -52,11 +53,9 @@ class Weights:
         numbers: Mapping[str, int],
         constants: Callable[[], Mapping[str, Hashable]],
     ) -> None:
-        self.tensors, self.registered, self.numbers = (
-            tuple(tensors),
-            tuple(registered),
-            dict(numbers),
-        )
+        self.tensors, self.registered = tuple(tensors), tuple(registered)
+        self.numbers = dict(numbers)
+        self.pick = picker(self.tensors)
         self.constants = functools.cache(constants)
 
     def stamp(self, inputs: Sequence[Any]) -> Stamp:
@@ -93,7 +92,7 @@ class Weights:
         return {identity: version for identity, version, is_registered in each if is_registered}
 
     def _now(self, inputs: Sequence[Any]) -> tuple[list[int], list[int], dict[str, Any]]:
-        tensors = [inputs[place] for place in self.tensors]
+        tensors = self.pick(inputs)
         try:
             versions = list(map(_version, tensors))
         except RuntimeError:  # of inference tensors no writes are counted

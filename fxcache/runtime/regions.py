@@ -131,9 +131,13 @@ def _extended(given: Mapping[Hashable, int], keys: Sequence[Hashable]) -> dict[H
     return {**given, **{key: len(given) + i for i, key in enumerate(keys)}}
 
 
-def _picker(piece: Piece, places: Mapping[Hashable, int]) -> Callable[[Values], Any]:
-    """A function that picks the arguments of `piece` out of all values, by their places."""
-    indices = [places[key] for key in piece.arguments]
+def _picker(piece: Piece, places: Mapping[Hashable, int]) -> Callable[[Sequence[Any]], Any]:
+    """A function that picks the arguments of `piece` out of all values."""
+    return picker([places[key] for key in piece.arguments])
+
+
+def picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], Any]:
+    """A function that picks values by their places."""
     if len(indices) == 1:
         (index,) = indices
         return lambda values: (values[index],)

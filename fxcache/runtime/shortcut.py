@@ -2,12 +2,14 @@
 
 Dynamo checks its guards and loads every weight of the model before a call starts, which costs more
 than a small model's hit. So it is remembered how such a call became one of the step executor, and
-the next goes straight there, as long as its arguments have the same structure, layouts and
-constants. Dynamo's guards, and that every weight is the same tensor, are checked once the device is
-busy; if that fails, what was queued is dropped and the complete way is taken. With
-``guards="trajectory"`` they are not checked before the next trajectory begins.
+the next of the same trajectory goes straight there, as long as its arguments have the same
+structure, layouts and constants. Dynamo's guards are checked once the device is busy; if they fail,
+what was queued is dropped and the complete way is taken. (With ``guards="trajectory"`` they are not
+checked before the next trajectory begins.) Weights that are replaced are seen as modules register
+them; who writes into ``module._parameters`` by hand says so, by `denoiser.reset()`.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn.modules import module as modules
 from torch.utils import _pytree as pytree
 
 from fxcache.runtime.session import LastCall, NewTrajectory, Outdated, Session
@@ -24,7 +26,7 @@ from fxcache.runtime.state import Slot
 #: What `Shortcut.evaluate` gives where the complete way must be taken.
 NOT_TAKEN = object()
 
-_CONSTANTS = (int, float, str, bool, type(None), torch.dtype, torch.device)
+_CONSTANTS = int | float | str | bool | None | torch.dtype | torch.device
 _FIXED_RESULTS = (str, bool, type(None), torch.dtype, torch.device)
 _MAX_PATHS, _MAX_FAILURES = 64, 8
 #: Of the arguments of what Dynamo compiled, by name: whether the compiled code fits.
@@ -35,17 +37,14 @@ Guards = Callable[[Mapping[str, Any]], bool]
 class _Path:
     """How a call of the model becomes a call of an executor.
 
-    `values` are the executor's inputs, with None at the places of the caller's tensors and of the
-    weights that stand in the model; `places`
+    `values` are the executor's inputs, with None at the places of the caller's tensors; `places`
     maps leaves of the arguments to such places; `results` are the leaves of what the model returns:
     a place among the executor's outputs, or a constant. Each output is one of them.
     """
 
     executor: Any
-    #: Dynamo's guards, and where each weight and module stands. Without: not checked.
+    #: Dynamo's guards. None: they are not checked.
     guards: Guards | None
-    owners: tuple[tuple[dict[str, Any], str], ...]
-    ids: list[int]
     slot: weakref.ref[Slot]  # a finished request is not kept alive
     trajectory: int
     ambient: Hashable
@@ -58,22 +57,23 @@ class _Path:
 
     @property
     def is_current(self) -> bool:
-        """Whether the trajectory is the one in which it was learned, if nothing else is checked."""
+        """Whether the trajectory is the one in which it was learned."""
         slot = self.slot()
-        is_same = slot is not None and slot.trajectory == self.trajectory
-        return is_same or self.guards is not None
+        return slot is not None and slot.trajectory == self.trajectory
 
 
 class Shortcut:
     """Learns paths from complete evaluations and takes them; one path a slot and branch.
 
     Args:
-        model: whose weights are looked at.
         checks: whether guards and weights are checked at each call.
     """
 
-    def __init__(self, session: Session, model: nn.Module, *, checks: bool) -> None:
-        self.session, self.model, self.checks = session, weakref.ref(model), checks
+    def __init__(self, session: Session, *, checks: bool) -> None:
+        self.session, self.checks = session, checks
+        if checks:
+            _learners.add(self)
+            _watch_registrations()
         self.paths: dict[Hashable, _Path] = {}
         #: How often in a row nothing could be learned.
         self.failures = 0
@@ -91,20 +91,14 @@ class Shortcut:
             return NOT_TAKEN
         if path is None or not path.is_current or path.ambient != _ambient():
             return NOT_TAKEN
-        leaves, spec = pytree.tree_flatten((given["args"], given["kwargs"]))
+        leaves, spec = _flattened(given)
         if spec != path.spec or any(
             not _same(leaf, layout) for leaf, layout in zip(leaves, path.layouts, strict=True)
         ):
             return NOT_TAKEN
         values = list(path.values)
-        weights = [where.get(name) for where, name in path.owners]
-        if list(map(id, weights)) != path.ids:
-            return NOT_TAKEN
         for leaf, place in path.places:
             values[place] = leaves[leaf]
-        if path.owners:
-            for place, weight in zip(path.executor.weights.tensors, weights, strict=False):
-                values[place] = weight
         trusts = self.session.trusts_trajectory.set(not self.checks)
         guards = path.guards
         holds = self.session.holds.set(None if guards is None else lambda: guards(given))
@@ -125,6 +119,8 @@ class Shortcut:
             self.session.holds.reset(holds)
             self.session.trusts_trajectory.reset(trusts)
         results = [outputs[value] if computed else value for computed, value in path.results]
+        if path.result_spec is tuple:
+            return tuple(results)
         return pytree.tree_unflatten(results, path.result_spec)
 
     def learn(self, given: Mapping[str, Any], result: Any, guards: Guards | None) -> None:
@@ -137,36 +133,14 @@ class Shortcut:
         self.failures += 1
         if last is None or (self.checks and guards is None):
             return
-        owners = self._owners(last) if self.checks else ()
-        path = None if owners is None else _path(last, given, result, guards, owners)
+        path = _path(last, given, result, guards)
         if path is not None:
             self.failures = 0
             if len(self.paths) >= _MAX_PATHS:
-                self.paths = {at: old for at, old in self.paths.items() if old.slot() is not None}
+                self.paths = {at: old for at, old in self.paths.items() if old.is_current}
             if len(self.paths) >= _MAX_PATHS:
                 self.paths.clear()
             self.paths[key] = path
-
-    def _owners(self, last: LastCall) -> tuple[tuple[dict[str, Any], str], ...] | None:
-        """Where the graph's weights stand in the model, then all modules; None if a weight does not
-        stand there, or is a number.
-        """
-        executor, _, inputs, _ = last
-        model = self.model()
-        if executor.weights.numbers or not executor.is_all or model is None:
-            return None
-        modules = list(model.modules())
-        where = {
-            id(value): (own, name)
-            for module in modules
-            for own in (module._buffers, module._parameters)
-            for name, value in own.items()
-        }
-        places = (where.get(id(inputs[place])) for place in executor.weights.tensors)
-        found = tuple(place for place in places if place is not None)
-        if len(found) < len(executor.weights.tensors):
-            return None
-        return found + tuple((m._modules, name) for m in modules for name in m._modules)
 
     def _key(self) -> Hashable:
         call = self.session.call.get()
@@ -178,22 +152,38 @@ class Shortcut:
         self.failures = 0
 
 
+_learners: "weakref.WeakSet[Shortcut]" = weakref.WeakSet()
+
+
+@functools.cache
+def _watch_registrations() -> None:
+    """Forget what was learned whenever some module is given a parameter, a buffer or a child: that
+    may replace a weight, which Dynamo's guards do not see if the layout is the same.
+    """
+
+    def forget(*_: Any) -> None:
+        for learner in list(_learners):
+            learner.paths.clear()
+
+    modules.register_module_parameter_registration_hook(forget)
+    modules.register_module_buffer_registration_hook(forget)
+    modules.register_module_module_registration_hook(forget)
+
+
 def _path(
     call: LastCall,
     given: Mapping[str, Any],
     result: Any,
     guards: Callable[[Mapping[str, Any]], bool] | None,
-    owners: tuple[tuple[dict[str, Any], str], ...],
 ) -> _Path | None:
     """The path of `call`, None if its inputs or results are not simply the caller's."""
     executor, slot, inputs, outputs = call
-    leaves, spec = pytree.tree_flatten((given["args"], given["kwargs"]))
+    if guards is not None and (executor.weights.numbers or not executor.is_all):
+        return None  # Dynamo reads numbers of the model anew, and replays what changes its objects
+    leaves, spec = _flattened(given)
     if _shares(leaves):
         return None  # the next call may not
     values = list(inputs)
-    if owners:  # the model keeps them, not the path
-        for place in executor.weights.tensors:
-            values[place] = None
     places = []
     for place in executor.data:
         found = [i for i, leaf in enumerate(leaves) if leaf is inputs[place]]
@@ -205,6 +195,7 @@ def _path(
         return None
     layouts = tuple(map(_layout, leaves))
     returned, result_spec = pytree.tree_flatten(result)
+    is_tuple = type(result) is tuple and len(returned) == len(result)
     results = [_result(leaf, outputs) for leaf in returned]
     if None in layouts or None in results:
         return None
@@ -214,8 +205,6 @@ def _path(
     return _Path(
         executor,
         guards,
-        owners,
-        [id(where.get(name)) for where, name in owners],
         weakref.ref(slot),
         slot.trajectory,
         _ambient(),
@@ -223,9 +212,18 @@ def _path(
         layouts,
         tuple(values),
         tuple(places),
-        result_spec,
+        tuple if is_tuple else result_spec,
         known,
     )
+
+
+def _flattened(given: Mapping[str, Any]) -> tuple[list[Any], Any]:
+    """The leaves of the arguments, and what tells their structure."""
+    args, kwargs = given["args"], given["kwargs"]
+    leaves = [*args, *kwargs.values()]
+    if all(isinstance(leaf, torch.Tensor | _CONSTANTS) for leaf in leaves):  # a shorter way
+        return leaves, (len(args), *kwargs)
+    return pytree.tree_flatten((args, kwargs))
 
 
 def _shares(leaves: list[Any]) -> bool:
