@@ -141,11 +141,20 @@ class Session:
     @contextmanager
     def settled(self, inputs: Mapping[str, Any], timestep: Any) -> Iterator[Call]:
         """Inside, an evaluation of `inputs` (by name) is where `Steps` says it belongs."""
-        call = self.steps.settle(self.slot, self.where, inputs, timestep)
+        slot, me = self.slot, threading.get_ident()
+        if slot.thread not in (None, me):
+            self.say_once(
+                "threads",
+                "two threads evaluate at the same time in one slot, and share its state: name "
+                "their requests with denoiser.slot(...)",
+            )
+        slot.thread = me
+        call = self.steps.settle(slot, self.where, inputs, timestep)
         token = self.call.set(call)
         try:
             yield call
         finally:
+            slot.thread = None
             self.call.reset(token)
 
     @contextmanager

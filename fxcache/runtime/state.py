@@ -233,6 +233,8 @@ class Slot:
     #: Which step each timestep of the trajectory is.
     steps: dict[float, int] = field(default_factory=dict)
     verdict: Verdict | None = None
+    #: Which thread evaluates.
+    thread: int | None = None
     #: What the sampler's scheduler says, where there is one.
     timeline: Any = None
 

@@ -1,0 +1,175 @@
+"""What shows that weights changed (see test_changed_weights.py for what then happens)."""
+
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from helpers import ALWAYS, assert_identical, plain, sample, times
+from torch import nn
+from zoo import SequentialDiT
+
+from fxcache.runtime.freshness import Weights
+
+
+@pytest.fixture
+def tensors():
+    return [nn.Parameter(torch.ones(3)), torch.zeros(2), nn.Parameter(torch.ones(1))]
+
+
+def weights(count=3, **options):
+    given = {"registered": [True, False, True], "numbers": {}, "constants": dict}
+    return Weights(range(count), **{**given, **options})
+
+
+def test_what_changes_a_stamp(tensors):
+    own = weights()
+    stamp = own.stamp(tensors)
+    assert own.check(stamp, tensors) == (stamp, None)
+    tensors[1].add_(1)  # counted
+    new, reason = own.check(stamp, tensors)
+    assert reason == "weights changed"
+    assert own.check(new, tensors) == (new, None)
+    tensors[0] = nn.Parameter(tensors[0].clone())
+    assert own.check(new, tensors)[1] == "weights changed"
+
+
+def test_a_weight_that_is_gone_voids_the_stamp(tensors):
+    own = weights()
+    stamp = own.stamp(tensors)
+    reference = weakref.ref(tensors[2])
+    tensors[2] = nn.Parameter(torch.ones(1))
+    gc.collect()
+    assert reference() is None  # a stamp keeps none alive
+    assert stamp.is_void
+
+
+def test_an_optimizers_step_voids_the_stamps_of_its_parameters(tensors):
+    own, others = weights(), [nn.Parameter(torch.ones(1)) for _ in range(3)]
+    stamp, other = own.stamp(tensors), own.stamp(others)
+    tensors[0].grad = torch.ones(3)
+    torch.optim.AdamW([tensors[0]], fused=True).step()
+    assert stamp.is_void
+    assert not other.is_void
+
+
+def test_inference_tensors_have_no_count_of_writes():
+    with torch.inference_mode():
+        tensors = [torch.ones(1) for _ in range(3)]
+    own = weights()
+    assert own.check(own.stamp(tensors), tensors)[1] is None
+
+
+def test_numbers_of_the_model():
+    number = torch.tensor(0.5)
+    own = Weights([], [], {"scale": 0}, lambda: {"shift": frozenset({"== 1"})})
+    stamp = own.stamp([number])
+    assert own.check(stamp, [torch.tensor(0.5)])[1] is None
+    assert own.check(stamp, [torch.tensor(0.25)])[1] == "a number of the model changed"
+
+
+def test_another_graph_of_the_same_model(tensors):
+    """Tables that models keep may be others, parameters and numbers may not."""
+    own = weights()
+    stamp = own.stamp(tensors)
+    other = weights(constants=lambda: {"scale": frozenset({"== 1"})})
+    table = torch.zeros(5)
+    new, reason = other.check(stamp, [tensors[0], table, tensors[2]])
+    assert reason is None
+    assert new.weights is other
+    third = weights(constants=lambda: {"scale": frozenset({"== 2"})})
+    assert third.check(new, tensors)[1] == "a number of the model changed"
+    assert own.check(stamp, [tensors[2], tensors[1], tensors[2]])[1] == "weights changed"
+
+
+# --- past Dynamo: what its guards check is checked late ---
+
+
+class Switched(SequentialDiT):
+    """Has attributes that its forward reads."""
+
+    factor, is_doubled, calls = 1, False, 0
+
+    def forward(self, x, t):
+        out = super().forward(x, t) * self.factor
+        return out * 2 if self.is_doubled else out
+
+
+def half(model):
+    model.to(torch.bfloat16)
+
+
+def other_block(model):
+    model.blocks[1] = type(model.blocks[1])()
+
+
+def hook(model):
+    model.blocks[1].register_forward_hook(lambda module, args, out: out * 0.5)
+
+
+CHANGES = {
+    "attribute": lambda model: setattr(model, "factor", 3),
+    "flag": lambda model: setattr(model, "is_doubled", True),
+    "parameter": lambda model: setattr(
+        model.blocks[1].proj, "weight", nn.Parameter(torch.randn(16, 16))
+    ),
+    "child": lambda model: setattr(model.blocks[1], "proj", nn.Linear(16, 16)),
+    "block": lambda model: model.blocks.__setitem__(1, nn.Identity()),
+    "hook": hook,
+    "state": lambda model: model.load_state_dict(
+        {k: v + 0.1 for k, v in model.state_dict().items()}, assign=True
+    ),
+    "forward": lambda model: setattr(
+        model, "forward", lambda x, t: type(model).forward(model, x, t) + 1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_change_amid_a_trajectory_is_seen(name):
+    """What goes past Dynamo gives what goes the complete way, and says so."""
+    torch.manual_seed(0)
+    model = Switched().eval()
+    quick, slow = plain(model, ALWAYS), plain(model, ALWAYS)
+    with quick.trajectory(), slow.trajectory():
+        for i in range(8):
+            if i == 5:
+                assert len(quick._fxcache.shortcut.paths) == 1
+                CHANGES[name](model)
+            x, t = sample() * (1 - i / 9), times(1 - i / 9)
+            slow._fxcache.shortcut.forget()
+            assert_identical(quick(x, t), slow(x, t))
+    assert quick.report().records == slow.report().records
+    before = quick(sample(), times(1))
+    assert_identical(before, model(sample(), times(1)))
+
+
+def test_what_the_model_does_to_its_own_objects_is_done_at_each_call():
+    class Counting(SequentialDiT):
+        def forward(self, x, t):
+            self.seen.append(1)
+            return super().forward(x, t)
+
+    torch.manual_seed(0)
+    model = Counting().eval()
+    model.seen = []
+    denoiser = plain(model, ALWAYS)
+    with denoiser.trajectory():
+        for i in range(5):
+            denoiser(sample(), times(1 - i / 9))
+    assert len(model.seen) >= 5
+    assert denoiser._fxcache.shortcut.paths == {}
+
+
+def test_calls_past_dynamo_give_what_the_complete_way_gives():
+    torch.manual_seed(0)
+    model = SequentialDiT().eval()
+    quick, slow = plain(model, ALWAYS), plain(model, ALWAYS)
+    for run in range(2):
+        for i in range(6):
+            x, t = sample(seed=run) * (1 - i / 9), times(1 - i / 6)
+            slow._fxcache.shortcut.forget()
+            assert_identical(quick(x, t), slow(x, t))
+    assert quick.report() == slow.report()
+    assert math.isfinite(quick.report().records[-1].metric)

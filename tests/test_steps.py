@@ -1,0 +1,348 @@
+"""Where evaluations belong: steps, branches without a name and requests."""
+
+import threading
+
+import pytest
+import torch
+from helpers import ALTERNATE, ALWAYS, MASK, assert_identical, hits, plain, sample, times
+from loops import Flow, Pipe
+from torch import nn
+from zoo import SequentialDiT
+
+import fxcache
+from fxcache import MagCache, OptionError, PolicyError, StepSchedule
+
+diffusers = pytest.importorskip("diffusers")
+
+
+class Guided(SequentialDiT):
+    """A denoiser with a text input, added to the time embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.text = nn.Linear(4, 16)
+
+    def forward(self, x, t, text):
+        return super().forward(x + self.text(text)[:, None, :4], t)
+
+
+def guided():
+    torch.manual_seed(0)
+    return Guided().eval()
+
+
+def shown(denoiser):
+    return [(r.step, r.branch, r.is_hit) for r in denoiser.report().records]
+
+
+class Listed:
+    """A scheduler, and the loop that reads it."""
+
+    def __init__(self, model, policy=ALTERNATE, scheduler=None):
+        self.scheduler, self.transformer = scheduler or Flow(), model
+        self.handle = fxcache.apply(self, policy, backend="eager")
+
+    @torch.no_grad()
+    def run(self, calls, steps=8):
+        """`calls` gives the outputs of a step, the first being the prediction."""
+        self.scheduler.set_timesteps(steps)
+        x = torch.ones(1, 8, 4)
+        for i, t in enumerate(self.scheduler.timesteps):
+            x = self.scheduler.step(calls(i, x, t)[0], t, x)[0]
+
+
+# --- branches without a name ---
+
+
+def test_a_second_call_of_another_batch_is_a_branch_of_its_own():
+    """Skip-layer guidance: in an interval one more call, of half the batch."""
+    pipe = Listed(guided())
+    model, pos, neg = pipe.transformer, torch.ones(1, 4), -torch.ones(1, 4)
+    both = torch.cat([neg, pos])
+
+    def calls(i, x, t):
+        out = model(torch.cat([x, x]), t.expand(2), both)[1:]
+        if 2 <= i < 5:
+            out = out + 0.1 * (out - model(x, t[None], pos))
+        return [out]
+
+    pipe.run(calls)
+    records = pipe.handle.report().records
+    assert {r.trajectory for r in records} == {1}
+    assert [r.is_hit for r in records if r.branch is None] == [False, True] * 4
+    assert [(r.step, r.is_hit) for r in records if r.branch == "call 2"] == [
+        (2, False), (3, True), (4, False)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("end", [5, 8])
+def test_guidance_that_ends_leaves_each_branch_its_own_residual(end):
+    """The negative call comes first: when it ends, the other must not take its place."""
+    model = guided()
+    pos, neg = torch.ones(1, 4), -3 * torch.ones(1, 4)
+
+    def calls(denoiser, seen):
+        def call(i, x, t):
+            if i < end:
+                denoiser(x, t[None], neg)
+            seen.append(denoiser(x, t[None], pos))
+            return seen[-1:]
+
+        return call
+
+    pipe, seen = Listed(model), []
+    pipe.run(calls(pipe.transformer, seen))
+    named, expected = Listed(model), []
+
+    def call(i, x, t):
+        if i < end:
+            with named.transformer.branch("uncond"):
+                named.transformer(x, t[None], neg)
+        with named.transformer.branch("cond"):
+            expected.append(named.transformer(x, t[None], pos))
+        return expected[-1:]
+
+    named.run(call)
+    assert_identical(seen, expected)
+    assert pipe.handle.report().hits == named.handle.report().hits > 4
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize("is_made_anew", [False, True])
+def test_tiles_of_one_step_are_branches(scheduler, is_made_anew):
+    """Nine views with one prompt: none takes another's residual, and all hit later."""
+    pipe = Listed(guided(), ALWAYS, getattr(diffusers, scheduler)())
+    model, text = pipe.transformer, torch.ones(1, 4)
+
+    def calls(i, x, t):
+        given = text.clone() if is_made_anew else text
+        return [model(x + view, t[None].float(), given) for view in range(4)]
+
+    pipe.run(calls, steps=5)
+    records = pipe.handle.report().records
+    assert [r.is_hit for r in records[:4]] == [False] * 4
+    assert sum(r.is_hit for r in records[4:]) >= 4 * 4 - is_made_anew
+    assert [r.branch for r in records[:4]] == [None, "call 2", "call 3", "call 4"]
+
+
+def test_a_new_prompt_in_a_branch_without_a_name_is_a_miss():
+    model, (a, b) = guided(), (torch.ones(1, 4), -torch.ones(1, 4))
+    denoiser = plain(model, ALWAYS)
+    for i in range(6):
+        denoiser(torch.ones(1, 8, 4) * (1 - i / 20), times(1 - i / 6, 1), a if i < 3 else b)
+    assert hits(denoiser) == [False, True, True, False, True, True]
+    with denoiser.branch("cond"):  # a name says that it is the same branch
+        for i in range(6):
+            denoiser(torch.ones(1, 8, 4), times(1 - i / 6, 1), a if i < 3 else b)
+    assert hits(denoiser)[6:] == [False] + [True] * 5
+
+
+def test_two_conditionings_at_one_timestep_do_not_share_a_residual():
+    """Guidance by two calls of one sample, without names and without a scheduler."""
+    model, (pos, neg) = guided(), (torch.ones(1, 4), -torch.ones(1, 4))
+    denoiser = plain(model, ALWAYS)
+    alone = {}
+    for text in (pos, neg):
+        single = plain(model, ALWAYS)
+        alone[id(text)] = [
+            single(torch.ones(1, 8, 4) * (1 - i / 9), times(1 - i / 5, 1), text) for i in range(5)
+        ]
+    for i in range(5):
+        x = torch.ones(1, 8, 4) * (1 - i / 9)
+        for text in (neg, pos):
+            assert_identical(denoiser(x, times(1 - i / 5, 1), text), alone[id(text)][i])
+
+
+# --- the sampler's list ---
+
+
+def test_the_place_in_the_list_counts_where_the_scheduler_does_not_move():
+    """Diffusion forcing: each frame has a scheduler of its own, and the pipeline's stands still."""
+    for lag in (0, 3):
+        pipe = Pipe()
+        policy = StepSchedule.every(2, num_steps=8)
+        handle = fxcache.apply(pipe, policy, backend="eager")
+        for _ in range(2):
+            pipe.scheduler.set_timesteps(8)
+            listed = pipe.scheduler.timesteps
+            with torch.no_grad(), pipe.transformer.branch("cond"):
+                for i in range(8 + lag):
+                    t = listed[max(i - lag, 0)].expand(2)
+                    pipe.transformer(sample() * (1 - i / 50), t / 1000)
+        own = [r for r in handle.report().records if r.branch == "cond"]
+        assert [(r.step, r.is_hit) for r in own] == [(i, i % 2 == 1) for i in range(8)] * 2
+
+
+def test_timesteps_that_rounding_made_equal_are_steps():
+    """Karras' spacing repeats timesteps; Heun's list is longer than its steps."""
+    scheduler = diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True)
+    pipe = Pipe(scheduler)
+    with fxcache.apply(pipe, ALTERNATE, backend="eager") as handle:
+        pipe(80)
+        assert len(set(scheduler.timesteps.tolist())) < 80
+        assert [r.step for r in handle.report().records] == [*range(80)]
+        pipe.scheduler = diffusers.HeunDiscreteScheduler()
+        pipe(5)
+        assert [r.step for r in handle.report().records][80:] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_a_list_that_is_copied_and_put_back_is_the_same_run():
+    pipe = Pipe()
+    with torch.no_grad(), fxcache.apply(pipe, ALTERNATE, backend="eager") as handle:
+        pipe.scheduler.set_timesteps(6)
+        for t in pipe.scheduler.timesteps.clone():
+            x = torch.ones(1, 8, 4)
+            pipe.scheduler.step(pipe.transformer(x, t[None] / 1000), t, x)
+            pipe.scheduler.timesteps = pipe.scheduler.timesteps.clone()
+        records = handle.report().records
+    assert [(r.trajectory, r.step) for r in records] == [(1, step) for step in range(6)]
+
+
+# --- announced ---
+
+
+def test_equal_timesteps_of_an_announced_trajectory_are_steps(denoiser):
+    with denoiser.trajectory(num_steps=5):
+        for _ in range(5):
+            denoiser(sample(), times(1.0))
+    assert [r.step for r in denoiser.report().records] == [*range(5)]
+
+
+def test_rounded_timesteps_do_not_shift_a_schedule(model):
+    steps = torch.linspace(1, 0, 51)[:-1]
+    shifted = 1000 * 7 * steps / (1 + 6 * steps)
+    denoiser = plain(model, StepSchedule.every(2, num_steps=50))
+    with denoiser.trajectory(num_steps=50):
+        for t in shifted:
+            denoiser(sample(), t.expand(2).bfloat16().float() / 1000)
+    assert denoiser.report().records[-1].step == 49
+    assert denoiser.report().hits == 25
+
+
+def test_heun_announced(model):
+    denoiser = plain(model, ALTERNATE)
+    with denoiser.trajectory(num_steps=4):
+        for t in (1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25):
+            denoiser(sample(), times(t))
+    assert [r.step for r in denoiser.report().records] == [0, 1, 1, 2, 2, 3, 3]
+
+
+# --- said ---
+
+
+def test_at_says_the_step(model):
+    denoiser = plain(model, MASK)
+    for _ in range(2):
+        for step in range(8):
+            with denoiser.at(step=step, branch="cond"):
+                denoiser(sample(), times(0.5))  # the time says nothing
+    records = denoiser.report().records
+    assert [(r.step, r.is_hit) for r in records] == list(enumerate(MASK.mask)) * 2
+    assert {r.branch for r in records} == {"cond"}
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, True, "3"])
+def test_at_refuses_what_is_no_step(denoiser, step):
+    with (
+        pytest.raises(OptionError, match="step must be an integer from 0 on"),
+        denoiser.at(step=step),
+    ):
+        pass
+
+
+def test_at_nests(denoiser):
+    with denoiser.at(slot="a", branch="cond"), denoiser.branch("uncond"), denoiser.at(step=3):
+        denoiser(sample(), times(0.5))
+    (record,) = denoiser.report().records
+    assert (record.slot, record.branch, record.step) == ("a", "uncond", 3)
+
+
+# --- requests ---
+
+
+def test_a_finished_request_gives_its_memory_back():
+    pipe = Pipe()
+    handle = fxcache.apply(pipe, ALTERNATE, backend="eager")
+    for request in range(5):
+        with pipe.transformer.slot(request):
+            pipe(4)
+        assert handle.report().cached_bytes == 0
+    assert handle.report().hits == 10
+
+
+def test_requests_that_never_end_are_bounded(denoiser):
+    for request in range(100):
+        with denoiser.slot(request):
+            denoiser(sample(), times(1.0))
+    one = denoiser.report().cached_bytes // 64
+    assert one > 0
+    assert denoiser.report().cached_bytes == 64 * one
+    with denoiser.slot(99):
+        denoiser(sample(), times(0.9))
+    assert hits(denoiser)[-1]
+    denoiser.release(99)
+    denoiser.release("unknown")
+    assert denoiser.report().cached_bytes == 63 * one
+
+
+def test_an_announced_trajectory_leaves_no_memory(denoiser):
+    with denoiser.trajectory():
+        denoiser(sample(), times(1.0))
+        assert denoiser.report().cached_bytes > 0
+    assert denoiser.report().cached_bytes == 0
+    denoiser(sample(), times(1.0))
+    denoiser.reset(records=False)
+    assert denoiser.report().cached_bytes == 0
+    assert len(denoiser.report().records) == 2
+
+
+def test_two_threads_in_one_slot_are_pointed_out(denoiser, caplog):
+    denoiser(sample(), times(1.0))
+    inside, go_on = threading.Event(), threading.Event()
+    handle = denoiser.register_forward_pre_hook(lambda *_: None)
+    handle.remove()
+    session = denoiser._fxcache.session
+
+    def hold():
+        with torch.no_grad(), session.settled({}, None):
+            inside.set()
+            go_on.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait(10)
+    denoiser(sample(), times(0.9))
+    go_on.set()
+    thread.join()
+    assert caplog.text.count("denoiser.slot(...)") == 1
+
+
+# --- the policy ---
+
+
+def test_a_policy_holds_from_the_next_trajectory_on(model):
+    denoiser = plain(model, ALWAYS)
+
+    def run():
+        start = len(denoiser.report().records)
+        for i in range(4):
+            denoiser(sample() * (1 - i / 20), times(1 - i / 4))
+        return [record.is_hit for record in denoiser.report().records[start:]]
+
+    assert run() == [False, True, True, True]
+    denoiser(sample(), times(1.0))
+    denoiser.policy = ALTERNATE
+    assert denoiser.policy == ALTERNATE
+    denoiser(sample(), times(0.9))
+    assert hits(denoiser)[-1]
+    assert run() == [False, True, False, True]
+    assert denoiser.report().graphs == 1  # the same pieces serve both
+    denoiser.policy = MagCache(ratios=[1.0] * 4, retention_ratio=0.0)
+    assert run() == [False, True, True, False]
+    assert denoiser.report().graphs == 2
+    fresh = plain(model, MagCache(ratios=[1.0] * 4, retention_ratio=0.0))
+    x = sample(seed=5)
+    for t in (1.0, 0.5):
+        assert_identical(denoiser(x * t, times(t)), fresh(x * t, times(t)))
+    with pytest.raises(PolicyError, match="policy must be a policy"):
+        denoiser.policy = "magcache"
