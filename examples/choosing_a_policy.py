@@ -1,4 +1,4 @@
-"""The figures and pictures of choosing_a_policy.md, made with the demo's trained model.
+"""The figures and pictures of docs/policies.md, made with the demo's trained model.
 
 Every policy where about half of the steps are hits (thresholds, tables and the schedule come from
 other pictures), First Block Cache at growing thresholds, few steps, and an ancestral sampler.

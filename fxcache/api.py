@@ -53,9 +53,11 @@ def transform(
             it costs to call the blocks one by one (some microseconds each).
         guards: "always" checks at each call what torch.compile checks: that weights, modules and
             attributes of the model are those that were compiled; and that what is cached is of the
-            weights as they are now: an optimizer's step, a loaded state, an adapter or a moving
-            average between two evaluations makes the next a miss, "weights changed". (Unseen on a
-            GPU amid a trajectory: writes through ``.data`` that are no optimizer's.) "trajectory"
+            weights as they are now: an optimizer's step, a loaded state or an adapter between two
+            evaluations makes the next a miss, "weights changed". After the first evaluation of a
+            trajectory this is done once the device is busy, and if it fails, what was queued is
+            dropped. (Unseen amid a trajectory: writes through ``.data`` that are no optimizer's,
+            and weights put into ``module._parameters`` by hand; call ``reset()``.) "trajectory"
             checks it at the first evaluation of a branch in a trajectory, and of the others only
             the arguments. A call then costs some microseconds instead of some for each weight. At
             your risk: do not replace weights or modules, load or switch adapters, or change

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fxcache.errors import PolicyError
 from fxcache.policy import StepSchedule
+from fxcache.policy.checks import check_integer, check_number
 from fxcache.policy.schedule_file import save_schedule
 
 
@@ -112,3 +114,18 @@ class TuneResult:
         axes.grid(alpha=0.3)
         figure.savefig(path, dpi=120)
         return Path(path)
+
+
+def check_target(targets: dict[str, Any]) -> str:
+    """Raise PolicyError unless exactly one target is given, in its range; its name and value."""
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise PolicyError(f"exactly one of {', '.join(targets)} must be given, got {given or None}")
+    ((name, value),) = given.items()
+    if name == "max_computed_steps":
+        check_integer(name, value, 1)
+    elif name == "target_speedup":
+        check_number(name, value, 1, 1000)
+    else:
+        check_number(name, value, 0, 1000)
+    return f"{name}={value}"

@@ -6,22 +6,22 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fxcache.calibrate import mean_gram, progress_bar, recorded
 from fxcache.errors import PolicyError, ProfileError
-from fxcache.frontier import Point, TuneResult
+from fxcache.frontier import Point, TuneResult, check_target
 from fxcache.policy import Forecast, Hermite, Origin, Reuse, StepSchedule, Taylor
-from fxcache.policy.checks import check_integer, check_number
+from fxcache.policy.checks import check_integer
 from fxcache.policy.fitted import Fitted
 from fxcache.recording import Counter, Recorder
 from fxcache.runner import Runner
 from fxcache.sampling import Run, Sampler, Seen, as_tensor, psnr, sampler_for
 from fxcache.search import (
     Past,
+    Within,
     fit_weights,
     interpolated_sensitivity,
     schedule_costs,
@@ -102,7 +102,7 @@ def tune(
         "max_computed_steps": max_computed_steps,
         "min_psnr": min_psnr,
     }
-    target = _check_target(targets)
+    target = check_target(targets)
     for name, value, least in (
         ("runs", runs, 1),
         ("verify_runs", verify_runs, 1),
@@ -127,33 +127,6 @@ def tune(
             if number != chosen.computed_steps
         ]
         return trials.result(chosen, points, target)
-
-
-def _check_target(targets: dict[str, Any]) -> str:
-    """Raise PolicyError unless exactly one target is given, in its range; its name and value."""
-    given = {name: value for name, value in targets.items() if value is not None}
-    if len(given) != 1:
-        raise PolicyError(f"exactly one of {', '.join(targets)} must be given, got {given or None}")
-    ((name, value),) = given.items()
-    if name == "max_computed_steps":
-        check_integer(name, value, 1)
-    elif name == "target_speedup":
-        check_number(name, value, 1, 1000)
-    else:
-        check_number(name, value, 0, 1000)
-    return f"{name}={value}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Within:
-    """`inner` with a longer ring, so that all candidates share one compiled denoiser."""
-
-    inner: Forecast
-    ring: int = RING
-
-    def weights(self, step: int, past: Sequence[int]) -> list[float]:
-        own = past[: self.inner.ring]
-        return [*self.inner.weights(step, own), *[0.0] * (len(past) - len(own))]
 
 
 @contextmanager
@@ -236,7 +209,7 @@ class _Trials:
         return sample, time.perf_counter() - begin, seen
 
     def _schedule(self, mask: Sequence[bool], forecast: Forecast) -> StepSchedule:
-        return StepSchedule(mask=mask, forecast=_Within(inner=forecast))
+        return StepSchedule(mask=mask, forecast=Within(inner=forecast, ring=RING))
 
     # --- choosing ---
 

@@ -23,7 +23,7 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-PAGE = (EXAMPLES / "choosing_a_policy.md").read_text()
+PAGE = (EXAMPLES.parent / "docs" / "policies.md").read_text()
 RESULTS = json.loads((EXAMPLES / "results" / "choosing.json").read_text())
 SECTIONS = ("policies", "threshold", "few_steps", "ancestral")
 HEAD = "| policy | setting | hits/steps | blocks computed | PSNR (worst), dB | median metric |"

@@ -34,7 +34,7 @@ ROOMS = [
     {"passes"},
     {"report", "kernels"},
     {"policy", "integrations"},
-    {"files"},
+    {"files", "options"},
     {"errors"},
 ]
 
@@ -81,8 +81,15 @@ def test_only_torch_is_needed_to_import(path):
 
 
 def test_files_stay_small():
-    for path in SOURCES:
-        assert len(path.read_text().splitlines()) <= 400, path
+    lines = {path: len(path.read_text().splitlines()) for path in SOURCES}
+    assert max(lines.values()) <= 350
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_pages_link_to_what_exists():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_the_backend_is_an_entry_point():
@@ -129,8 +136,8 @@ def test_the_table_of_pipelines_is_that_of_the_tests():
     pytest.importorskip("diffusers")
     from pipelines import PIPELINES
 
-    text = (ROOT / "README.md").read_text()
-    table = text[text.index("### Verified pipelines") : text.index("LoRA (load,")]
+    text = (ROOT / "docs" / "compatibility.md").read_text()
+    table = text[text.index("## Verified pipelines") : text.index("LoRA (load,")]
     rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ")]
     named = set(re.findall(r"`(\w+)`", " ".join(rows)))
     assert named - {"denoising_start"} == set(PIPELINES)

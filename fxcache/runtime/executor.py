@@ -18,9 +18,9 @@ from fxcache.runtime.audit import Audit
 from fxcache.runtime.conditions import Conditions
 from fxcache.runtime.freshness import Weights
 from fxcache.runtime.regions import Evaluation, Regions
-from fxcache.runtime.session import NewTrajectory, Outdated, Session, read_number
+from fxcache.runtime.session import NewTrajectory, Outdated, Session
 from fxcache.runtime.state import BranchState, Buffers, Signature, Slot
-from fxcache.runtime.steps import Call, number_of
+from fxcache.runtime.steps import Call, number_of, read_number
 
 
 class StepExecutor:

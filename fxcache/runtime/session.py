@@ -10,8 +10,6 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
-
 from fxcache.errors import OptionError
 from fxcache.policy import Decision, Policy
 from fxcache.policy.fitted import Fitted
@@ -347,8 +345,3 @@ def _pieces_of(policy: Policy) -> tuple[Any, ...]:
     """What of a policy is compiled into the pieces."""
     looks = getattr(policy, "control_threshold", None)
     return policy.span, policy.probe, policy.forecast.ring, looks
-
-
-def read_number(timestep: torch.Tensor) -> float | None:
-    """The largest number of a time input on a GPU. A read-back."""
-    return float(timestep.max()) if timestep.numel() else None
