@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import fxcache
 from fxcache import FirstBlockCache, StepSchedule, Taylor
-from fxcache.runtime.device import EagerDevice
+from fxcache.runtime.device import Reading, Replay
 
 NEVER = FirstBlockCache(threshold=0.0)
 ALWAYS = FirstBlockCache(threshold=math.inf)
@@ -119,6 +119,27 @@ def solve(denoiser: nn.Module, steps: int = 4, seed: int = 0, **shape: int) -> l
     """The outputs of a trajectory on slowly moving samples, with falling timesteps."""
     x = sample(seed=seed, **shape)
     return [denoiser(x + 0.05 * i, times(1 - i / steps, len(x))) for i in range(steps)]
+
+
+class EagerDevice:
+    """The same interface by running the work again: what a replay would do, on any device.
+
+    Unlike a GPU's, a capture runs the work, too: once more than the model asked for.
+    """
+
+    def capture(self, work: Callable[[], Any]) -> tuple[Replay, Any]:
+        results = work()
+
+        @torch.inference_mode()  # for a replay, it does not matter where the results came from
+        def replay() -> None:
+            for static, new in zip(tensors(results), tensors(work()), strict=True):
+                static.copy_(new)
+
+        return replay, results
+
+    def read(self, source: torch.Tensor) -> Reading:
+        copied = source.clone()
+        return copied.tolist
 
 
 class CountingDevice(EagerDevice):

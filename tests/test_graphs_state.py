@@ -11,6 +11,7 @@ from helpers import (
     MASK,
     NEVER,
     TAYLOR,
+    EagerDevice,
     assert_close,
     graphed,
     hits,
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from zoo import SequentialDiT
 
 import fxcache
-from fxcache.runtime.device import CudaDevice, EagerDevice
+from fxcache.runtime.device import CudaDevice
 from fxcache.runtime.executor import StepExecutor
 from fxcache.runtime.graphs import GraphedRegions
 

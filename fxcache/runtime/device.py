@@ -1,6 +1,6 @@
 """What CUDA graphs need of a device, small enough to be stood in for where there is no GPU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -62,32 +62,6 @@ class CudaDevice:
         except IndexError:
             with torch.inference_mode(False):  # later calls outside of inference_mode write it
                 return torch.empty(8, dtype=torch.float32, pin_memory=True), torch.cuda.Event()
-
-
-class EagerDevice:
-    """The same interface by running the work again: what a replay would do, on any device.
-
-    Unlike a GPU's, a capture runs the work, too: once more than the model asked for.
-    """
-
-    def capture(self, work: Callable[[], Any]) -> tuple[Replay, Any]:
-        results = work()
-
-        @torch.inference_mode()  # for a replay, it does not matter where the results came from
-        def replay() -> None:
-            for static, new in zip(_tensors(results), _tensors(work()), strict=True):
-                static.copy_(new)
-
-        return replay, results
-
-    def read(self, source: torch.Tensor) -> Reading:
-        copied = source.clone()
-        return copied.tolist
-
-
-def _tensors(tree: Any) -> Sequence[torch.Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(tree)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def graph_device(device: torch.device) -> GraphDevice | None:

@@ -120,11 +120,12 @@ class StepExecutor:
         Raises Outdated if the caller came past Dynamo, and what was learned does not hold.
         """
         session = self.session
-        if (holds := session.holds.get()) is not None and not holds():
+        holds = session.holds.get()
+        if holds is not None and not holds():
             raise Outdated
         if not state.past or session.trusts_trajectory.get():
             return False
-        state.stamp, reason = self.weights.check(state.stamp, inputs)
+        state.stamp, reason = self.weights.check(state.stamp, inputs, are_same=holds is not None)
         if reason is not None:
             state.lose(reason)
         return reason is not None

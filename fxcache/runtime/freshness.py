@@ -68,10 +68,16 @@ class Weights:
         _stamps.add(stamp)
         return stamp
 
-    def check(self, stamp: Stamp, inputs: Sequence[Any]) -> tuple[Stamp, Reason | None]:
+    def check(
+        self, stamp: Stamp, inputs: Sequence[Any], *, are_same: bool = False
+    ) -> tuple[Stamp, Reason | None]:
         """Why what is of `stamp` must be forgotten (None: nothing changed), and a stamp for next
-        time: this one, or if it is of another graph, one of this graph.
+        time: this one, or if it is of another graph, one of this graph. With `are_same`, it is
+        known that the weights are the same tensors.
         """
+        is_own = stamp.weights is self and not stamp.is_void
+        if are_same and is_own and _versions(self.pick(inputs)) == stamp.versions:
+            return stamp, None
         ids, versions, values = self._now(inputs)
         if stamp.weights is self:
             is_same = (stamp.ids, stamp.versions) == (ids, versions)
@@ -93,12 +99,16 @@ class Weights:
 
     def _now(self, inputs: Sequence[Any]) -> tuple[list[int], list[int], dict[str, Any]]:
         tensors = self.pick(inputs)
-        try:
-            versions = list(map(_version, tensors))
-        except RuntimeError:  # of inference tensors no writes are counted
-            versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        versions = _versions(tensors)
         values = {name: inputs[place].item() for name, place in self.numbers.items()}
         return list(map(id, tensors)), versions, values
+
+
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    try:
+        return list(map(_version, tensors))
+    except RuntimeError:  # of inference tensors no writes are counted
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _tagged(values: Mapping[str, Any]) -> dict[str, Hashable]:
