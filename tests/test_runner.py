@@ -112,7 +112,9 @@ def test_a_forecast_keeps_the_imaginary_part():
 # --- dynamic sizes ---
 
 
-@pytest.mark.parametrize("policy", [ALWAYS, EasyCache(warmup_steps=0, final_steps=0, threshold=1.0)])
+@pytest.mark.parametrize(
+    "policy", [ALWAYS, EasyCache(warmup_steps=0, final_steps=0, threshold=1.0)]
+)
 def test_dynamic_sizes_change_no_decision(policy):
     model = seeded(SequentialDiT)
     static, dynamic = plain(model, policy, dynamic=False), plain(model, policy, dynamic=True)

@@ -346,3 +346,20 @@ def test_a_policy_holds_from_the_next_trajectory_on(model):
         assert_identical(denoiser(x * t, times(t)), fresh(x * t, times(t)))
     with pytest.raises(PolicyError, match="policy must be a policy"):
         denoiser.policy = "magcache"
+
+
+@pytest.mark.parametrize("scheduler", ["FlowMatchEulerDiscreteScheduler", "DDIMScheduler"])
+def test_timesteps_that_nobody_reads(monkeypatch, scheduler):
+    """As on a GPU: the list tells the steps, or the one read-back does."""
+    monkeypatch.setattr("fxcache.runtime.steps.number_of", lambda timestep: None)
+    pipe = Pipe(getattr(diffusers, scheduler)())
+    handle = fxcache.apply(pipe, ALTERNATE, backend="eager")
+    for _ in range(2):
+        pipe(4)
+    shown = [(r.step, r.is_hit) for r in handle.report().records]
+    assert shown == [(0, False), (1, True), (2, False), (3, True)] * 2
+    handle.reset()
+    pipe(4, calls=2)  # of one scheduler which call it is cannot be told before the model is at work
+    by_call = [[r.is_hit for r in handle.report().records][call::2] for call in (0, 1)]
+    may_hit = scheduler.startswith("Flow")
+    assert by_call == [[False, may_hit, False, may_hit]] * 2

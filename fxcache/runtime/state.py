@@ -233,6 +233,8 @@ class Slot:
     #: Which step each timestep of the trajectory is.
     steps: dict[float, int] = field(default_factory=dict)
     verdict: Verdict | None = None
+    #: Calls of several branches were taken for one.
+    is_mixed: bool = False
     #: Which thread evaluates.
     thread: int | None = None
     #: What the sampler's scheduler says, where there is one.
@@ -242,6 +244,11 @@ class Slot:
     def is_running(self) -> bool:
         """Whether an evaluation of this trajectory was seen."""
         return any(state.is_running for state in self.branches.values())
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether a scheduler's list tells the steps."""
+        return not self.is_announced and self.timeline is not None and not self.timeline.has_stopped
 
     @property
     def is_over(self) -> bool:
@@ -270,7 +277,7 @@ class Slot:
         self.is_announced, self.num_steps, self.first_step = announced, num_steps, first_step
         self.step, self.place, self.timestep = first_step - 1, -1, None
         self.steps.clear()
-        self.verdict = None
+        self.verdict, self.is_mixed = None, False
 
     def release(self) -> None:
         """Free the memory of all branches."""

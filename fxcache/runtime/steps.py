@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fxcache.policy.reasons import Reason
 from fxcache.runtime.continuity import Continuity, Given, Seen
 from fxcache.runtime.state import BranchState, Slot
 from fxcache.runtime.timeline import Clock, Timeline
@@ -75,7 +76,7 @@ class Steps:
         if index is not None and index < slot.place and not slot.is_announced:
             self.begin(slot)
         if index is None and self.clock is not None and not slot.is_announced:
-            index = self._read(slot, self.clock, time)
+            index = self._read(slot, self.clock, time, timestep)
 
         def was_called(state: BranchState) -> bool:
             if index is not None:
@@ -83,7 +84,7 @@ class Steps:
             return _is_same_time(state, time, seen)
 
         given = {name: value for name, value in inputs.items() if value is not timestep}
-        is_exact = index is not None
+        is_exact = index is not None or (slot.is_listed and seen is not None)
         search = Continuity(
             slot, where.branch, Given(given, self.samples), was_called, is_exact, self.looks
         )
@@ -119,9 +120,13 @@ class Steps:
         begins with it.
         """
         slot, state = call.slot, call.state
-        if timestep is None and not slot.is_announced:
+        if timestep is None and self.knows_time and not slot.is_announced:
             self._say_timeless()
         is_repeat = timestep is not None and timestep == state.timestep and not slot.is_announced
+        # Two calls of one step, which is told too late to keep them apart.
+        slot.is_mixed = slot.is_mixed or (is_repeat and slot.is_listed)
+        if slot.is_mixed:
+            state.lose(Reason.UNKNOWN_BRANCH)
         is_new = not slot.is_announced and self._turns_back(state, timestep)
         if is_new:
             self.begin(slot)
@@ -199,7 +204,7 @@ class Steps:
 
     # --- by the sampler's list ---
 
-    def _read(self, slot: Slot, clock: Clock, time: float | None) -> int | None:
+    def _read(self, slot: Slot, clock: Clock, time: float | None, timestep: Any) -> int | None:
         """Where in the sampler's list an evaluation at `time` is, None if that cannot be told."""
         reading = clock.read()
         if reading is None:
@@ -209,10 +214,10 @@ class Steps:
             timeline = Timeline(reading)
         elif timeline.has_stopped:
             return None
-        index = timeline.find(reading, time)
+        index = timeline.find(reading, time, timestep)
         if timeline is not slot.timeline or timeline.begins_anew(reading, index):
             timeline = Timeline(reading, timeline.unit)
-            index = timeline.find(reading, time)
+            index = timeline.find(reading, time, timestep)
             first = 0 if index is None else timeline.steps[index]
             slot.timeline = timeline
             self.begin(slot, first_step=first)

@@ -1,7 +1,7 @@
 """One solve of a sampler, as its scheduler lists it: which evaluation is at which place?"""
 
 import itertools
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -61,9 +61,15 @@ class Timeline:
         was_stepped = reading.index is not None and reading.index > index  # but not by this sampler
         return is_new or index < self.index or (index == self.index and was_stepped)
 
-    def find(self, reading: Reading, time: float | None) -> int | None:
-        """The place in the list of an evaluation at `time` (the model's own, None: not read)."""
+    def find(self, reading: Reading, time: float | None, timestep: Any = None) -> int | None:
+        """The place in the list of an evaluation at `time` (the model's own, None: not read), which
+        was given as `timestep`: an element of the list itself, often.
+        """
         index = reading.index
+        if index is None and time is None and isinstance(timestep, torch.Tensor):
+            listed = reading.timesteps
+            if timestep.untyped_storage().data_ptr() == listed.untyped_storage().data_ptr():
+                return int(timestep.storage_offset() - listed.storage_offset())
         if index is None and reading.counts:
             index = 0  # it counts from its first step on
         places = [] if time is None else self._places(time)
