@@ -34,7 +34,7 @@ def test_all_private_names_of_torch_are_there():
     for name in internals.__all__:
         assert getattr(internals, name) is not None
     assert internals.InductorWrapper.compiler_name == "inductor"
-    with internals.capturing_more():
+    with internals.capturing(more=True):
         assert torch._dynamo.config.capture_scalar_outputs
     assert not torch._dynamo.config.capture_scalar_outputs
 

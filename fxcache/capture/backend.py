@@ -23,7 +23,7 @@ from fxcache.kernels import reference, residual_diff
 from fxcache.options import Options
 from fxcache.passes.choose import find_cut
 from fxcache.passes.cut import Cut
-from fxcache.passes.facts import Facts, analyse
+from fxcache.passes.facts import SAMPLE_NAMES, Facts, analyse
 from fxcache.passes.graph import (
     GraphInputs,
     is_number,
@@ -255,8 +255,8 @@ def rewrite(
         return GraphedRegions(wiring, graphs, weights, list(data))
 
     steps = session.steps
-    if not is_part:
-        steps.samples |= {inputs.paths[node] for node in facts.samples}
+    # In a part of a broken model the sample goes by another name: the usual ones stand for it.
+    steps.samples |= set(SAMPLE_NAMES) if is_part else {inputs.paths[n] for n in facts.samples}
     if inputs.timestep is not None:
         steps.time_name = inputs.paths[inputs.timestep]
     steps.knows_time = True

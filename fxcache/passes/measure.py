@@ -85,7 +85,8 @@ class Measurement:
 
     def _real(self, value: Any) -> Any:
         """The parts of what is measured, if it is complex."""
-        return torch.view_as_real(value) if tensor_of(self.probe.node).is_complex() else value
+        is_complex = tensor_of(self.probe.node).is_complex()
+        return torch.view_as_real(value.resolve_conj()) if is_complex else value
 
     def _metric(self, graph: "PieceGraph", change: Any) -> Any:
         """The metric out of the sums. NaN and Inf stay."""

@@ -178,8 +178,8 @@ class _PiecesWriter:
         """What the kernel predicts; of a complex stream, of both parts."""
         if weights is None or not stream.after_dtype.is_complex:
             return self.kernels.forecast(before, past, weights)
-        parts = None if before is None else torch.view_as_real(before)
-        predicted = self.kernels.forecast(parts, list(map(torch.view_as_real, past)), weights)
+        parts = None if before is None else torch.view_as_real(before.resolve_conj())
+        predicted = self.kernels.forecast(parts, [torch.view_as_real(r) for r in past], weights)
         return torch.view_as_complex(predicted)
 
     def _before(self, graph: PieceGraph, stream: Stream) -> Any:

@@ -49,7 +49,7 @@ def halving_threshold(
     policy: Any,
     metrics: Sequence[float],
     *,
-    steps: Sequence[int],
+    steps: Sequence[int] | None = None,
     num_steps: int | None,
     branch: Hashable,
 ) -> float | None:
