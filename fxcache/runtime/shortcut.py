@@ -162,6 +162,8 @@ def _watch_registrations() -> None:
     """
 
     def forget(*_: Any) -> None:
+        if torch.compiler.is_compiling():  # a buffer that the model counts in; Dynamo traces this
+            return
         for learner in list(_learners):
             learner.paths.clear()
 
