@@ -11,7 +11,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -86,18 +86,17 @@ _LOGGING = (
 
 
 def capturing(*, more: bool) -> AbstractContextManager[None]:
-    """Dynamo's switches for the calls inside only, as far as this torch has them: guards that skip
-    what has not changed since they were last checked; with `more`, those that avoid graph breaks:
-    what a model warns of and logs is left out.
+    """With `more`, Dynamo's switches that avoid graph breaks, for the calls inside only and as far
+    as this torch has them. What a model warns of and logs is left out.
     """
+    if not more:
+        return nullcontext()
     own = {getattr(logging.Logger, name) for name in _LOGGING if hasattr(logging.Logger, name)}
-    switches: dict[str, Any] = {"use_recursive_dict_tags_for_guards": True}
-    extra = {
+    switches: dict[str, Any] = {
         "capture_scalar_outputs": True,
         "capture_dynamic_output_shape_ops": True,
         "ignore_logging_functions": {warnings.warn, *own},
     }
-    switches |= extra if more else {}
     known = {name: value for name, value in switches.items() if hasattr(torch._dynamo.config, name)}
     patched: AbstractContextManager[None] = torch._dynamo.config.patch(known)
     return patched
