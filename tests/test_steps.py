@@ -363,3 +363,20 @@ def test_timesteps_that_nobody_reads(monkeypatch, scheduler):
     by_call = [[r.is_hit for r in handle.report().records][call::2] for call in (0, 1)]
     may_hit = scheduler.startswith("Flow")
     assert by_call == [[False, may_hit, False, may_hit]] * 2
+
+
+def test_an_evaluation_that_comes_again_is_one_step(monkeypatch):
+    """Its timestep is not read, it goes past Dynamo, and then a guard fails."""
+    monkeypatch.setattr("fxcache.runtime.steps.number_of", lambda timestep: None)
+    monkeypatch.setattr("fxcache.runtime.executor.number_of", lambda timestep: None)
+    torch.manual_seed(0)
+    model = SequentialDiT().eval()
+    model.stack_scale = 1.0
+    model.forward = lambda x, t: SequentialDiT.forward(model, x, t) * model.stack_scale
+    denoiser = plain(model, MASK)
+    with denoiser.trajectory(num_steps=8):
+        for step in range(8):
+            model.stack_scale = 1.0 if step < 5 else 2.0
+            denoiser(sample(), times(1 - step / 8))
+    assert [r.step for r in denoiser.report().records] == [*range(8)]
+    assert denoiser.report().graphs == 2

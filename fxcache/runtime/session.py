@@ -231,13 +231,6 @@ class Session:
 
     # --- one evaluation ---
 
-    def current(self) -> Call:
-        """The evaluation that is going on. A graph that is called from outside a denoiser (the
-        registered backend) is placed by what its time input says.
-        """
-        call = self.call.get()
-        return call or self.steps.settle(self.slot, self.where, {}, None)
-
     def completed(self, call: Call, timestep: float | None) -> Call:
         """`call` with its step, which a timestep read from a GPU may tell.
 
@@ -247,6 +240,8 @@ class Session:
             return call
         self.is_outdated = False
         call, is_new = self.steps.complete(call, timestep)
+        if self.call.get() is not None:  # whoever comes again for this evaluation counts no step
+            self.call.set(call)
         if is_new and (self.trusts_trajectory.get() or self.is_outdated):
             raise NewTrajectory
         return call
