@@ -3,8 +3,7 @@
 ``denoiser = fxcache.transform(model, fxcache.FirstBlockCache(threshold=0.08))``
 """
 
-from fxcache.api import explain, restore, transform
-from fxcache.calibrate import calibrate
+from fxcache.api import Applied, apply, explain, restore, transform
 from fxcache.errors import (
     CaptureError,
     FxCacheError,
@@ -14,8 +13,6 @@ from fxcache.errors import (
     StackNotFoundError,
 )
 from fxcache.explain import Explanation
-from fxcache.frontier import TuneResult
-from fxcache.pipeline import Applied, apply
 from fxcache.policy import (
     AdamsBashforth,
     Chebyshev,
@@ -31,9 +28,11 @@ from fxcache.policy import (
 )
 from fxcache.policy.presets import preset, presets
 from fxcache.policy.schedule_file import load_schedule, save_schedule
-from fxcache.profile import Profile
 from fxcache.report import Record, Report
-from fxcache.tune import tune
+from fxcache.tuning.calibrate import calibrate
+from fxcache.tuning.profile import Profile
+from fxcache.tuning.result import TuneResult
+from fxcache.tuning.tune import tune
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,17 +1,24 @@
 """The public functions: they validate and dispatch, nothing else."""
 
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxcache.denoiser import DenoiserMethods, give_back, make_denoiser
+from fxcache.denoiser import DenoiserMethods, check_model, give_back, make_denoiser
 from fxcache.errors import FxCacheError, OptionError
 from fxcache.explain import Explanation, explain_model
 from fxcache.options import Options
+from fxcache.pipelines.components import denoisers_of, policies_for, put
+from fxcache.pipelines.scheduler import SchedulerClock
 from fxcache.policy import FirstBlockCache, Policy, check_policy
+from fxcache.report import Report
+
+log = logging.getLogger("fxcache")
 
 
 def transform(
@@ -116,19 +123,6 @@ def check_origin(model: nn.Module, policy: Any) -> None:
         )
 
 
-def check_model(model: Any) -> None:
-    """Raise OptionError unless `model` is a module that has not been transformed or compiled."""
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, DenoiserMethods):
-        raise OptionError("the model is a denoiser already; fxcache.restore(it) gives the model")
-    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
-        raise OptionError(
-            "the model is compiled already, and fxcache compiles it itself: pass the module that "
-            "was given to torch.compile (its _orig_mod), or leave model.compile() out"
-        )
-
-
 def restore(denoiser: nn.Module) -> nn.Module:
     """The model that `denoiser` was made of; the denoiser's memory is freed.
 
@@ -158,3 +152,104 @@ def explain(
 def restore_model(model: nn.Module) -> nn.Module:
     """The model behind `model` if that is a denoiser, else `model`."""
     return model._fxcache.model if isinstance(model, DenoiserMethods) else model
+
+
+class Applied:
+    """What `apply` returns. A context manager: the pipeline is itself again at the end."""
+
+    def __init__(self, pipe: Any, denoisers: dict[str, nn.Module]) -> None:
+        #: The denoisers by the name of their component: "transformer", ...
+        self.denoisers = denoisers
+        self._pipe = pipe
+
+    def __enter__(self) -> "Applied":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    @property
+    def policy(self) -> Policy | dict[str, Policy]:
+        """The policy that is followed; by component where they follow different ones."""
+        policies = {name: denoiser.policy for name, denoiser in self._methods()}
+        first, *others = policies.values()
+        return first if all(other == first for other in others) else policies
+
+    def report(self) -> Report:
+        """What happened since the start or the last reset, in all denoisers.
+
+        Each record says of which component it is.
+        """
+        return Report.merged({name: d.report() for name, d in self._methods()})
+
+    def reset(self) -> None:
+        """Forget everything, records included, and free the memory."""
+        for _, denoiser in self._methods():
+            denoiser.reset()
+
+    def _methods(self) -> list[tuple[str, Any]]:
+        return list(self.denoisers.items())
+
+    def remove(self) -> None:
+        """Give the pipeline its own models back and free the memory. Once removed, does nothing.
+
+        A component that was replaced meanwhile is left alone, and the log says so.
+        """
+        for name, denoiser in self.denoisers.items():
+            model = restore(denoiser)
+            if getattr(self._pipe, name, None) is denoiser:
+                object.__setattr__(self._pipe, name, model)
+            elif getattr(self._pipe, name, None) is not model:
+                log.warning("%s of the pipeline was replaced after apply, and is left", name)
+
+
+def apply(
+    pipe: Any, policy: Policy | str | Mapping[str, Any] | None = None, **transform_options: Any
+) -> Applied:
+    """Make a pipeline of diffusers skip its denoisers' block stacks where `policy` allows it.
+
+    Only this instance is changed: its ``transformer``, ``transformer_2`` and ``unet`` (those it
+    has) are replaced by denoisers that share their weights. Steps, their number and the start of
+    each trajectory are read from the pipeline's scheduler, also where that begins amid its
+    timesteps (``strength``, ``denoising_start``), with ``timesteps`` or ``sigmas`` of your own, and
+    with schedulers that evaluate twice a step: repeated timesteps are one step. Branches are named
+    by the pipeline (``cache_context``); a further call at the same step without a name of its own
+    gets a branch of its own ("call 2").
+
+    Args:
+        pipe: the pipeline; its scheduler may be replaced at any time.
+        policy: None means ``FirstBlockCache()``. The name of a method ("magcache", "teacache", ...)
+            means what was published for this model, "auto" the best-known method that was. A
+            mapping has one of these for each component: ``{"transformer": ..., ...}``.
+        transform_options: as in `fxcache.transform`: ``backend``, ``mode``, ``fullgraph``, ...
+
+    Returns:
+        A handle with ``report()``, ``reset()``, ``remove()`` and ``denoisers``. Used as a context
+        manager, it removes itself.
+
+    Raises:
+        OptionError: for something that is no pipeline, has no denoiser, or has been applied to.
+        PolicyError: if nothing of that name was published for the model.
+    """
+    models = denoisers_of(pipe)
+    for name, model in models.items():
+        if isinstance(model, DenoiserMethods):
+            raise OptionError(
+                f"{name} of this {type(pipe).__name__} is a denoiser already: call remove() of the "
+                f"handle that fxcache.apply returned (or pipe.{name} = "
+                f"fxcache.restore(pipe.{name})) first"
+            )
+    policies = policies_for(pipe, models, policy)
+    denoisers = {
+        name: transform(model, policies[name], **transform_options)
+        for name, model in models.items()
+    }
+    clock = SchedulerClock(pipe)
+    for name, denoiser in denoisers.items():
+        put(pipe, name, denoiser, clock)
+    return Applied(pipe, denoisers)

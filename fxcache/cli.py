@@ -1,6 +1,7 @@
 """The command line: ``fxcache demo``, ``explain``, ``calibrate`` and ``tune``."""
 
 import argparse
+import pkgutil
 import runpy
 import sys
 from collections.abc import Sequence
@@ -102,10 +103,13 @@ def _steps(text: str) -> int:
     return steps
 
 
-def _demo(args: argparse.Namespace) -> int:
-    from fxcache.demo.run import run_demo
+def _demonstration(name: str) -> Any:
+    """A function of the demo, which needs more packages than the library does."""
+    return pkgutil.resolve_name(f"fxcache.demo.{name}")
 
-    run_demo(
+
+def _demo(args: argparse.Namespace) -> int:
+    _demonstration("run:run_demo")(
         steps=args.steps,
         threshold=args.threshold,
         seed=args.seed,
@@ -116,34 +120,36 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    import fxcache
-    from fxcache.integrations.tiny import tiny_model
+    from fxcache.api import explain
+    from fxcache.pipelines.tiny import tiny_model
+    from fxcache.policy import FirstBlockCache
 
     model, inputs = tiny_model(args.diffusers)
-    policy = fxcache.FirstBlockCache(head_blocks=args.head_blocks, tail_blocks=args.tail_blocks)
-    print(fxcache.explain(model, policy=policy, **inputs))
+    policy = FirstBlockCache(head_blocks=args.head_blocks, tail_blocks=args.tail_blocks)
+    print(explain(model, policy=policy, **inputs))
     return 0
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    import fxcache
+    from fxcache.policy import MagCache, TeaCache
+    from fxcache.tuning.calibrate import calibrate
 
     _check_output(args.output)
     target, run = _load_target(args.target)
-    kind = getattr(fxcache, args.policy)
-    profile = fxcache.calibrate(target, run, kind, runs=args.runs)
+    kind = {kind.__name__: kind for kind in (MagCache, TeaCache)}[args.policy]
+    profile = calibrate(target, run, kind, runs=args.runs)
     print(profile)
     print(f"written to {profile.save(args.output)}")
     return 0
 
 
 def _tune(args: argparse.Namespace) -> int:
-    import fxcache
+    from fxcache.tuning.tune import tune
 
     for path in filter(None, (args.output, args.plot)):
         _check_output(path)
     target, run = _load_target(args.target)
-    result = fxcache.tune(
+    result = tune(
         target,
         run,
         target_speedup=args.target_speedup,
@@ -169,9 +175,8 @@ def _check_output(path: Path) -> None:
 def _load_target(text: str) -> tuple[Any, Any]:
     """What to sample with: the demo's sampler, or what a function in a file returns."""
     if text == "demo":
-        from fxcache.demo.sampler import sampling_target
-
-        return sampling_target()
+        target: tuple[Any, Any] = _demonstration("sampler:sampling_target")()
+        return target
     path, _, name = text.rpartition(":")
     if not path or not Path(path).is_file():
         raise OptionError(f"target must be FILE.py:FUNCTION or demo, got {text!r}")

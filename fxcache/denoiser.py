@@ -15,12 +15,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from fxcache.capture.runner import Runner
 from fxcache.errors import OptionError
-from fxcache.integrations import hooks
 from fxcache.options import Options
+from fxcache.pipelines import hooks
 from fxcache.policy import Policy, check_policy
 from fxcache.report import Report
-from fxcache.runner import Runner
 
 
 class DenoiserMethods:
@@ -218,6 +218,19 @@ def _denoiser_class(model_class: Any) -> Any:
         "__doc__": model_class.__doc__,
     }
     return Alike(model_class.__name__, (DenoiserMethods, model_class), names)
+
+
+def check_model(model: Any) -> None:
+    """Raise OptionError unless `model` is a module that has not been transformed or compiled."""
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, DenoiserMethods):
+        raise OptionError("the model is a denoiser already; fxcache.restore(it) gives the model")
+    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+        raise OptionError(
+            "the model is compiled already, and fxcache compiles it itself: pass the module that "
+            "was given to torch.compile (its _orig_mod), or leave model.compile() out"
+        )
 
 
 def make_denoiser(model: nn.Module, policy: Policy, options: Options) -> Any:

@@ -9,14 +9,14 @@ import torch
 from torch import fx, nn
 
 from fxcache.capture.backend import Backend, rewrite
+from fxcache.capture.runner import Runner
 from fxcache.errors import FxCacheError, PolicyError, StackNotFoundError
-from fxcache.integrations import hooks
 from fxcache.options import Options
 from fxcache.passes.cut import Cut, Stream
 from fxcache.passes.graph import GraphInputs, bytes_of, shape_of, tensor_of
 from fxcache.passes.probe import Probe
+from fxcache.pipelines import hooks
 from fxcache.policy import Policy
-from fxcache.runner import Runner
 
 #: Some policies need a number of steps, though the first is computed whatever it is.
 ANY = 28

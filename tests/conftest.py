@@ -60,5 +60,5 @@ def device(monkeypatch):
             super().__init__(options)
             self.graphs = callable(options.backend)
 
-    monkeypatch.setattr("fxcache.runner.Compilers", WithGraphs)
+    monkeypatch.setattr("fxcache.capture.runner.Compilers", WithGraphs)
     return device

@@ -1,7 +1,7 @@
 """What is private of torch and used by the capture, in one place.
 
 Checked on torch 2.13 and 2.15: a new torch that moves one of these fails here first
-(`tests/test_functional.py`).
+(`tests/capture/test_functional.py`).
 """
 
 import inspect

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-import fxcache
-from fxcache import FirstBlockCache, Reuse, Taylor
+from fxcache.api import explain, transform
 from fxcache.demo.metrics import psnr, ssim
 from fxcache.demo.sampler import load_denoiser, sample, trajectory, tuned_schedule
-from fxcache.policy import Forecast, Policy
+from fxcache.policy import FirstBlockCache, Forecast, Policy, Reuse, Taylor
 
 IMAGES = 32
 #: A compiler works in the first round.
@@ -94,11 +93,11 @@ def run_demo(
 
     model, classes = load_denoiser()
     labels = torch.arange(IMAGES) % len(classes)
-    skipped = fxcache.explain(
+    skipped = explain(
         model, torch.randn(2, 3, 32, 32), timestep=torch.ones(2), class_labels=labels[:2]
     ).skipped_share
     cached = [
-        Run(name, fxcache.transform(model, policy, backend=backend), steps)
+        Run(name, transform(model, policy, backend=backend), steps)
         for name, policy in settings(threshold, steps).items()
     ]
     plain = model if backend == "eager" else torch.compile(model, backend=backend)

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import torch
 
-from fxcache import StepSchedule, load_schedule
+from fxcache.policy import StepSchedule
+from fxcache.policy.schedule_file import load_schedule
 
 GUIDANCE = 2.0
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fxcache.errors import PolicyError, ProfileError
-from fxcache.files import write_whole
 from fxcache.policy.base import Origin
+from fxcache.policy.files import write_whole
 from fxcache.policy.fitted import Fitted
 from fxcache.policy.forecast import (
     AdamsBashforth,

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fxcache.integrations.scheduler import Reading
+from fxcache.pipelines.scheduler import Reading
 
 #: Models take the list's times as they are, as fractions of 1000, or as those that rise.
 _UNITS = ((0.0, 1.0), (0.0, 1e-3), (1.0, -1e-3))

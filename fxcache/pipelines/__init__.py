@@ -1,0 +1,1 @@
+"""Pipelines of diffusers, and hooks of accelerate: the only place that knows these libraries."""

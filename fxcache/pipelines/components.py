@@ -1,0 +1,139 @@
+"""The denoisers of a diffusers pipeline, and the policies that were published for them."""
+
+import json
+import logging
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from torch import nn
+
+from fxcache.errors import OptionError, PolicyError
+from fxcache.pipelines.scheduler import SchedulerClock
+from fxcache.policy import Policy, check_policy
+from fxcache.policy.presets import preset, presets
+
+log = logging.getLogger("fxcache")
+
+#: Where pipelines keep their denoisers.
+COMPONENTS = ("transformer", "transformer_2", "unet")
+#: Of several methods that were published for a model, "auto" takes the first of these.
+_PREFERRED = ("magcache", "teacache", "easycache", "seacache", "firstblockcache")
+
+
+def put(pipe: Any, name: str, denoiser: Any, clock: SchedulerClock) -> None:
+    """Make `denoiser` the component `name` of `pipe`, whose scheduler `clock` reads.
+
+    Not by the pipeline's own attribute access, which would rewrite its config.
+    """
+    denoiser._fxcache.session.steps.clock = clock
+    object.__setattr__(pipe, name, denoiser)
+
+
+def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
+    """The models of `pipe` that `apply` replaces, by component.
+
+    Raises OptionError if there are none.
+    """
+    own = type(pipe).__name__
+    if isinstance(pipe, nn.Module):
+        raise OptionError(f"{own} is a model, not a pipeline: use fxcache.transform(model, policy)")
+    if isinstance(pipe, type) or not hasattr(pipe, "scheduler"):
+        raise OptionError(
+            f"pipe must be a pipeline of diffusers, got {pipe!r:.200}: it has no scheduler. For a "
+            f"loop of your own, use fxcache.transform(model, policy)"
+        )
+    found = {name: getattr(pipe, name, None) for name in COMPONENTS}
+    models = {name: model for name, model in found.items() if isinstance(model, nn.Module)}
+    if not models:
+        parts = sorted(getattr(pipe, "components", {}))
+        raise OptionError(
+            f"{own} has no denoiser: one of {', '.join(COMPONENTS)} must be a model, and it has "
+            f"{parts or 'none of them'}"
+        )
+    return models
+
+
+def policies_for(
+    pipe: Any, models: Mapping[str, nn.Module], policy: Any
+) -> dict[str, Policy | None]:
+    """The policy of each component."""
+    if not isinstance(policy, Mapping):
+        return dict.fromkeys(models, _policy(pipe, models, policy))
+    if set(policy) != set(models):
+        raise PolicyError(
+            f"policy must have one entry for each denoiser, {sorted(models)}, got {sorted(policy)}"
+        )
+    return {name: _policy(pipe, models, policy[name]) for name in models}
+
+
+def _policy(pipe: Any, models: Mapping[str, nn.Module], policy: Any) -> Policy | None:
+    if isinstance(policy, str):
+        return published(pipe, models, policy)
+    if policy is not None:
+        check_policy(policy)
+    return policy  # type: ignore[no-any-return]
+
+
+def published(pipe: Any, models: Mapping[str, nn.Module], method: str) -> Policy:
+    """The policy that was published for the model of `pipe`; `method` may be "auto".
+
+    Raises PolicyError if there is none.
+    """
+    model = _preset_name(pipe, models)
+    own = type(pipe).__name__
+    if model is None:
+        raise PolicyError(
+            f"no settings were published for the model of this {own}, so there is no "
+            f"{method!r} for it. Pass a policy (FirstBlockCache(threshold=...)), or the preset of "
+            f"another model: fxcache.preset(model, method); fxcache.presets() lists them"
+        )
+    if method != "auto":
+        return preset(model, method)
+    methods = presets()[model]
+    found = next(name for name in _PREFERRED if name in methods)
+    log.info("auto: %s, published for %s", found, model)
+    return preset(model, found)
+
+
+def _preset_name(pipe: Any, models: Mapping[str, nn.Module]) -> str | None:
+    """Under which name settings for the model of `pipe` were published, None if there are none.
+
+    By the name that it was loaded under, else by its classes and its config.
+    """
+    classes = {type(model).__name__ for model in models.values()}
+    configs = [getattr(part, "config", {}) for part in (pipe, *models.values())]
+    for config in configs:
+        name = _by_name(str(dict(config).get("_name_or_path") or ""), classes)
+        if name is not None:
+            return name
+    settings = {key: value for config in configs for key, value in dict(config).items()}
+    text = resources.files("fxcache.pipelines").joinpath("pipelines.json").read_text("utf-8")
+    for rule in json.loads(text):
+        if type(pipe).__name__ not in rule["pipelines"] or rule.get("denoisers", 1) != len(models):
+            continue
+        if all(settings.get(key) == value for key, value in rule.get("config", {}).items()):
+            name = rule["preset"]
+            if rule.get("is_guess"):
+                log.warning(
+                    "which variant this %s is cannot be told: its settings are those of %s. Others "
+                    "are listed by fxcache.presets()",
+                    type(pipe).__name__,
+                    name,
+                )
+            return str(name)
+    return None
+
+
+def _by_name(name: str, classes: set[str]) -> str | None:
+    """The preset of a model of that name (a hub's id, or a directory) and one of these classes."""
+    if not name:
+        return None
+    for method in _PREFERRED:
+        try:
+            origin = preset(name, method).origin  # type: ignore[attr-defined]
+        except PolicyError:
+            continue
+        if classes & set(origin.model_classes):
+            return str(origin.preset.rsplit(", ", 1)[0])
+    return None

@@ -1,0 +1,1 @@
+"""Schedules and tables from the user's own sampling."""

@@ -1,0 +1,130 @@
+"""The examples that bring their own sampling loop: they run, and print what is true."""
+
+import importlib.util
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def load(name):
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(monkeypatch, capsys, name, *arguments):
+    """What ``python examples/name.py ARGUMENTS`` prints."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    with torch.enable_grad():
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+# --- the k-diffusion loop ---
+
+
+@pytest.fixture
+def loop():
+    pytest.importorskip("diffusers")
+    return load("custom_loop")
+
+
+def test_the_loop_runs_and_says_why_ancestral_sampling_never_hits(
+    loop, monkeypatch, capsys, caplog, tmp_path
+):
+    path = tmp_path / "grid.png"
+    given = ("--steps", 12, "--images", 1, "--output", path)
+    printed = run_script(monkeypatch, capsys, "custom_loop", *given)
+    figures = re.findall(
+        r"(\w+): PSNR to the uncached run ([\d.]+) dB\n +(\d+) hits, (\d+)", printed
+    )
+    assert [name for name, *_ in figures] == list(loop.SAMPLERS)
+    hits = {name: int(number) for name, _, number, _ in figures}
+    calls = {name: int(number) + int(misses) for name, _, number, misses in figures}
+    near = {name: float(psnr) for name, psnr, *_ in figures}
+    assert calls == {"euler": 24, "heun": 2 * (24 - 1), "ancestral": 24}
+    assert hits["heun"] > hits["euler"] >= 4
+    assert 30 < near["euler"] < 90
+    assert 30 < near["heun"] < 90
+    assert (hits["ancestral"], near["ancestral"]) == (0, 100)
+    messages = [record.message for record in caplog.records]
+    assert sum("never hit" in message for message in messages) == 1
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        assert picture.size == (32, 6 * 32)
+
+
+@pytest.mark.slow
+def test_its_samplers_solve_one_equation_and_heun_is_of_second_order(loop):
+    from fxcache.demo.metrics import psnr
+    from fxcache.demo.sampler import sample
+
+    model, _ = loop.load_denoiser()
+    labels = torch.tensor([0, 3])
+
+    def solved(name, steps):
+        return loop.sample(model, name, labels, steps, seed=0)
+
+    exact = solved("heun", 20)
+    coarse, fine, second = solved("euler", 10), solved("euler", 20), solved("heun", 10)
+    near = [psnr(each, exact) for each in (coarse, fine, second)]
+    assert near[0] + 1 < near[1] < near[2] - 3, near
+    assert psnr(fine, sample(model, labels, steps=20, seed=0)) > 20  # the demo's own loop
+    assert psnr(fine, sample(model, labels, steps=20, seed=1)) < 15
+
+
+# --- a DiT by hand ---
+
+
+def test_the_dit_is_trained_and_sampled(monkeypatch, capsys):
+    given = ("--train-steps", 60, "--steps", 16, "--images", 8, "--backend", "eager")
+    printed = run_script(monkeypatch, capsys, "flow_matching_dit", *given)
+    assert float(re.search(r"trained 60 steps, loss ([\d.]+)", printed)[1]) < 1.1
+    pattern = (
+        r"(\w+): (\d+) of 16 steps are hits, (\d+)% of the blocks are computed: ([\d.]+)x; "
+        r"PSNR to uncached ([\d.]+) dB \(plain sampling in (\d+) steps: ([\d.]+) dB\)"
+    )
+    rows = {name: list(map(float, row)) for name, *row in re.findall(pattern, printed)}
+    assert list(rows) == ["reuse", "Taylor"]
+    for hits, percent, speedup, near, fewer, rival in rows.values():
+        share = 1 - hits / 16 * 5 / 6  # six blocks, of which the first always runs
+        assert percent == pytest.approx(100 * share, abs=0.51)
+        assert speedup == pytest.approx(1 / share, abs=0.006)
+        assert share * 16 <= fewer < share * 16 + 1
+        assert 3 <= hits < 16
+        assert 25 < near < 90
+        assert 15 < rival < 90
+
+
+def test_training_learns_and_pictures_are_discs():
+    module = load("flow_matching_dit")
+    torch.manual_seed(0)
+    with torch.enable_grad():
+        first, later = (module.train(module.DiT(depth=2), steps) for steps in (8, 80))
+    assert later < 0.8 * first
+    shown = module.pictures(16, torch.Generator().manual_seed(0))
+    assert shown.shape == (16, module.TOKENS, module.CHANNELS)
+    assert shown.abs().max() <= 1
+    bright = (shown > 0).flatten(1).float().mean(1)
+    assert ((bright > 0.02) & (bright < 0.6)).all()
+
+
+@pytest.mark.slow
+def test_the_dit_with_its_own_defaults(monkeypatch, capsys):
+    """Inductor; on a trained model forecasts win over fewer steps, and reuse alone loses."""
+    printed = run_script(monkeypatch, capsys, "flow_matching_dit")
+    found = re.findall(
+        r"uncached ([\d.]+) dB \(plain sampling in \d+ steps: ([\d.]+) dB\)", printed
+    )
+    (reuse, few), (taylor, more) = (tuple(map(float, pair)) for pair in found)
+    assert reuse < few
+    assert taylor > more + 3

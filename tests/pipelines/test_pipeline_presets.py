@@ -1,0 +1,124 @@
+"""Published settings by pipeline: `fxcache.apply(pipe, "magcache")` and "auto"."""
+
+import json
+import logging
+from importlib import resources
+from types import SimpleNamespace
+
+import pytest
+from helpers import seeded
+from zoo import SequentialDiT
+
+import fxcache
+from fxcache import FirstBlockCache, MagCache, PolicyError, TeaCache
+from fxcache.policy.presets import preset, presets
+
+diffusers = pytest.importorskip("diffusers")
+RULES = json.loads(
+    resources.files("fxcache.pipelines").joinpath("pipelines.json").read_text("utf-8")
+)
+
+
+def pipe_of(pipeline, model, *, denoisers=1, own=None, **config):
+    """Something that goes by the names of a pipeline and its model, with these configs."""
+    components = ("transformer", "transformer_2")[:denoisers]
+    made = type(pipeline, (SimpleNamespace,), {})(scheduler=None, config=own or {})
+    for component in components:
+        denoiser = seeded(type(model, (SequentialDiT,), {}))
+        denoiser.config = config
+        setattr(made, component, denoiser)
+    return made
+
+
+def chosen(*args, method="auto", **options):
+    with fxcache.apply(pipe_of(*args, **options), method, backend="eager") as handle:
+        return handle.policy
+
+
+def test_the_rules_name_pipelines_and_presets_that_exist():
+    published = presets()
+    for rule in RULES:
+        assert rule["preset"] in published, rule
+        origin = preset(rule["preset"], published[rule["preset"]][0]).origin
+        for name in rule["pipelines"]:
+            assert hasattr(diffusers, name), name
+            assert any(hasattr(diffusers, cls) for cls in origin.model_classes)
+    assert {key for rule in RULES for key in rule} == {
+        "pipelines", "preset", "config", "denoisers", "is_guess"
+    }  # fmt: skip
+
+
+FLUX, WAN = "FluxTransformer2DModel", "WanTransformer3DModel"
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "model", "options", "expected"),
+    [
+        ("FluxPipeline", FLUX, {"guidance_embeds": True}, "flux-dev"),
+        ("FluxControlNetPipeline", FLUX, {"guidance_embeds": True}, "flux-dev"),
+        ("FluxPipeline", FLUX, {"guidance_embeds": False}, "flux-schnell"),
+        ("FluxKontextPipeline", FLUX, {"guidance_embeds": True}, "flux-kontext"),
+        ("WanPipeline", WAN, {"num_layers": 30}, "wan2.1-t2v-1.3b"),
+        ("WanPipeline", WAN, {"num_layers": 40}, "wan2.1-t2v-14b"),
+        ("WanPipeline", WAN, {"num_layers": 40, "denoisers": 2}, "wan2.2-t2v-a14b"),
+        ("WanPipeline", WAN, {"own": {"expand_timesteps": True}}, "wan2.2-ti2v-5b"),
+        ("WanImageToVideoPipeline", WAN, {"denoisers": 2}, "wan2.2-i2v-a14b"),
+        ("HunyuanVideoPipeline", "HunyuanVideoTransformer3DModel", {}, "hunyuan-video"),
+    ],
+)
+def test_the_model_is_told_by_its_pipeline_and_config(pipeline, model, options, expected, caplog):
+    policy = chosen(pipeline, model, method="magcache", **options)
+    assert isinstance(policy, MagCache)
+    assert policy == preset(expected, "magcache")
+    assert chosen(pipeline, model, **options) == policy  # what "auto" prefers
+    assert not caplog.records
+
+
+def test_a_guess_says_so(caplog):
+    with caplog.at_level(logging.WARNING, "fxcache"):
+        policy = chosen("WanPipeline", WAN, num_layers=2)
+    assert policy == preset("wan2.1-t2v-1.3b", "magcache")
+    assert "cannot be told: its settings are those of wan2.1-t2v-1.3b" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("black-forest-labs/FLUX.1-dev", "flux-dev"),
+        ("/models/FLUX.1-schnell", "flux-schnell"),
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", None),  # the name of another class of model
+    ],
+)
+def test_the_name_that_was_loaded_goes_first(name, expected):
+    pipe = {"own": {"_name_or_path": name}, "guidance_embeds": True}
+    policy = chosen("FluxPipeline", FLUX, method="magcache", **pipe)
+    assert policy == preset(expected or "flux-dev", "magcache")
+
+
+def test_auto_takes_what_there_is(caplog):
+    with caplog.at_level(logging.INFO, "fxcache"):
+        policy = chosen("LTXPipeline", "LTXVideoTransformer3DModel")
+    assert isinstance(policy, TeaCache)
+    assert "auto: teacache, published for ltx-video" in caplog.text
+    found = chosen("StableDiffusionXLPipeline", "UNet2DConditionModel")
+    assert isinstance(found, FirstBlockCache)
+
+
+def test_what_was_not_published():
+    for pipeline in ("StableAudioPipeline", "StableDiffusion3Pipeline"):
+        with pytest.raises(PolicyError, match=f"no settings .* for the model of this {pipeline}"):
+            chosen(pipeline, "SD3Transformer2DModel", num_layers=24)
+    with pytest.raises(PolicyError, match="no seacache settings were published for 'chroma'"):
+        chosen("ChromaPipeline", "ChromaTransformer2DModel", method="seacache")
+    with pytest.raises(PolicyError, match=r"no method 'magcahce'\. Did you mean 'magcache'"):
+        chosen("ChromaPipeline", "ChromaTransformer2DModel", method="magcahce")
+
+
+def test_a_method_for_each_denoiser():
+    pipe = pipe_of("WanPipeline", WAN, denoisers=2)
+    policies = {"transformer": FirstBlockCache(threshold=0.2), "transformer_2": "magcache"}
+    with fxcache.apply(pipe, policies, backend="eager") as handle:
+        assert handle.policy == {
+            "transformer": FirstBlockCache(threshold=0.2),
+            "transformer_2": preset("wan2.2-t2v-a14b", "magcache"),
+        }

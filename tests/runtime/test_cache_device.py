@@ -1,0 +1,261 @@
+"""`cache_device`: residuals in host memory, fetched for hits and put back after misses.
+
+Most of it is told by the CPU, which stands in for a GPU; what only a GPU can tell is below.
+"""
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers import (
+    ALTERNATE,
+    FORECAST,
+    MASK,
+    NEVER,
+    TAYLOR,
+    assert_identical,
+    cached_residuals,
+    hits,
+    plain,
+    sample,
+    seeded,
+    solve,
+    times,
+)
+from policy_cases import EASY, EVERY, SCHEDULE, name_of
+from zoo import SequentialDiT, make
+
+import fxcache
+from fxcache.errors import OptionError
+from fxcache.report import Report
+from fxcache.runtime.host import HostedRegions
+from fxcache.runtime.state import Buffers
+from fxcache.tuning.record import Recorder
+
+HOST = {"cache_device": "cpu"}
+E4M3 = torch.float8_e4m3fn
+
+
+@pytest.fixture
+def model():
+    """A head block and one that is skipped: the fewest that there can be."""
+    return seeded(lambda: SequentialDiT(depth=2))
+
+
+@pytest.fixture
+def away(monkeypatch):
+    """The CPU stands in for a GPU: residuals are taken for being kept elsewhere. Grows with each
+    evaluation that is done so.
+    """
+    calls, begin = [], HostedRegions.begin
+    monkeypatch.setattr(HostedRegions, "begin", lambda *given: calls.append(1) or begin(*given))
+    monkeypatch.setattr("fxcache.capture.backend.is_away", lambda host, device: bool(host))
+    return calls
+
+
+# --- host memory ---
+
+
+class Wiring:
+    """Stands in for compiled pieces: notes what hits are given, and stores numbers on misses."""
+
+    ring = 3
+
+    def __init__(self):
+        self.given = []
+
+    def head(self, inputs, own):
+        return (inputs[0] + 1,), torch.tensor([0.25])
+
+    def hit(self, values, own, weights):
+        self.given.append((values, own, weights))
+        return ["output"]
+
+    def miss(self, values, own, slot):
+        for number, ring in enumerate(own.rings):
+            ring[slot].fill_(10 + number)
+        return ["output"]
+
+
+def host_rings():
+    """Two streams, three residuals each, all different."""
+    return tuple(
+        tuple(torch.full((2, 3 + stream), 3.0 * stream + at) for at in range(3))
+        for stream in range(2)
+    )
+
+
+@pytest.mark.parametrize("weights", [[0.0, 2.0, -1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+def test_a_hit_is_given_copies_of_what_it_uses(weights):
+    own, wiring = Buffers({"kept": torch.ones(2)}, host_rings()), Wiring()
+    evaluation = HostedRegions(wiring, torch.device("cpu")).begin((torch.ones(1),), own)
+    assert evaluation.read() == [0.25]
+    assert evaluation.hit(weights) == ["output"]
+    ((values, given, vector),) = wiring.given
+    assert given.kept is own.kept
+    assert (values, vector.tolist()) == ((1.0, 2.0), weights)
+    held = {residual.data_ptr() for ring in own.rings for residual in ring}
+    for near, far in zip(given.rings, own.rings, strict=True):
+        assert held.isdisjoint(residual.data_ptr() for residual in near)
+        used = [at for at, weight in enumerate(weights) if weight]
+        assert all(torch.equal(near[at], far[at]) for at in used)
+        assert len({residual.data_ptr() for residual in near}) == max(len(used), 1)
+
+
+def test_a_miss_writes_one_slot_of_each_ring_and_nothing_else():
+    own, wiring = Buffers({}, host_rings()), Wiring()
+    evaluation = HostedRegions(wiring, torch.device("cpu")).begin((torch.ones(1),), own)
+    assert evaluation.miss(1) == ["output"]
+    values = [[float(residual.mean()) for residual in ring] for ring in own.rings]
+    assert values == [[0.0, 10.0, 2.0], [3.0, 11.0, 5.0]]
+
+
+def test_pieces_run_where_the_model_is():
+    """Rings on the host, pieces on another device: all that a hit is given lies there."""
+    own, wiring = Buffers({}, host_rings()), Wiring()
+    evaluation = HostedRegions(wiring, torch.device("meta")).begin((torch.ones(1),), own)
+    evaluation.hit([1.0, 0.0, 1.0])
+    ((_, given, vector),) = wiring.given
+    assert {residual.device.type for ring in given.rings for residual in ring} == {"meta"}
+    assert given.device.type == vector.device.type == "meta"
+    assert own.device.type == "cpu"
+
+
+@pytest.mark.parametrize("policy", [ALTERNATE, SCHEDULE, EASY], ids=name_of)
+def test_the_host_path_computes_the_same(model, away, policy):
+    hosted, without = plain(model, policy, **HOST), plain(model, policy)
+    assert_identical(solve(hosted, 8), solve(without, 8))
+    assert hosted.report() == without.report()
+    assert len(away) == 8
+
+
+@pytest.mark.parametrize(
+    "options", [{"guards": "trajectory", "kernel": "triton", "cache_dtype": E4M3}]
+)
+def test_the_host_path_with_other_options(model, away, options):
+    dtype = {"cache_dtype": options.get("cache_dtype")}
+    hosted, without = plain(model, FORECAST, **options, **HOST), plain(model, FORECAST, **dtype)
+    assert_identical(solve(hosted, 8), solve(without, 8))
+    assert any(hits(hosted))
+    assert len(away) >= 8
+
+
+def test_where_the_model_is_on_the_host_nothing_changes(model, monkeypatch):
+    monkeypatch.setattr(HostedRegions, "begin", None)
+    assert_identical(solve(plain(model, ALTERNATE, **HOST)), solve(plain(model, ALTERNATE)))
+
+
+# --- misses are exact, whatever is kept, and wherever ---
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("sd15_unet", E4M3), ("uvit", None)],
+    ids=str,
+)
+def test_threshold_0_is_the_model_itself(away, name, dtype):
+    model, inputs = make(name)
+    never = plain(model, NEVER, cache_dtype=dtype, **HOST)
+    assert_identical([never(**inputs) for _ in range(2)], [model(**inputs)] * 2)
+    assert len(away) == 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "dtype"), [(TAYLOR, torch.float16), (EASY, E4M3), (MASK, E4M3)], ids=name_of
+)
+def test_misses_between_hits_are_exact(model, away, policy, dtype):
+    denoiser = plain(model, policy, cache_dtype=dtype, **HOST)
+    outputs = solve(denoiser, 8)
+    for step, (output, is_hit) in enumerate(zip(outputs, hits(denoiser), strict=True)):
+        if not is_hit:
+            assert_identical(output, model(sample() + 0.05 * step, times(1 - step / 8)))
+    assert any(hits(denoiser))
+
+
+# --- reports ---
+
+
+def test_bytes_are_told_by_device(denoiser):
+    solve(denoiser)
+    report = denoiser.report()
+    assert report.cached_by_device == {"cpu": report.cached_bytes}
+    assert json.loads(json.dumps(report.to_dict()))["cached_by_device"] == report.cached_by_device
+    assert "MiB cached, " in str(report)
+    mixed = {"cuda:0": 2**20, "cpu": 2**21}
+    two = Report((), 3 * 2**20, 1, 0, mixed)
+    assert "3.00 MiB cached (1.00 MiB on cuda:0, 2.00 MiB on cpu), 1 graph(s)" in str(two)
+    both = Report.merged({"a": report, "b": two})
+    assert both.cached_by_device == {**mixed, "cpu": 2**21 + report.cached_bytes}
+    assert both.cached_bytes == sum(both.cached_by_device.values())
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize("device", ["cuda", "meta", "disk", "", 0, torch.device("cuda:1"), True])
+def test_other_devices_are_refused(model, device):
+    with pytest.raises(OptionError, match=r'cache_device must be "cpu".*got'):
+        fxcache.transform(model, cache_device=device)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu"), None])
+def test_the_host_by_any_spelling(model, device):
+    options = fxcache.transform(model, cache_device=device)._fxcache.options
+    assert options.host == (None if device is None else torch.device(device))
+
+
+@pytest.mark.parametrize(
+    "options", [{"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}]
+)
+def test_host_memory_and_cuda_graphs_exclude_each_other(model, options):
+    with pytest.raises(OptionError, match=r"cache_device='cpu' cannot be had with CUDA graphs"):
+        fxcache.transform(model, cache_device="cpu", **options)
+    assert fxcache.transform(model, cache_dtype=torch.bfloat16, **options)._fxcache.compilers.graphs
+
+
+def test_options_survive_copies(model):
+    again = copy.deepcopy(plain(model, ALTERNATE, cache_dtype=E4M3, **HOST))
+    solve(again)
+    assert cached_residuals(again)[0].dtype == E4M3
+    assert again._fxcache.options.host == torch.device("cpu")
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{"backend": "eager"}, {}])
+@pytest.mark.parametrize("policy", EVERY, ids=name_of)
+def test_residuals_of_a_gpu_in_pinned_memory(policy, options):
+    model = seeded(SequentialDiT).cuda()
+    hosted = fxcache.transform(model, policy, **options, **HOST)
+    without = fxcache.transform(model, policy, **options)
+    outputs = []
+    for denoiser in (hosted, without):
+        inputs = [(sample() + 0.05 * i, times(1 - i / 8)) for i in range(8)]
+        outputs.append([denoiser(x.cuda(), t.cuda()) for x, t in inputs])
+    assert_identical(*outputs)
+    assert all(residual.is_pinned() for residual in cached_residuals(hosted))
+    report = hosted.report()
+    assert report.records == without.report().records
+    assert report.cached_bytes == without.report().cached_bytes
+    residuals = sum(residual.nbytes for residual in cached_residuals(hosted))
+    assert report.cached_by_device["cpu"] == residuals
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_recorder_sees_residuals_that_have_arrived():
+    """Copies to the host are not waited for, except by who reads them there."""
+    model = seeded(lambda: SequentialDiT(width=512)).cuda()
+    recorded = []
+    for options in (HOST, {}):
+        denoiser = plain(model, NEVER, **options)
+        recorder = denoiser._fxcache.session.observe = Recorder()
+        for i in range(4):
+            denoiser(sample(8, 512).cuda(), times(1 - i / 4, 8).cuda())
+        (trajectory,) = recorder.trajectories.values()
+        recorded.append(trajectory.residuals)
+    assert_identical(*recorded)

@@ -1,0 +1,349 @@
+"""`cache_dtype`: what residuals are kept in, and what that does to hits and not to misses."""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    ALTERNATE,
+    ALWAYS,
+    FORECAST,
+    MASK,
+    TAYLOR,
+    all_buffers,
+    assert_close,
+    assert_identical,
+    cached_residuals,
+    graphed,
+    hits,
+    plain,
+    sample,
+    seeded,
+    short,
+    solve,
+    tensors,
+    times,
+)
+from policy_cases import EASY, EVERY, name_of
+from torch import nn
+from zoo import SequentialDiT, make
+
+import fxcache
+from fxcache import FirstBlockCache, Taylor
+from fxcache.errors import OptionError
+from fxcache.passes.store import largest_kept, saturated
+
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+NARROW = [BFLOAT16, FLOAT16, E4M3, E5M2]
+
+dtypes = pytest.mark.parametrize("dtype", NARROW, ids=str)
+
+
+@pytest.fixture
+def model():
+    """A head block and one that is skipped: the fewest that there can be."""
+    return seeded(lambda: SequentialDiT(depth=2))
+
+
+class Bare(SequentialDiT):
+    """Returns the stack's stream as it is: an error of the residual is one of the output."""
+
+    def forward(self, x, t):
+        return self.stack(self.embed(x) + self.time(t[:, None])[:, None])
+
+
+def rounding(values, dtype):
+    """How far values of `dtype` may lie from `values`, which are in its range."""
+    info = torch.finfo(dtype)
+    return (values.abs() * info.eps).clamp_min(info.smallest_normal * info.eps) / 2
+
+
+# --- what is kept ---
+
+
+@pytest.mark.parametrize(
+    ("policy", "dtype"), [(ALWAYS, E4M3), (TAYLOR, BFLOAT16), (TAYLOR, E5M2)], ids=name_of
+)
+def test_rings_have_the_dtype_and_probes_keep_theirs(model, dtype, policy):
+    denoiser = plain(model, policy, cache_dtype=dtype)
+    solve(denoiser)
+    assert {residual.dtype for residual in cached_residuals(denoiser)} == {dtype}
+    kept = [t for own in all_buffers(denoiser) for t in own.kept.values() if t.is_floating_point()]
+    assert {t.dtype for t in kept} == {FLOAT32}
+    elements = 2 * 8 * 16
+    ring = policy.forecast.ring * elements * dtype.itemsize
+    assert denoiser.report().cached_bytes == ring + elements * 4
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, E4M3], ids=str)
+def test_cached_bytes_shrink_with_the_dtype(model, dtype):
+    """A schedule keeps nothing but residuals."""
+    held = []
+    for cache_dtype in (None, dtype):
+        denoiser = plain(model, MASK, cache_dtype=cache_dtype)
+        solve(denoiser)
+        held.append(denoiser.report().cached_bytes)
+    assert held[0] * dtype.itemsize == held[1] * 4 > 0
+
+
+# --- what a hit returns ---
+
+
+@dtypes
+@pytest.mark.parametrize("order", [0, 2], ids=["reuse", "taylor"])
+def test_a_hit_is_off_by_the_rounding_and_no_more(dtype, order):
+    """Against float64: each residual is rounded once, and weighted as the forecast says."""
+    model = seeded(Bare)
+    policy = FirstBlockCache(
+        threshold=math.inf, warmup_steps=3, **({"forecast": Taylor(order=order)} if order else {})
+    )
+    denoiser = plain(model, policy, cache_dtype=dtype)
+    outputs = solve(denoiser, 4)
+    assert hits(denoiser) == [False, False, False, True]
+    exact = copy.deepcopy(model).double()
+    heads, residuals = [], []
+    exact.blocks[0].register_forward_hook(lambda *call: heads.append(call[-1]))
+    for step in range(4):
+        x, t = sample().double() + 0.05 * step, times(1 - step / 4).double()
+        residuals.append(exact(x, t) - heads[-1])
+    past = residuals[:3][::-1][: order + 1]
+    weights = policy.forecast.weights(3, [2, 1, 0][: order + 1])
+    expected = heads[3] + sum(w * r for w, r in zip(weights, past, strict=True))
+    allowed = sum(abs(w) * rounding(r, dtype) for w, r in zip(weights, past, strict=True))
+    error = (outputs[3].double() - expected).abs()
+    assert (error <= 1.001 * allowed + 2e-5).all()
+    assert error.max() > 0.2 * allowed.max()  # it went through the dtype
+
+
+@pytest.mark.parametrize("policy", [FORECAST, MASK, EASY], ids=name_of)
+def test_float32_is_what_a_float32_model_computes(model, policy):
+    """Nothing is rewritten: bit for bit what it is without the option."""
+    with_option, without = plain(model, policy, cache_dtype=FLOAT32), plain(model, policy)
+    assert_identical(solve(with_option, 8), solve(without, 8))
+    assert with_option.report() == without.report()
+
+
+def test_a_wider_dtype_loses_nothing(model):
+    model.to(BFLOAT16)
+    x, ts = sample().to(BFLOAT16), [times(1 - i / 6).to(BFLOAT16) for i in range(6)]
+    runs = []
+    for dtype in (None, FLOAT32):
+        denoiser = plain(model, TAYLOR, cache_dtype=dtype)
+        runs.append([denoiser(x + 0.05 * i, t) for i, t in enumerate(ts)])
+        assert hits(denoiser)[-1]
+    assert_identical(*runs)
+    assert cached_residuals(denoiser)[0].dtype == FLOAT32
+
+
+@pytest.mark.parametrize("policy", EVERY, ids=name_of)
+def test_every_policy_decides_the_same_and_is_close(model, policy):
+    with_option, without = plain(model, policy, cache_dtype=FLOAT16), plain(model, policy)
+    assert_close(solve(with_option, 8), solve(without, 8), tolerance=2e-3)
+    assert with_option.report().records == without.report().records
+    assert any(hits(without))
+    assert with_option.report().cached_bytes < without.report().cached_bytes
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("sd15_unet", E4M3), ("flux", BFLOAT16)], ids=str)
+def test_streams_of_real_models(name, dtype):
+    """A UNet's streams are cached as they are; Flux has two kinds of blocks."""
+    model, inputs = make(name)
+    denoiser = plain(model, ALTERNATE, cache_dtype=dtype)
+    outputs = [denoiser(**inputs) for _ in range(2)]
+    assert hits(denoiser) == [False, True]
+    assert_close(*outputs, tolerance=torch.finfo(dtype).eps)
+    assert not torch.equal(tensors(outputs[0])[0], tensors(outputs[1])[0])
+    assert {residual.dtype for residual in cached_residuals(denoiser)} == {dtype}
+
+
+# --- beyond the range ---
+
+
+SOURCES = [torch.float64, FLOAT32, BFLOAT16, FLOAT16]
+WIDER = [(a, b) for a in SOURCES for b in NARROW if torch.finfo(a).max > torch.finfo(b).max]
+
+
+def check_saturation(computed, dtype, compiled=lambda function: function):
+    """Extreme values of dtype `computed`, stored in `dtype` as a miss stores them."""
+    limit, most = largest_kept(computed, dtype), torch.finfo(computed).max
+    assert 0.99 * torch.finfo(dtype).max < limit <= torch.finfo(dtype).max
+    given = torch.tensor(
+        [1.0, limit, most, -most, math.nan, math.inf, -math.inf, 0.0, -limit / 2], dtype=computed
+    )
+
+    def store(values, slot):
+        slot.copy_(saturated(values, limit, dtype))
+        return slot.clone()
+
+    kept = compiled(store)(given, torch.zeros(9, dtype=dtype)).double()
+    infinite = math.inf if dtype.itemsize > 1 else math.nan
+    right = [1.0, limit, limit, -limit, math.nan, infinite, -infinite, 0.0, -limit / 2]
+    right = torch.tensor(right, dtype=torch.float64).to(dtype).double()
+    torch.testing.assert_close(kept, right, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("computed", "dtype"), WIDER, ids=str)
+def test_what_is_beyond_the_range_saturates(computed, dtype):
+    check_saturation(computed, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:bf16 and fp16 are mixed")  # Inductor, on the CPU
+@pytest.mark.parametrize(
+    ("computed", "dtype"), [(FLOAT32, E4M3), (FLOAT32, E5M2), (BFLOAT16, FLOAT16)], ids=str
+)
+def test_what_is_beyond_the_range_saturates_compiled(computed, dtype):
+    check_saturation(computed, dtype, torch.compile)
+
+
+def test_within_the_range_nothing_is_done():
+    fitting = [(a, b) for a in SOURCES for b in NARROW if (a, b) not in WIDER]
+    assert fitting == [(BFLOAT16, BFLOAT16), (FLOAT16, BFLOAT16), (FLOAT16, FLOAT16)]
+    assert {largest_kept(a, b) for a, b in [*fitting, (FLOAT32, torch.float64)]} == {None}
+
+
+@pytest.mark.parametrize(
+    ("own", "dtype", "scale"),
+    [(FLOAT32, FLOAT16, 1e6), (FLOAT32, E4M3, 1e4), (FLOAT32, E5M2, 1e6), (BFLOAT16, FLOAT16, 1e6)],
+    ids=str,
+)
+def test_a_residual_beyond_the_range_is_kept_as_the_largest(own, dtype, scale):
+    model = seeded(Bare)
+    model.blocks[-1].mlp[2].weight.mul_(scale)
+    model.to(own)
+    denoiser = plain(model, ALWAYS, cache_dtype=dtype, audit=False)
+    first, second = (denoiser(sample().to(own), times(t).to(own)) for t in (1.0, 0.9))
+    (kept,) = cached_residuals(denoiser)
+    limit = largest_kept(own, dtype)
+    assert first.abs().max() > 2 * limit
+    assert kept.double().abs().max() == limit
+    assert kept.double().isfinite().all()
+    assert second.isfinite().all()
+    assert hits(denoiser) == [False, True]
+
+
+@dtypes
+def test_nan_is_not_hidden(model, dtype):
+    """It is kept as it is, for other samples of the batch nothing changes, and it is a miss."""
+    denoiser = plain(model, ALWAYS, cache_dtype=dtype)
+    x = sample()
+    x[0, 3] = math.nan
+    denoiser(x, times(1.0))
+    (kept,) = cached_residuals(denoiser)
+    assert kept[0].float().isnan().all()
+    assert kept[1].float().isfinite().all()
+    assert_identical(denoiser(sample(), times(0.9)), model(sample(), times(0.9)))
+    assert denoiser(sample(), times(0.8)).isfinite().all()
+    assert hits(denoiser) == [False, False, True]
+
+
+def test_an_infinite_residual_stays_one():
+    """Whatever keeps it: a hit on it is no finite picture."""
+    model = seeded(Bare)
+    model.blocks[-1].mlp[2].bias[0] = math.inf
+    for dtype in NARROW:
+        denoiser = plain(model, ALWAYS, cache_dtype=dtype)
+        for t in (1.0, 0.9):
+            output = denoiser(sample(), times(t))
+            assert not output[..., 0].isfinite().any()
+            assert output[..., 1:].isfinite().all()
+        assert hits(denoiser) == [False, True]
+
+
+# --- with the other ways to run ---
+
+
+def test_with_cuda_graphs(model, device):
+    """As many pieces are captured as without the option, and they compute what eager does."""
+    captures = []
+    for dtype in (None, E4M3):
+        denoiser = graphed(model, FORECAST, cache_dtype=dtype)
+        expected = plain(model, FORECAST, cache_dtype=dtype)
+        for seed in range(3):
+            assert_close(solve(denoiser, 8, seed), solve(expected, 8, seed))
+        captures.append(device.counts()[0])
+    assert captures[0] == captures[1] > 0
+
+
+def test_the_shortcut(model):
+    options = {"cache_dtype": E5M2}
+    assert_identical(
+        solve(short(model, FORECAST, **options), 8), solve(plain(model, FORECAST, **options), 8)
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "dtype"), [(ALTERNATE, BFLOAT16), (FORECAST, E4M3)], ids=name_of
+)
+def test_kernels_take_narrow_rings(model, policy, dtype):
+    """Without Triton on the CPU, the operators fall back to plain operations."""
+    kernels, aten = (plain(model, policy, kernel=k, cache_dtype=dtype) for k in ("triton", "aten"))
+    assert_close(solve(kernels, 8), solve(aten, 8))
+
+
+@pytest.mark.slow
+def test_kernels_under_the_interpreter():
+    pytest.importorskip("triton")
+    code = """
+import torch
+from fxcache.kernels import ops
+from helpers import FORECAST, assert_close, hits, plain, seeded, solve
+from zoo import SequentialDiT
+
+torch.set_grad_enabled(False)
+launched, launch = [], ops.launch_refresh
+ops.launch_refresh = lambda *given: launched.append(given[-1].dtype) or launch(*given)
+outputs = []
+for kernel in ("triton", "aten"):
+    denoiser = plain(seeded(SequentialDiT), FORECAST, kernel=kernel, cache_dtype=torch.float16)
+    outputs.append(solve(denoiser, 6))
+    assert any(hits(denoiser))
+assert_close(*outputs)
+assert torch.float16 in launched
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1] / "support")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [FLOAT16, E4M3], ids=str)
+def test_inductor_computes_what_eager_does(dtype):
+    """Within a unit in the last place: a residual between two numbers may go either way."""
+    model = SequentialDiT(depth=6)
+    compiled = fxcache.transform(model.eval(), ALTERNATE, cache_dtype=dtype)
+    eager = plain(model, ALTERNATE, cache_dtype=dtype)
+    assert_close(solve(compiled), solve(eager), tolerance=torch.finfo(dtype).eps)
+    for a, b in zip(cached_residuals(compiled), cached_residuals(eager), strict=True):
+        assert a.dtype == b.dtype == dtype
+        assert (a.float() != b.float()).float().mean() < 0.02
+
+
+def test_as_a_backend_of_torch_compile(model):
+    def outputs(**options):
+        options = {"policy": ALTERNATE, "backend": "eager", **options}
+        return solve(torch.compile(model, backend="fxcache", options=options))
+
+    expected = solve(plain(model, ALTERNATE, cache_dtype=E4M3))
+    torch._dynamo.reset()
+    assert_identical(outputs(cache_dtype=E4M3, cache_device="cpu"), expected)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="cache_device must be"):
+        outputs(cache_device="cuda")
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.complex64, "bfloat16", 16, nn])
+def test_other_dtypes_are_refused(model, dtype):
+    with pytest.raises(OptionError, match=r"cache_dtype must be one of .*float8_e5m2.*got"):
+        fxcache.transform(model, cache_dtype=dtype)

@@ -1,0 +1,279 @@
+"""Weights that change within a trajectory: training, adapters, numbers on modules.
+
+What counts as a change, by itself: tests/runtime/test_freshness.py.
+"""
+
+import contextlib
+import math
+
+import pytest
+import torch
+from helpers import (
+    ALWAYS,
+    MASK,
+    TAYLOR,
+    assert_close,
+    assert_identical,
+    graphed,
+    hits,
+    plain,
+    sample,
+    short,
+    times,
+)
+from policy_cases import EASY, MAG, STEPS, TEA, case, name_of
+from torch import nn
+from zoo import SequentialDiT
+
+import fxcache
+
+CHANGED = "weights changed"
+
+
+def small(cls=SequentialDiT, **options):
+    torch.manual_seed(0)
+    return cls(2, **options).eval()
+
+
+def at(denoiser, i, seed=0):
+    """Evaluation `i` of at most 40, on a slowly moving sample."""
+    return denoiser(sample(seed=seed) + 0.02 * i, times(1 - i / 40))
+
+
+def train(model, optimizer, **forward):
+    """One training step on a batch of mixed noise levels; the gradients."""
+    with torch.enable_grad():
+        x, t = sample(seed=9), torch.tensor([0.3, 0.8])
+        (forward.get("through", model)(x, t) - x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def last(denoiser):
+    record = denoiser.report().records[-1]
+    return record.is_hit, record.reason
+
+
+# --- weights that change within a trajectory ---
+
+
+def add_noise(model):
+    with torch.no_grad():
+        torch._foreach_add_(list(model.parameters()), 0.01)
+
+
+def merge(model):
+    with torch.no_grad():
+        model.blocks[1].proj.weight += 0.1
+
+
+def assign(model):
+    state = {name: value + 0.01 for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def replace(model):
+    model.blocks[1].proj = nn.Linear(16, 16)
+
+
+CHANGES = {
+    "step": lambda model: train(model, torch.optim.AdamW(model.parameters(), 0.01)),
+    "fused step": lambda model: train(model, torch.optim.AdamW(model.parameters(), fused=True)),
+    "written": add_noise,
+    "merged": merge,
+    "assigned": assign,
+    "replaced": replace,
+}
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_no_residual_meets_changed_weights(announced):
+    model = small()
+    denoiser = plain(model)
+    step = 0
+    with denoiser.trajectory() if announced else contextlib.nullcontext():
+        at(denoiser, step)
+        for name, change in CHANGES.items():
+            at(denoiser, step + 1)
+            assert last(denoiser) == (True, None), name
+            change(model)
+            out = at(denoiser, step + 2)
+            assert last(denoiser) == (False, CHANGED), name
+            assert_identical(out, at(model, step + 2))
+            step += 2
+        at(denoiser, step + 1)
+    assert hits(denoiser)[-1]
+    assert denoiser.report().graphs == 1
+
+
+def test_a_forecast_takes_no_residual_of_old_weights():
+    model = small()
+    denoiser = plain(model, TAYLOR)
+    with denoiser.trajectory(num_steps=12):
+        for i in range(5):
+            at(denoiser, i)
+        merge(model)
+        outputs = [at(denoiser, i) for i in (5, 6)]
+    assert hits(denoiser) == [False] * 3 + [True, True, False, True]
+    fresh = plain(model, fxcache.FirstBlockCache(threshold=math.inf))
+    assert_identical(outputs, [at(fresh, i) for i in (5, 6)])
+
+
+@pytest.mark.parametrize("policy", [MASK, EASY, TEA, MAG], ids=name_of)
+def test_no_policy_hits_on_changed_weights(policy):
+    """Amid a trajectory, on the step that would be the first hit. The same policy then goes on."""
+    model, at_step, _ = case(SequentialDiT)
+    denoiser = plain(model, policy)
+    with denoiser.trajectory(num_steps=STEPS):
+        for i in range(STEPS):
+            denoiser(**at_step(i))
+    first = hits(denoiser).index(True)
+    denoiser.reset()
+    with denoiser.trajectory(num_steps=STEPS):
+        for i in range(STEPS):
+            if i == first:
+                merge(model)
+            out = denoiser(**at_step(i))
+            if i == first:
+                assert_identical(out, model(**at_step(i)))
+    records = denoiser.report().records
+    assert [r.step for r in records] == list(range(STEPS))
+    assert records[first].reason == CHANGED
+    assert any(r.is_hit for r in records[first:])
+    assert denoiser.report().graphs == 1
+
+
+def test_an_aborted_preview_then_training_then_one_from_a_lower_timestep():
+    model = small()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    denoiser, fresh = plain(model), plain(model)
+    for branch in ("cond", "uncond"):
+        with denoiser.branch(branch):
+            at(denoiser, 0)
+            at(denoiser, 4)
+    train(model, optimizer)
+    for branch in ("cond", "uncond"):
+        with denoiser.branch(branch), fresh.branch(branch):
+            for i in (8, 12):
+                assert_identical(at(denoiser, i), at(fresh, i))
+    reasons = [record.reason for record in denoiser.report().records]
+    assert reasons == ["nothing cached", None] * 2 + [CHANGED, None] * 2
+
+
+def test_whoever_trusts_trajectories_is_not_asked():
+    model = small()
+    denoiser = short(model)
+    with denoiser.trajectory():
+        for i in range(3):
+            at(denoiser, i)
+        add_noise(model)
+        at(denoiser, 3)
+    at(denoiser, 4)
+    assert hits(denoiser) == [False, True, True, True, False]
+
+
+# --- what is no weight, and numbers that are like weights ---
+
+
+class Counting(SequentialDiT):
+    """Counts its calls, and makes a table at the first one."""
+
+    def __init__(self, depth):
+        super().__init__(depth)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros(3))
+        self.table = None
+
+    def stack(self, h):
+        self.calls += 1
+        self.seen.add_(1)
+        if self.table is None:
+            self.table = torch.linspace(0, 1, h.shape[-1])
+        return super().stack(h) + self.table
+
+
+def test_counters_and_tables_of_the_model_change_nothing():
+    model = small(Counting)
+    denoiser = plain(model)
+    for i in range(4):
+        at(denoiser, i)
+    assert hits(denoiser) == [False, True, True, True]
+    assert (model.calls, model.seen[1]) == (4, 4)
+
+
+class Gain(nn.Module):
+    """Like an adapter: a float on a module."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block, self.gain = block, {"default": 1.0}
+
+    def forward(self, h):
+        return h + self.gain["default"] * (self.block(h) - h)
+
+
+class Gained(SequentialDiT):
+    def __init__(self, depth):
+        super().__init__(depth)
+        self.blocks = nn.Sequential(*map(Gain, self.blocks))
+        self.shift = 0.0
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def stack(self, h):
+        return self.scale * super().stack(h) + self.shift
+
+
+def set_gain(model, value):
+    for block in model.blocks:
+        block.gain["default"] = value
+
+
+@pytest.mark.parametrize("make_denoiser", [plain, graphed])
+def test_numbers_of_the_model_are_like_weights(make_denoiser, device):
+    """At their second change Dynamo makes floats inputs of the graph, and recompiles no more."""
+    model = small(Gained)
+    denoiser = make_denoiser(model, ALWAYS)
+    changes = [(set_gain, value) for value in (0.5, 0.25, 0.125)]
+    changes += [(lambda m, v: setattr(m, "shift", v), value) for value in (0.5, 0.25, 0.125)]
+    changes += [(lambda m, v: m.scale.fill_(v), 0.5)]
+    step = 0
+    at(denoiser, step)
+    for change, value in changes:
+        for _ in range(2):
+            at(denoiser, step + 1)
+            assert last(denoiser) == (True, None), value
+            step += 1
+        change(model, value)
+        assert_close(at(denoiser, step + 1), at(model, step + 1), 1e-6)
+        is_hit, reason = last(denoiser)
+        assert not is_hit, value
+        assert reason in (CHANGED, "a number of the model changed"), value
+        step += 1
+    assert denoiser.report().graphs <= 4
+    if make_denoiser is graphed:  # numbers are part of a capture: there is one for each value
+        assert device.captures >= len(changes)
+
+
+def test_adapters_that_come_and_go():
+    peft = pytest.importorskip("peft")
+    model = small()
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
+    adapted = peft.inject_adapter_in_model(config, model)
+    layers = [m for m in adapted.modules() if hasattr(m, "set_scale")]
+    denoiser = plain(adapted)
+    at(denoiser, 0)
+    step = 0
+    for change in (
+        lambda layer: layer.set_scale("default", 0.5),
+        lambda layer: layer.enable_adapters(False),
+        lambda layer: layer.enable_adapters(True),
+    ):
+        at(denoiser, step + 1)
+        assert last(denoiser) == (True, None)
+        for layer in layers:
+            change(layer)
+        assert_identical(at(denoiser, step + 2), at(adapted, step + 2))
+        is_hit, reason = last(denoiser)
+        assert not is_hit
+        assert reason in (CHANGED, "a number of the model changed")
+        step += 2

@@ -1,0 +1,318 @@
+"""Profiles as files: whole, or refused by name."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pickle
+
+import pytest
+import torch
+from helpers import plain, sample, seeded, times
+from safetensors.torch import load_file, save_file
+from zoo import SequentialDiT, UViT
+
+import fxcache
+from fxcache import PolicyError, Profile, ProfileError, TeaCache
+from fxcache.tuning.profile import model_metadata
+
+METADATA = {
+    "method": "MagCache",
+    "model": "SequentialDiT",
+    "config": "0",
+    "steps": "3",
+    "sampler": "euler",
+    "date": "2026-01-01",
+    "versions": "torch",
+}
+
+
+def profile(**changes):
+    """A profile of two branches and three steps."""
+    parts = {
+        "ratios": {"cond": (1.0, 1.1, 0.9), "a/b": (1.0, 1.2, 0.8)},
+        "pairs": torch.rand(7, 2, dtype=torch.float64),
+        "errors": {"Reuse": (math.nan, 0.1, 0.2), "Taylor(1)": (math.nan, math.nan, 0.05)},
+        "metadata": dict(METADATA),
+    }
+    return Profile(**{**parts, **changes})
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "x.safetensors"
+
+
+@pytest.fixture
+def saved(path):
+    return profile().save(path)
+
+
+def rewritten(path, tensors=None, metadata=None, drop=()):
+    """Change what the file at `path` holds."""
+    held = {**METADATA, "format": "fxcache-profile-1", **(metadata or {})}
+    kept = {**load_file(path), **(tensors or {})}
+    for name in drop:
+        kept.pop(name, None)
+        held.pop(name, None)
+    save_file(kept, path, held)
+
+
+def test_round_trip(saved):
+    before, after = profile(), Profile.load(saved)
+    assert after.ratios == before.ratios
+    assert after.metadata == before.metadata
+    assert repr(after.errors) == repr(before.errors)  # NaN and all
+    assert torch.equal(Profile.load(after.save(saved)).pairs, after.pairs)
+    assert after.pairs.dtype == torch.float64
+    assert os.listdir(saved.parent) == [saved.name]
+    assert after.policy().ratios == dict(before.ratios)
+    text = str(after)
+    assert text.startswith("MagCache profile of SequentialDiT, 3 steps, euler, 2026-01-01")
+    assert "Reuse: mean error 0.1500 one step ahead" in text
+
+
+class Timed(SequentialDiT):
+    """With a time embedding of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = torch.nn.Linear(16, 16)
+
+    def forward(self, x, t):
+        embedded = self.second(torch.nn.functional.silu(self.time(t[:, None])))
+        return self.out(self.norm(self.stack(self.embed(x) + embedded[:, None])))
+
+
+@pytest.mark.parametrize("kind", [fxcache.MagCache, TeaCache])
+def test_a_calibration_is_the_same_after_loading(path, kind):
+    model = seeded(Timed)
+
+    @torch.no_grad()
+    def run(denoiser, seed):
+        x = sample(seed=seed)
+        for i in range(6):
+            x = x - denoiser(x, times(1 - i / 6)) / 6
+        return x
+
+    policy = TeaCache(coefficients=[0] * 5, signal="time_embedding") if kind is TeaCache else kind
+    before = fxcache.calibrate(model, run, policy, progress=False)
+    after = Profile.load(before.save(path), model)
+    assert after.policy() == before.policy()
+    assert getattr(after.policy(), "signal", "time_embedding") == "time_embedding"
+    assert set(METADATA) < set(after.metadata)
+    assert after.metadata["versions"].startswith(f"fxcache {fxcache.__version__}, torch ")
+    assert after.metadata["sampler"].endswith("run")
+    assert Profile.load(path, plain(model)).metadata == before.metadata
+
+
+def test_there_is_no_pickle(saved):
+    with pytest.raises(pickle.UnpicklingError):
+        pickle.loads(saved.read_bytes())
+    header = json.loads(saved.read_bytes()[8:].split(b"}}")[0] + b"}}")
+    assert header["__metadata__"]["steps"] == "3"
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.1, 0.5, 0.9, 0.999])
+def test_truncated_files(saved, share):
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ProfileError, match="cannot be read as a profile"):
+        Profile.load(saved)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\0" * 100, bytes(range(256)) * 4, b"{}", pickle.dumps({"ratios": [1]}), b"\xff" * 9],
+)
+def test_files_of_another_kind(path, content):
+    path.write_bytes(content)
+    with pytest.raises(ProfileError, match="cannot be read as a profile"):
+        Profile.load(path)
+
+
+def test_every_flipped_byte_of_the_header_is_survived(saved):
+    """Refused, or read; never another error."""
+    content = saved.read_bytes()
+    for at in range(0, content.index(b"}}") + 2):
+        saved.write_bytes(content[:at] + bytes([content[at] ^ 0x15]) + content[at + 1 :])
+        try:
+            Profile.load(saved)
+        except ProfileError:
+            continue
+
+
+def test_folders_and_missing_files(tmp_path):
+    for place in (tmp_path, tmp_path / "missing", tmp_path / "missing" / "x", "", "\0"):
+        with pytest.raises(ProfileError, match="cannot be read as a profile"):
+            Profile.load(place)
+
+
+def test_another_safetensors_file(path):
+    save_file({"weight": torch.ones(3)}, path)
+    with pytest.raises(ProfileError, match="no profile: format must be 'fxcache-profile-1', got N"):
+        Profile.load(path)
+    save_file({"weight": torch.ones(3)}, path, {"format": "pt"})
+    with pytest.raises(ProfileError, match="got 'pt'"):
+        Profile.load(path)
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_missing_metadata(saved, name):
+    rewritten(saved, drop=[name])
+    with pytest.raises(ProfileError, match=f"metadata lacks {name}"):
+        Profile.load(saved)
+
+
+def column(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "message"),
+    [
+        ({"ratios/cond": column(1, 1)}, {}, "cond must have one value for each of the 3 .*got 2"),
+        ({"ratios/cond": column(1, math.nan, 1)}, {}, r"ratios/cond must be .*\(0, inf\), got nan"),
+        ({"ratios/cond": column(1, -1, 1)}, {}, r"\(0, inf\), got -1"),
+        ({"ratios/cond": column(1, math.inf, 1)}, {}, r"\(0, inf\), got inf"),
+        ({"ratios/cond": column(1, 1, 1)[None]}, {}, "must be a vector of float64"),
+        ({"ratios/cond": torch.ones(3, dtype=torch.complex64)}, {}, "float64, got torch.complex64"),
+        ({"errors/Reuse": column(0, 1)}, {}, "errors/Reuse must have one value"),
+        ({"errors/Reuse": column(0, -1, 1)}, {}, "errors/Reuse must be in"),
+        ({"pairs": column(1, 2)}, {}, "pairs must be finite numbers"),
+        ({"pairs": column(1, math.nan)[None]}, {}, "pairs must be finite numbers"),
+        (
+            {"pairs": torch.ones(3, 2, dtype=torch.int64)},
+            {},
+            "pairs must be .*float64, got torch.i",
+        ),
+        ({}, {"steps": "4"}, "each of the 4 steps, got 3"),
+        ({}, {"steps": "many"}, "each of the many steps"),
+    ],
+)
+def test_bad_tables(saved, tensors, metadata, message):
+    rewritten(saved, tensors, metadata)
+    with pytest.raises(ProfileError, match=message) as raised:
+        Profile.load(saved)
+    assert str(saved) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [(["ratios/cond", "ratios/a/b"], "at least, got none"), (["pairs"], "no pairs in the file")],
+)
+def test_missing_tables(saved, drop, message):
+    rewritten(saved, drop=drop)
+    with pytest.raises(ProfileError, match=message):
+        Profile.load(saved)
+
+
+def test_short_tables(saved):
+    short = {"ratios/cond": column(1), "ratios/a/b": column(1)}
+    rewritten(saved, short, {"steps": "1"}, drop=["errors/Reuse", "errors/Taylor(1)"])
+    with pytest.raises(ProfileError, match="at least 2"):
+        Profile.load(saved)
+
+
+def test_a_bad_profile_is_not_made_and_not_written():
+    for changes in (
+        {"ratios": {}},
+        {"ratios": {"cond": (1, math.nan, 1)}},
+        {"pairs": torch.full((2, 2), math.inf)},
+        {"errors": {"Reuse": (1, 2)}},
+    ):
+        with pytest.raises(ProfileError):
+            profile(**changes)
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def test_a_profile_of_another_model(model, path):
+    own = profile(metadata={**METADATA, **model_metadata(model)})
+    own.save(path)
+    assert Profile.load(path, model).ratios == own.ratios
+    wider = SequentialDiT(width=32)
+    with pytest.raises(ProfileError, match=r"config must be that of the model.*was made for"):
+        Profile.load(path, wider)
+    with pytest.raises(ProfileError, match=r"model must be that of the model, 'UViT'.*'Sequenti"):
+        Profile.load(path, seeded(UViT))
+
+
+@dataclasses.dataclass
+class Config:
+    width: int
+    act: object = torch.nn.functional.gelu
+    _private: int = 0
+
+
+@pytest.mark.parametrize("make", [Config, lambda n: {"width": n}, lambda n: None])
+def test_configs_of_any_kind_tell_models_apart(model, make):
+    same, other = seeded(SequentialDiT), seeded(SequentialDiT)
+    model.config, same.config, other.config = make(1), make(1), make(2)
+    assert model_metadata(model) == model_metadata(same)
+    assert (model_metadata(model) == model_metadata(other)) == (make(1) is None)
+    assert model_metadata(plain(model)) == model_metadata(model)
+
+
+# --- policies and places --------------------------------------------------------------------------
+
+
+def test_policies_of_profiles():
+    assert profile(ratios={"cond": (1, 2, 3)}).policy().ratios == (1, 2, 3)
+    for changes, message in (({"threshold": -1}, "threshold"), ({"threshold": math.nan}, "nan")):
+        with pytest.raises(PolicyError, match=message):
+            profile().policy(**changes)
+    tea = functools.partial(profile, metadata={**METADATA, "method": "TeaCache"})
+    assert len(tea().policy().coefficients) == 5
+    with pytest.raises(ProfileError, match=r"at least 5.*got 4"):
+        tea(pairs=torch.rand(4, 2)).policy()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_the_polynomial_at_any_scale(scale):
+    x = torch.linspace(0.1, 1, 20, dtype=torch.float64) * scale
+    y = 3 * (x / scale) ** 4 - 2 * (x / scale) + 0.5
+    found = profile(pairs=torch.stack([x, y], 1)).coefficients()
+    expected = (3 / scale**4, 0, 0, -2 / scale, 0.5)
+    for power, (a, b) in enumerate(zip(reversed(found), reversed(expected), strict=True)):
+        assert a * scale**power == pytest.approx(b * scale**power, abs=1e-8)
+
+
+def test_pairs_that_are_all_the_same():
+    zero = profile(pairs=torch.zeros(9, 2)).coefficients()
+    assert all(math.isfinite(value) for value in zero)
+    tea = profile(pairs=torch.full((9, 2), 0.5), metadata={**METADATA, "method": "TeaCache"})
+    assert tea.policy().score(0.5) == pytest.approx(0.5)
+
+
+def test_places_that_cannot_be_written(tmp_path, monkeypatch, path):
+    path.write_text("old")
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path / "missing" / "x.safetensors", tmp_path / "folder"):
+        with pytest.raises(OSError, match=r"missing|folder"):
+            profile().save(place)
+    with pytest.raises(TypeError):
+        profile(metadata={**METADATA, "steps": 3}).save(path)
+
+    def full(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        profile().save(path)
+    assert path.read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["folder", path.name]
+    assert not os.listdir(tmp_path / "folder")
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    own = profile()
+    path = own.save(tmp_path / "x.safetensors")
+    assert Profile.load(path) == own
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ProfileError, match="damaged"):
+        Profile.load(path)

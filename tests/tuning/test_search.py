@@ -1,0 +1,305 @@
+"""The shortest path over measured errors, and the errors that it goes by."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fxcache import AdamsBashforth, Chebyshev, Hermite, PolicyError, Reuse, Taylor
+from fxcache.policy.fitted import Fitted
+from fxcache.runtime.state import Buffers, Slot
+from fxcache.tuning import record as recording_module
+from fxcache.tuning.record import Recorder, Trajectory
+from fxcache.tuning.search import (
+    fit_weights,
+    interpolated_sensitivity,
+    schedule_costs,
+    search,
+    squared_error,
+    table_of,
+)
+
+
+def random_cost(seed, spread=1.0):
+    """A cost of (step, past) without any structure."""
+    return lambda step, past: np.random.default_rng([seed, step, *past]).exponential(spread)
+
+
+def cost_of(mask, cost, ring):
+    """The total cost of a mask, step by step."""
+    total, past = 0.0, ()
+    for step, is_hit in enumerate(mask):
+        if is_hit:
+            total += cost(step, past)
+        else:
+            past = (step, *past)[:ring]
+    return total
+
+
+def longest_run(mask):
+    runs = [len(list(group)) for is_hit, group in itertools.groupby(mask) if is_hit]
+    return max(runs, default=0)
+
+
+def brute_force(cost, steps, ring, max_hits):
+    """By number of computed steps, the least cost of all masks."""
+    best = {}
+    for rest in itertools.product([False, True], repeat=steps - 1):
+        mask = (False, *rest)
+        if longest_run(mask) <= max_hits:
+            total, number = cost_of(mask, cost, ring), steps - sum(mask)
+            best[number] = min(best.get(number, math.inf), total)
+    return best
+
+
+@pytest.mark.parametrize("ring", [1, 2, 3])
+@pytest.mark.parametrize(("steps", "max_hits"), [(1, 1), (2, 1), (5, 6), (7, 2), (9, 3), (9, 8)])
+def test_no_mask_is_better_than_the_shortest_path(steps, max_hits, ring):
+    cost = random_cost(steps + 10 * ring)
+    found = search(cost, steps=steps, ring=ring, max_hits=max_hits)
+    oracle = brute_force(cost, steps, ring, max_hits)
+    assert found.keys() == oracle.keys()
+    for number, (total, mask) in found.items():
+        assert len(mask) == steps
+        assert not mask[0]
+        assert steps - sum(mask) == number
+        assert longest_run(mask) <= max_hits
+        assert total == pytest.approx(oracle[number], abs=1e-12)
+        assert total == pytest.approx(cost_of(mask, cost, ring), abs=1e-12)
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 9])
+def test_a_search_for_small_budgets_gives_the_same_masks(most):
+    cost = random_cost(0)
+    every = search(cost, steps=9, ring=3, max_hits=8)
+    assert search(cost, steps=9, ring=3, max_hits=8, most=most) == {
+        number: found for number, found in every.items() if number <= most
+    }
+
+
+@pytest.mark.parametrize("forecast", [Reuse(), Taylor(order=1), Taylor(order=2)])
+def test_the_path_over_real_errors_is_the_best(forecast):
+    """Costs of a forecaster on random residuals: total squared error, as brute force finds it."""
+    residuals = torch.randn(8, 5, dtype=torch.float64).cumsum(0)
+    sensitivity = torch.rand(8, dtype=torch.float64) + 0.1
+
+    def direct(step, past):
+        weights = forecast.weights(step, past)
+        predicted = sum(w * residuals[at] for w, at in zip(weights, past, strict=True))
+        return float(sensitivity[step] * (predicted - residuals[step]).square().sum())
+
+    cost = schedule_costs(residuals @ residuals.T, sensitivity, forecast.weights)
+    found = search(cost, steps=8, ring=forecast.ring, max_hits=7)
+    for number, best in brute_force(direct, 8, forecast.ring, 7).items():
+        assert found[number][0] == pytest.approx(best, rel=1e-9, abs=1e-9)
+
+
+# --- errors and weights ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "forecast",
+    [Reuse(), Taylor(order=2), Hermite(order=2), AdamsBashforth(order=3), Chebyshev(order=2)],
+    ids=lambda f: type(f).__name__,
+)
+def test_squared_error_is_that_of_the_forecast(forecast):
+    residuals = torch.randn(9, 40, dtype=torch.float64)
+    gram = residuals @ residuals.T / 40
+    past = (6, 5, 3, 2, 0)[: forecast.ring]
+    weights = forecast.weights(8, past)
+    predicted = sum(w * residuals[at] for w, at in zip(weights, past, strict=True))
+    direct = (predicted - residuals[8]).square().mean()
+    assert squared_error(gram, 8, past, weights) == pytest.approx(float(direct), rel=1e-9)
+
+
+def test_squared_error_is_never_negative():
+    gram = torch.ones(3, 3, dtype=torch.float64) * 0.1
+    assert 0 <= squared_error(gram, 2, (1, 0), [0.3, 0.7]) < 1e-12
+
+
+@pytest.mark.parametrize("past", [(3,), (3, 2), (4, 2, 0)])
+@pytest.mark.parametrize("ridge", [1e-3, 1.0])
+def test_fitted_weights_are_the_constrained_least_squares(past, ridge):
+    """Against numpy: the constraint is put in, w = e_1 + N z, and the rows are stacked."""
+    residuals = torch.randn(6, 30, dtype=torch.float64)
+    weights = fit_weights(residuals @ residuals.T, 5, past, ridge=ridge)
+    n = len(past)
+    differences = (residuals[list(past)] - residuals[5]).T.numpy()
+    k = ridge * (differences**2).sum() / n
+    basis = np.vstack([-np.ones(n - 1), np.eye(n - 1)])
+    first = np.eye(n)[0]
+    rows = np.vstack([differences @ basis, k**0.5 * basis])
+    goal = np.concatenate([-differences @ first, np.zeros(n)])
+    z = np.linalg.lstsq(rows, goal, rcond=None)[0]
+    assert sum(weights) == pytest.approx(1)
+    np.testing.assert_allclose(weights, first + basis @ z, rtol=1e-6, atol=1e-9)
+
+
+def test_fitted_weights_are_better_than_every_forecaster_on_what_they_were_fitted_to():
+    residuals = torch.randn(8, 50, dtype=torch.float64).cumsum(0).cumsum(0)
+    gram = residuals @ residuals.T
+    own = squared_error(gram, 7, (5, 4, 2), fit_weights(gram, 7, (5, 4, 2), ridge=1e-9))
+    for forecast in (Taylor(order=1), Taylor(order=2), Hermite(order=1), AdamsBashforth(order=2)):
+        past = (5, 4, 2)[: forecast.ring]
+        assert own <= squared_error(gram, 7, past, forecast.weights(7, past)) + 1e-9
+
+
+def test_fitted_weights_where_nothing_changes_are_those_of_reuse():
+    same = torch.full((5, 7), 0.1, dtype=torch.float64)
+    rounded = same + 1e-9 * torch.randn(5, 7, dtype=torch.float64)
+    for residuals in (same, rounded, torch.zeros_like(same)):
+        assert fit_weights(residuals @ residuals.T, 4, (3, 2, 0)) == [1, 0, 0]
+
+
+def test_a_table_holds_the_weights_of_every_hit():
+    mask = [False, True, False, False, True, False, False, True]
+    table = table_of(mask, 3, lambda step, past: [step, *past[1:]])
+    assert table == {(1, (0,)): [1], (4, (3, 2, 0)): [4, 2, 0], (7, (6, 5, 3)): [7, 5, 3]}
+    assert Fitted(table=table).weights(4, (3, 2, 0)) == [4, 2, 0]
+
+
+def test_fitted_falls_back_on_what_is_not_in_its_table():
+    fitted = Fitted(table={(2, (1, 0)): [3.0, -2.0]})
+    assert fitted.weights(2, [1, 0]) == [3, -2]
+    assert fitted.weights(3, [1, 0]) == pytest.approx([3, -2])
+    assert fitted.weights(5, [3, 2, 0]) == [*Taylor(order=1).weights(5, [3, 2]), 0]
+    assert fitted.weights(5, [3]) == [1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"table": {(2, (1, 0)): [1.0]}}, "one weight for each past step.*got 1 at step 2"),
+        ({"table": {(4, (3, 2)): [1, 0]}, "ring": 1}, "at most 1|ring of at most 1"),
+        ({"table": {(2, (1,)): [math.nan]}}, "finite weights.*nan.*step 2"),
+        ({"table": {(2, (1,)): [math.inf]}}, "finite weights"),
+        ({"table": {}, "ring": 6}, r"Fitted.ring must be an integer in \[1, 5\], got 6"),
+        ({"table": {}, "ring": 2, "fallback": Taylor(order=2)}, "ring of at most 2"),
+        ({"table": {}, "fallback": "Taylor"}, "forecast must be a forecaster"),
+    ],
+)
+def test_bad_tables_are_named(arguments, message):
+    with pytest.raises(PolicyError, match=message):
+        Fitted(**arguments)
+
+
+# --- sensitivity ----------------------------------------------------------------------------------
+
+
+def test_sensitivity_is_interpolated_in_the_logarithm():
+    residuals = torch.arange(6, dtype=torch.float64)[:, None]  # a reused residual is off by 1
+    sensitivity = interpolated_sensitivity(residuals @ residuals.T, {1: 8.0, 4: 1.0})
+    torch.testing.assert_close(
+        sensitivity, torch.tensor([8, 8, 4, 2, 1, 1], dtype=torch.float64), rtol=1e-9, atol=0
+    )
+
+
+@pytest.mark.parametrize("error", [0.0, math.nan, math.inf])
+def test_errors_that_say_nothing_are_left_out(error):
+    residuals = torch.arange(4, dtype=torch.float64)[:, None]
+    gram = residuals @ residuals.T
+    expected = torch.full((4,), 2, dtype=torch.float64)
+    torch.testing.assert_close(interpolated_sensitivity(gram, {1: 2.0, 3: error}), expected)
+    assert interpolated_sensitivity(gram, {2: error}).tolist() == [1, 1, 1, 1]
+
+
+# --- recording ------------------------------------------------------------------------------------
+
+
+def observe(recorder, slot, state, residuals, step):
+    """Tell `recorder` of a computed step."""
+    for (stored,), residual in zip(state.buffers.rings, residuals, strict=True):
+        stored.copy_(residual)
+    state.step, state.past = step, [(step, 0)]
+    recorder(slot, state, math.nan, [torch.ones(2)])
+
+
+def recorded(trajectories, recorder=None):
+    """Record trajectories, each a list of steps of a list of residuals, in slots of their own."""
+    recorder = recorder or Recorder()
+    for steps in trajectories:
+        slot = Slot()
+        state = slot.new_branch(None, 1)
+        state.buffers = Buffers({}, tuple((torch.empty_like(r),) for r in steps[0]))
+        for step, residuals in enumerate(steps):
+            observe(recorder, slot, state, residuals, step)
+        del slot, state  # its id is free for the next one
+    return list(recorder.trajectories.values())
+
+
+def drifting(steps, *shapes):
+    """Residuals of some streams that change from step to step."""
+    start, slope = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+    return [[a + 0.2 * t * b for a, b in zip(start, slope, strict=True)] for t in range(steps)]
+
+
+def direct_gram(steps):
+    rows = torch.stack([torch.cat([r.flatten() for r in step]).double() for step in steps])
+    return rows @ rows.T / rows.shape[1]
+
+
+def test_the_gram_matrix_is_a_mean_over_all_elements_of_all_streams():
+    steps = drifting(4, (2, 5, 3), (1, 7))
+    (found,) = recorded([steps])
+    torch.testing.assert_close(found.gram(), direct_gram(steps), rtol=1e-5, atol=1e-7)
+
+
+def test_elements_drawn_of_large_streams_stand_for_the_whole(monkeypatch):
+    """Both streams count by their size, although of the large one few elements are kept."""
+    monkeypatch.setattr(recording_module, "SAMPLED", 4000)
+    steps = drifting(4, (1, 400, 100), (1, 30, 100))
+    for step in steps:
+        step[1] *= 3
+    (found,) = recorded([steps])
+    assert len(found.residuals[0]) == 4000 + 3000
+    exact = direct_gram(steps)
+    torch.testing.assert_close(found.gram(), exact, rtol=0.08, atol=0)
+    error = squared_error(found.gram(), 3, (2, 1), [2, -1])  # straight lines: next to nothing
+    assert error < 1e-9 * float(exact[3, 3])
+
+
+def test_trajectories_of_slots_that_are_gone_are_not_mixed_up():
+    every = [drifting(3, (1, 2, 2)) for _ in range(20)]
+    found = recorded(every)
+    assert [trajectory.steps for trajectory in found] == [[0, 1, 2]] * 20
+
+
+def test_a_second_evaluation_of_a_step_replaces_the_first():
+    first, second = drifting(2, (1, 4, 2))
+    slot, recorder = Slot(), Recorder()
+    state = slot.new_branch("cond", 1)
+    state.buffers = Buffers({}, ((torch.empty(1, 4, 2),),))
+    for step, residual in ((0, first), (1, first), (1, second)):
+        observe(recorder, slot, state, residual, step)
+    ((key, found),) = recorder.trajectories.items()
+    assert key[2] == "cond"
+    assert len(found) == 2
+    torch.testing.assert_close(found.gram(), direct_gram([first, second]), rtol=1e-5, atol=1e-7)
+
+
+def test_token_norms_are_over_channels():
+    tokens, features = torch.randn(2, 6, 4), torch.randn(2, 4, 3, 5)
+    (found,) = recorded([[[tokens]]])
+    assert torch.equal(found.norms[0], tokens.norm(dim=2))
+    (found,) = recorded([[[features]]])
+    assert torch.equal(found.norms[0], features.norm(dim=1))
+
+
+def test_no_ratio_of_the_first_step():
+    assert Trajectory(norms=[torch.ones(3), torch.full((3,), 2.0)]).ratios() == [
+        1.0,
+        pytest.approx(2.0),
+    ]
+
+
+def test_a_state_without_hits_is_counted():
+    counter, slot = recording_module.Counter(), Slot()
+    for branch, hits in (("a", [0, 1, 2, 0]), ("b", [0, 0, 0, 1])):
+        state = slot.new_branch(branch, 1)
+        for step, state.hits_in_a_row in enumerate(hits):
+            state.step = step
+            counter(slot, state, math.nan, [])
+    assert counter.most == 3
+    assert recording_module.Counter().most == 0
