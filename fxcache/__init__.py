@@ -15,6 +15,7 @@ from fxcache.errors import (
 from fxcache.explain import Explanation
 from fxcache.policy import (
     AdamsBashforth,
+    AdaptiveCache,
     Chebyshev,
     EasyCache,
     FirstBlockCache,
@@ -37,6 +38,7 @@ from fxcache.tuning.tune import tune
 __version__ = "0.1.0"
 __all__ = [
     "AdamsBashforth",
+    "AdaptiveCache",
     "Applied",
     "CaptureError",
     "Chebyshev",

@@ -1,5 +1,6 @@
 """Policies decide; they hold no state and touch no tensor."""
 
+from fxcache.policy.adaptive_cache import AdaptiveCache
 from fxcache.policy.base import Decision, History, Origin, Policy, Span, check_policy
 from fxcache.policy.easy_cache import EasyCache
 from fxcache.policy.first_block_cache import FirstBlockCache
@@ -19,6 +20,7 @@ from fxcache.policy.tea_cache import TeaCache
 
 __all__ = [
     "AdamsBashforth",
+    "AdaptiveCache",
     "Chebyshev",
     "Decision",
     "EasyCache",

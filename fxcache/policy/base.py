@@ -10,6 +10,17 @@ from fxcache.policy.forecast import Forecast
 from fxcache.policy.probe import ProbeKind
 
 
+@dataclass(frozen=True)
+class ForecastError:
+    """``mean|p - r| / mean|r|`` of a forecast p and the residual r that a miss computed.
+
+    `steps` are that of the miss, then those of the residuals that p was made of, newest first.
+    """
+
+    steps: tuple[int, ...]
+    value: float
+
+
 @dataclass
 class History:
     """What a policy knows of a branch's trajectory when it decides.
@@ -17,7 +28,8 @@ class History:
     `step` counts the trajectory's steps from 0; `num_steps` is their number if it was announced;
     `accumulated` is the sum of the scores of the hits since the last miss, `hits_in_a_row` their
     number; `past` are the steps of the residuals that are held, newest first (empty: none is);
-    `computed` counts the misses since nothing was held; `branch` is the caller's name for it.
+    `computed` counts the misses since nothing was held; `branch` is the caller's name for it;
+    `error` is that of the forecast at the last miss, for a policy with error control.
     """
 
     step: int = 0
@@ -27,6 +39,7 @@ class History:
     past: tuple[int, ...] = ()
     branch: Hashable = None
     computed: int = 0
+    error: ForecastError | None = None
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,20 @@ class Reuse:
         return [1.0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Within:
+    """`inner` with a longer ring than it reads: for what is compared with it (`AdaptiveCache`), or
+    so that several forecasters share one compiled denoiser (`tune`).
+    """
+
+    inner: Forecast
+    ring: int
+
+    def weights(self, step: int, past: Sequence[int]) -> list[float]:
+        own = past[: self.inner.ring]
+        return [*self.inner.weights(step, own), *[0.0] * (len(past) - len(own))]
+
+
 @dataclass(frozen=True)
 class _Ordered:
     """What the forecasters with an order share: its check and, unless they differ, the ring."""

@@ -11,11 +11,14 @@ class Reason(str, Enum):
     FINAL_STEP = "final step"
     OUTSIDE_WINDOW = "outside start..end"
     NO_RATE = "no rate yet"
+    NO_ERROR = "no error yet"
+    SAME_STEP = "its step was computed"
     MAX_CONSECUTIVE_HITS = "max_consecutive_hits"
     SCHEDULED = "scheduled"
     BEYOND_MASK = "beyond the mask"
     BEYOND_TABLE = "beyond the table"
     ABOVE_THRESHOLD = "above threshold"
+    ABOVE_TOLERANCE = "above tolerance"
     MAX_ACCUMULATED = "max_accumulated"
     NOT_FINITE = "not finite"
     FIRST_COMPUTED = "the first branch computed"
@@ -46,6 +49,7 @@ class Reason(str, Enum):
 
 _MEASURED = {
     Reason.ABOVE_THRESHOLD,
+    Reason.ABOVE_TOLERANCE,
     Reason.MAX_ACCUMULATED,
     Reason.NOT_FINITE,
     Reason.CONTROL_CHANGED,

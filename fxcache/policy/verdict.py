@@ -48,6 +48,13 @@ def verdict(
         )
     if kind == "control":
         return _of_control(policy, seen, where)
+    if kind == "intolerant":
+        return (
+            f"{type(policy).__name__}(tolerance={policy.tolerance:g}) never hit in a trajectory of "
+            f"{len(seen)} evaluations{where}: the first {policy.order + 2} computed steps only "
+            f"learn, and later the forecast was off by more. With few steps, or a sampler that "
+            f"puts fresh noise in, there is nothing to win"
+        )
     if kind not in ("never", "always"):
         return None
     what = "never hit" if kind == "never" else "hit on every step where it was free to"
@@ -68,6 +75,8 @@ def _kind(policy: Any, seen: Sequence[Evaluation]) -> str | None:
     changed = looks * sum(each.reason == Reason.CONTROL_CHANGED for each in free)
     if not hits and 2 * changed >= len(free) > 0:
         return "control"
+    if getattr(policy, "tolerance", 0) > 0 and not hits:
+        return "intolerant"
     if not free:
         return None
     if not hasattr(policy, "threshold"):

@@ -13,6 +13,7 @@ from typing import Any, cast
 from fxcache.errors import OptionError
 from fxcache.policy import Decision, Policy
 from fxcache.policy.fitted import Fitted
+from fxcache.policy.forecast import Within
 from fxcache.policy.reasons import Reason
 from fxcache.policy.verdict import verdict
 from fxcache.report import Record, Report
@@ -86,12 +87,16 @@ class Session:
     @property
     def may_hit(self) -> bool:
         """Whether the policy could ever hit, as far as its threshold says."""
-        return getattr(self.policy, "threshold", math.inf) != 0 and not self.observe
+        limits = (getattr(self.policy, name, math.inf) for name in ("threshold", "tolerance"))
+        return 0 not in limits and not self.observe
 
     def _new_advice(self) -> Advice | None:
-        """None for what was fitted to its steps already, and for what never forecasts."""
+        """None for what was fitted to its steps already or checks itself, and for what never
+        forecasts.
+        """
         forecast = self.policy.forecast
-        return None if isinstance(forecast, Fitted) or not self.may_hit else Advice(forecast)
+        has_own = isinstance(forecast, Fitted | Within)
+        return None if has_own or not self.may_hit else Advice(forecast)
 
     # --- where an evaluation belongs ---
 

@@ -108,6 +108,8 @@ class BranchState:
     computed: int = 0
     #: Why nothing is cached, if it is not that nothing was computed yet.
     lost: str | None = None
+    #: How far off the forecast would have been at the last miss (`fxcache.runtime.forecast_error`).
+    error: Any = None
     #: The weights that the residuals were computed with (see `fxcache.runtime.freshness`).
     stamp: Any = None
 
@@ -127,7 +129,7 @@ class BranchState:
         """Nothing cached means anything any more."""
         self.past.clear()
         self.accumulated, self.hits_in_a_row = 0.0, 0
-        self.computed = 0
+        self.computed, self.error = 0, None
 
     def lose(self, reason: str) -> None:
         """Forget, and have the next miss say why."""
@@ -172,6 +174,7 @@ class BranchState:
             past,
             self.label,
             self.computed,
+            None if self.error is None else self.error.read(),
         )
 
     @property

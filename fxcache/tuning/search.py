@@ -8,12 +8,10 @@ one uncached trajectory tells the errors of every forecaster under every schedul
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fxcache.policy import Forecast
 from fxcache.policy.fitted import Place
 
 Past = tuple[int, ...]
@@ -148,15 +146,3 @@ def _interpolated(at: int, known: dict[int, float]) -> float:
         return known[nearest]
     part = (at - below) / (above - below)
     return (1 - part) * known[below] + part * known[above]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Within:
-    """`inner` with a longer ring, so that all candidates share one compiled denoiser."""
-
-    inner: Forecast
-    ring: int
-
-    def weights(self, step: int, past: Sequence[int]) -> list[float]:
-        own = past[: self.inner.ring]
-        return [*self.inner.weights(step, own), *[0.0] * (len(past) - len(own))]

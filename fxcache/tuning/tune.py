@@ -15,13 +15,13 @@ from fxcache.errors import PolicyError, ProfileError
 from fxcache.policy import Forecast, Hermite, Origin, Reuse, StepSchedule, Taylor
 from fxcache.policy.checks import check_integer
 from fxcache.policy.fitted import Fitted
+from fxcache.policy.forecast import Within
 from fxcache.tuning.calibrate import mean_gram, progress_bar, recorded
 from fxcache.tuning.record import Counter, Recorder
 from fxcache.tuning.result import Point, TuneResult, check_target
 from fxcache.tuning.sampling import Run, Sampler, Seen, as_tensor, psnr, sampler_for
 from fxcache.tuning.search import (
     Past,
-    Within,
     fit_weights,
     interpolated_sensitivity,
     schedule_costs,
