@@ -15,7 +15,7 @@ from fxcache.explain import Explanation, explain_model
 from fxcache.options import Options
 from fxcache.pipelines.components import denoisers_of, policies_for, put
 from fxcache.pipelines.scheduler import SchedulerClock
-from fxcache.policy import FirstBlockCache, Policy, check_policy
+from fxcache.policy import AdaptiveCache, Policy, check_policy
 from fxcache.report import Report
 
 log = logging.getLogger("fxcache")
@@ -44,7 +44,7 @@ def transform(
     Args:
         model: any denoiser that torch.compile can capture. It is not changed, and its parameters
             are shared.
-        policy: when to skip; None means ``FirstBlockCache()``.
+        policy: when to skip; None means ``AdaptiveCache()``.
         backend: what compiles the pieces: "inductor", "eager" (none), or any name or callable that
             torch.compile takes.
         mode, dynamic, options, disable: as in torch.compile.
@@ -104,7 +104,7 @@ def transform(
     given = dict(locals())
     check_model(model)
     if policy is None:
-        policy = FirstBlockCache()
+        policy = AdaptiveCache()
     check_policy(policy)
     check_origin(model, policy)
     options_of = {name: value for name, value in given.items() if name not in ("model", "policy")}
@@ -140,13 +140,13 @@ def explain(
 
     Runs the model once, uncached and without gradients. ``print(explain(...))`` is a summary: the
     stack, the span, the streams and their shapes, the share of FLOPs that a hit skips, and why a
-    graph was refused. `policy` (default ``FirstBlockCache()``) says which blocks are the span.
+    graph was refused. `policy` (default ``AdaptiveCache()``) says which blocks are the span.
 
     Raises PolicyError if `policy` leaves no span.
     """
     inner = restore_model(model)
     check_model(inner)
-    return explain_model(inner, policy or FirstBlockCache(), args, kwargs)
+    return explain_model(inner, policy or AdaptiveCache(), args, kwargs)
 
 
 def restore_model(model: nn.Module) -> nn.Module:
@@ -223,7 +223,7 @@ def apply(
 
     Args:
         pipe: the pipeline; its scheduler may be replaced at any time.
-        policy: None means ``FirstBlockCache()``. The name of a method ("magcache", "teacache", ...)
+        policy: None means ``AdaptiveCache()``. The name of a method ("magcache", "teacache", ...)
             means what was published for this model, "auto" the best-known method that was. A
             mapping has one of these for each component: ``{"transformer": ..., ...}``.
         transform_options: as in `fxcache.transform`: ``backend``, ``mode``, ``fullgraph``, ...

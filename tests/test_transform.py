@@ -21,7 +21,7 @@ from zoo import (
 )
 
 import fxcache
-from fxcache import FirstBlockCache, Taylor
+from fxcache import AdaptiveCache, FirstBlockCache, Taylor
 
 
 def test_it_is_an_instance_of_the_models_class(model, denoiser):
@@ -153,7 +153,7 @@ def test_disable_runs_the_model(model):
 
 def test_none_means_first_block_cache(model):
     denoiser = fxcache.transform(model, backend="eager")
-    assert denoiser.policy == FirstBlockCache()
+    assert denoiser.policy == AdaptiveCache()
 
 
 def test_denoisers_of_one_class_do_not_use_up_each_others_compilations(model):

@@ -36,7 +36,7 @@ from fxcache.passes.graph import (
 from fxcache.passes.pieces import build_pieces, is_random, state_fakes
 from fxcache.passes.probe import Probe, find_probe
 from fxcache.passes.whole import cut_whole
-from fxcache.policy import FirstBlockCache, Policy, check_policy
+from fxcache.policy import AdaptiveCache, Policy, check_policy
 from fxcache.runtime.audit import Audit
 from fxcache.runtime.conditions import Conditions, conditioning
 from fxcache.runtime.device import GraphDevice, graph_device
@@ -328,14 +328,14 @@ def fxcache_backend(
 ) -> Callable[..., Any]:
     """``torch.compile(model, backend="fxcache", options={"policy": FirstBlockCache(...)})``.
 
-    `options` may hold ``policy`` (default ``FirstBlockCache()``), ``backend`` (which compiles the
+    `options` may hold ``policy`` (default ``AdaptiveCache()``), ``backend`` (which compiles the
     pieces, default "inductor"), ``outline``, ``kernel``, ``cache_dtype``,
     ``cache_device`` and ``audit`` (as in `fxcache.transform`) and that backend's own options. Each
     compiled graph keeps its own state; trajectories are recognised by their timesteps. A graph
     without a block stack raises.
     """
     rest = dict(options or {})
-    policy = rest.pop("policy", None) or FirstBlockCache()
+    policy = rest.pop("policy", None) or AdaptiveCache()
     check_policy(policy)
     own = {name: rest.pop(name) for name in _OWN_OPTIONS if name in rest}
     compilers = Compilers(Options(mode=mode, options=rest or None, **own))

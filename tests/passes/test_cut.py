@@ -550,6 +550,7 @@ def test_noisy_tokens_are_a_sample_too():
     tokens = torch.randint(0, 8, (2, 16), generator=torch.Generator().manual_seed(0))
     moved = tokens.roll(1, -1)
     assert fxcache.explain(model, tokens, t).sample == ("x",)
+    assert len(fxcache.explain(model, tokens, t).span_blocks) == 5  # of all blocks, too
     always = plain(model, ALWAYS)
     first, hit = always(tokens, t), always(moved, 0.9 * t)
     assert hits(always) == [False, True]

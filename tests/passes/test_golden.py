@@ -21,7 +21,7 @@ def shown(name: str) -> str:
     torch._dynamo.reset()
     model, inputs = make(name)
     with torch.no_grad():
-        text = str(fxcache.explain(model, **inputs))
+        text = str(fxcache.explain(model, policy=fxcache.FirstBlockCache(), **inputs))
     text = re.sub(r"(probe|stream) +\w+( - \w+(, \w+)*)?", r"\1", text)
     return re.sub(r"audit  [\d.]+", "audit  #", text) + "\n"
 
