@@ -223,8 +223,8 @@ def apply(
 
     Args:
         pipe: the pipeline; its scheduler may be replaced at any time.
-        policy: None means ``AdaptiveCache()``. The name of a method ("magcache", "teacache", ...)
-            means what was published for this model, "auto" the best-known method that was. A
+        policy: None and "auto" mean ``AdaptiveCache()``. The name of a method ("magcache",
+            "teacache", ...) means what was published for this model. A
             mapping has one of these for each component: ``{"transformer": ..., ...}``.
         transform_options: as in `fxcache.transform`: ``backend``, ``mode``, ``fullgraph``, ...
 

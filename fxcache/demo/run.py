@@ -62,7 +62,7 @@ def settings(threshold: float, steps: int) -> dict[str, Policy]:
         )
 
     shown: dict[str, Policy] = {
-        "AdaptiveCache (default)": AdaptiveCache(),
+        "adaptive (default)": AdaptiveCache(),
         "First Block, reuse": policy(Reuse(), 2),
         MEASURED: policy(Taylor(order=1), 1),
     }
@@ -154,15 +154,15 @@ def table(base: Run, cached: list[Run], rivals: list[Run]) -> list[str]:
     """The comparison as lines of text."""
     title = f"{IMAGES} pictures, {base.steps} steps, against the uncached run"
     head = (
-        f"{'setting':<23} {'hits/steps':>10} {'speedup':>8} {'PSNR':>8} {'SSIM':>6}   "
+        f"{'setting':<19} {'hits/steps':>10} {'speedup':>8} {'PSNR':>8} {'SSIM':>6}   "
         f"{'fewer steps':>11} {'speedup':>8} {'PSNR':>8} {'SSIM':>6}"
     )
-    lines = [title, head, f"{base.name:<23} {f'0/{base.steps}':>10} {'1.00x':>8}"]
+    lines = [title, head, f"{base.name:<19} {f'0/{base.steps}':>10} {'1.00x':>8}"]
     for run, rival in zip(cached, rivals, strict=True):
         margin = run.psnr - rival.psnr
         verdict = f"wins by {margin:.1f} dB" if margin > 0 else f"loses by {-margin:.1f} dB"
         lines.append(
-            f"{run.name:<23} {f'{run.hits}/{run.steps}':>10} {run.speedup(base):>7.2f}x "
+            f"{run.name:<19} {f'{run.hits}/{run.steps}':>10} {run.speedup(base):>7.2f}x "
             f"{run.psnr:>5.1f} dB {run.ssim:>6.3f}   {rival.steps:>11} "
             f"{rival.speedup(base):>7.2f}x {rival.psnr:>5.1f} dB {rival.ssim:>6.3f}   {verdict}"
         )

@@ -11,14 +11,14 @@ from torch import nn
 from fxcache.errors import OptionError, PolicyError
 from fxcache.pipelines.scheduler import SchedulerClock
 from fxcache.policy import Policy, check_policy
-from fxcache.policy.presets import preset, presets
+from fxcache.policy.presets import preset
 
 log = logging.getLogger("fxcache")
 
 #: Where pipelines keep their denoisers.
 COMPONENTS = ("transformer", "transformer_2", "unet")
-#: Of several methods that were published for a model, "auto" takes the first of these.
-_PREFERRED = ("magcache", "teacache", "easycache", "seacache", "firstblockcache")
+#: The methods for which settings were published.
+_METHODS = ("magcache", "teacache", "easycache", "seacache", "firstblockcache")
 
 
 def put(pipe: Any, name: str, denoiser: Any, clock: SchedulerClock) -> None:
@@ -68,6 +68,8 @@ def policies_for(
 
 
 def _policy(pipe: Any, models: Mapping[str, nn.Module], policy: Any) -> Policy | None:
+    if policy == "auto":
+        return None  # the default
     if isinstance(policy, str):
         return published(pipe, models, policy)
     if policy is not None:
@@ -76,7 +78,7 @@ def _policy(pipe: Any, models: Mapping[str, nn.Module], policy: Any) -> Policy |
 
 
 def published(pipe: Any, models: Mapping[str, nn.Module], method: str) -> Policy:
-    """The policy that was published for the model of `pipe`; `method` may be "auto".
+    """The policy that was published for the model of `pipe`.
 
     Raises PolicyError if there is none.
     """
@@ -88,12 +90,7 @@ def published(pipe: Any, models: Mapping[str, nn.Module], method: str) -> Policy
             f"{method!r} for it. Pass a policy (FirstBlockCache(threshold=...)), or the preset of "
             f"another model: fxcache.preset(model, method); fxcache.presets() lists them"
         )
-    if method != "auto":
-        return preset(model, method)
-    methods = presets()[model]
-    found = next(name for name in _PREFERRED if name in methods)
-    log.info("auto: %s, published for %s", found, model)
-    return preset(model, found)
+    return preset(model, method)
 
 
 def _preset_name(pipe: Any, models: Mapping[str, nn.Module]) -> str | None:
@@ -129,7 +126,7 @@ def _by_name(name: str, classes: set[str]) -> str | None:
     """The preset of a model of that name (a hub's id, or a directory) and one of these classes."""
     if not name:
         return None
-    for method in _PREFERRED:
+    for method in _METHODS:
         try:
             origin = preset(name, method).origin  # type: ignore[attr-defined]
         except PolicyError:

@@ -1,4 +1,4 @@
-"""Published settings by pipeline: `fxcache.apply(pipe, "magcache")` and "auto"."""
+"""Published settings by pipeline: `fxcache.apply(pipe, "magcache")`."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ from helpers import seeded
 from zoo import SequentialDiT
 
 import fxcache
-from fxcache import FirstBlockCache, MagCache, PolicyError, TeaCache
+from fxcache import AdaptiveCache, FirstBlockCache, MagCache, PolicyError, TeaCache
 from fxcache.policy.presets import preset, presets
 
 diffusers = pytest.importorskip("diffusers")
@@ -30,8 +30,8 @@ def pipe_of(pipeline, model, *, denoisers=1, own=None, **config):
     return made
 
 
-def chosen(*args, method="auto", **options):
-    with fxcache.apply(pipe_of(*args, **options), method, backend="eager") as handle:
+def chosen(pipeline, model, *, method="magcache", **options):
+    with fxcache.apply(pipe_of(pipeline, model, **options), method, backend="eager") as handle:
         return handle.policy
 
 
@@ -49,6 +49,7 @@ def test_the_rules_name_pipelines_and_presets_that_exist():
 
 
 FLUX, WAN = "FluxTransformer2DModel", "WanTransformer3DModel"
+LTX = "LTXVideoTransformer3DModel"
 
 
 @pytest.mark.parametrize(
@@ -67,10 +68,9 @@ FLUX, WAN = "FluxTransformer2DModel", "WanTransformer3DModel"
     ],
 )
 def test_the_model_is_told_by_its_pipeline_and_config(pipeline, model, options, expected, caplog):
-    policy = chosen(pipeline, model, method="magcache", **options)
+    policy = chosen(pipeline, model, **options)
     assert isinstance(policy, MagCache)
     assert policy == preset(expected, "magcache")
-    assert chosen(pipeline, model, **options) == policy  # what "auto" prefers
     assert not caplog.records
 
 
@@ -95,12 +95,11 @@ def test_the_name_that_was_loaded_goes_first(name, expected):
     assert policy == preset(expected or "flux-dev", "magcache")
 
 
-def test_auto_takes_what_there_is(caplog):
-    with caplog.at_level(logging.INFO, "fxcache"):
-        policy = chosen("LTXPipeline", "LTXVideoTransformer3DModel")
-    assert isinstance(policy, TeaCache)
-    assert "auto: teacache, published for ltx-video" in caplog.text
-    found = chosen("StableDiffusionXLPipeline", "UNet2DConditionModel")
+def test_auto_is_the_default_whatever_was_published():
+    assert chosen(pipeline="LTXPipeline", model=LTX, method="auto") == AdaptiveCache()
+    assert chosen(pipeline="FluxPipeline", model=FLUX, method=None) == AdaptiveCache()
+    assert isinstance(chosen("LTXPipeline", LTX, method="teacache"), TeaCache)
+    found = chosen("StableDiffusionXLPipeline", "UNet2DConditionModel", method="firstblockcache")
     assert isinstance(found, FirstBlockCache)
 
 

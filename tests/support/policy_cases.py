@@ -8,6 +8,7 @@ from torch import nn
 from zoo import SequentialDiT, StructuredDiT, make
 
 from fxcache import (
+    AdaptiveCache,
     EasyCache,
     FirstBlockCache,
     MagCache,
@@ -24,10 +25,11 @@ TEA = TeaCache(coefficients=POLY, threshold=0.3, final_steps=0)
 SEA = SeaCache(threshold=0.3, final_steps=0)
 MAG = MagCache(ratios=[1.0, *[1.05] * 11], threshold=0.11, retention_ratio=0.0)
 FIRST = FirstBlockCache(threshold=0.2)
+ADAPTIVE = AdaptiveCache(tolerance=0.5, slope=0.0, final_steps=0)
 MEASURING = [EASY, TEA, SEA, FIRST]
 SCHEDULE = StepSchedule(mask=MASK.mask, forecast=Taylor(order=2))
 #: One of each, and with and without a forecast.
-EVERY = [ALTERNATE, FORECAST, MASK, SCHEDULE, EASY, TEA, SEA, MAG]
+EVERY = [ALTERNATE, FORECAST, MASK, SCHEDULE, EASY, TEA, SEA, MAG, ADAPTIVE]
 
 
 def name_of(value):
