@@ -5,7 +5,6 @@ units are tried with all boundaries behind them, and the U shape, if there is on
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 
 from fxcache.errors import PolicyError, StackNotFoundError
@@ -40,21 +39,9 @@ U_SHAPE = 0.4
 def find_cut(facts: Facts, span: Span) -> Cut:
     """Where to cut for a policy that skips `span`.
 
-    Where all blocks are to be skipped and what enters the first is no stream, the first block is
-    left in the head. Raises PolicyError if `span` leaves nothing to skip, StackNotFoundError if
-    nothing can be skipped such that the outputs follow the sample.
+    Raises PolicyError if `span` leaves nothing to skip, StackNotFoundError if nothing can be
+    skipped such that the outputs follow the sample.
     """
-    try:
-        return _find_cut(facts, span)
-    except StackNotFoundError:
-        if span.head_blocks:
-            raise
-        with suppress(PolicyError):
-            return _find_cut(facts, replace(span, head_blocks=1))
-        raise
-
-
-def _find_cut(facts: Facts, span: Span) -> Cut:
     runs = find_runs(facts)
     stacks = join_runs(runs, lambda before, after: _continues(facts, before, after))
     stacks.sort(key=lambda stack: stack.work(facts), reverse=True)

@@ -123,9 +123,9 @@ class Skeletons:
 
     def _leaf(self, node: fx.Node) -> Skeleton:
         if node not in self.leaves:
-            # What no layer (tokens: no table) embedded yet is no stream, if something else is.
-            is_tokens = not any(map(is_numeric, self.facts.samples))
-            embedded = self.facts.needs(node) & self.facts.costly or not self.trunk or is_tokens
+            # What no layer has embedded yet is no stream, if there is something that one has.
+            costly = self.facts.costly
+            embedded = self.facts.needs(node) & costly or not self.trunk & costly
             root = self.facts.position[self._root(node)]
             made_of = mask_of(p for p in self.alive if self.facts.ancestors[root] >> p & 1)
             leaves = made_of if root > self.head and made_of else 1 << root

@@ -26,7 +26,7 @@ class Advice:
     """Compares `own`, a policy's forecast, with `Reuse` and with linear extrapolation.
 
     Costs copies of two residuals at each miss, one of which is kept where the ring holds one only,
-    and no read-back before somebody asks.
+    and no read-back before somebody asks. Where a GPU's residuals lie in host memory, nothing.
     """
 
     def __init__(self, own: Forecast) -> None:
@@ -41,7 +41,8 @@ class Advice:
         """The last two computed residuals, newest first, before a miss writes over one."""
         buffers = state.allocated
         older = self._last.pop(buffers, None)
-        if not state.past or buffers.device.type == "meta":
+        is_moving = buffers.rings[0][0].is_pinned()  # a transfer to the host may still write it
+        if not state.past or is_moving or buffers.device.type == "meta":
             return []
         last = [(step, [ring[at].clone() for ring in buffers.rings]) for step, at in state.past[:2]]
         if state.ring == 1:  # the one before it was written over

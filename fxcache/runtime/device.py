@@ -1,5 +1,6 @@
 """What CUDA graphs need of a device, small enough to be stood in for where there is no GPU."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -62,6 +63,16 @@ class CudaDevice:
         except IndexError:
             with torch.inference_mode(False):  # later calls outside of inference_mode write it
                 return torch.empty(8, dtype=torch.float32, pin_memory=True), torch.cuda.Event()
+
+
+@functools.cache
+def _reader(device: torch.device) -> CudaDevice:
+    return CudaDevice(device)
+
+
+def begin_read(source: torch.Tensor) -> Reading:
+    """Begin to read a few float32 numbers: of a GPU, without waiting before they are asked for."""
+    return _reader(source.device).read(source) if source.is_cuda else source.tolist
 
 
 def graph_device(device: torch.device) -> GraphDevice | None:

@@ -176,7 +176,7 @@ class StepExecutor:
         outputs = evaluation.miss(at)
         state.refreshed(at)
         if checked is not None:
-            state.error = compare(state, checked, nodes, at)
+            state.error = compare(state, checked, nodes, at, outputs)
         if advice is not None:
             advice.after_miss(state, computed)
         if self.audit is not None and self.audit.q is None and self.session.may_hit:

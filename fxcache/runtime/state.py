@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fxcache.policy import History
+from fxcache.policy.base import ForecastError
 
 
 @dataclass(eq=False)
@@ -109,7 +110,7 @@ class BranchState:
     #: Why nothing is cached, if it is not that nothing was computed yet.
     lost: str | None = None
     #: How far off the forecast would have been at the last miss (`fxcache.runtime.forecast_error`).
-    error: Any = None
+    error: Callable[[], ForecastError] | None = None
     #: The weights that the residuals were computed with (see `fxcache.runtime.freshness`).
     stamp: Any = None
 
@@ -174,7 +175,7 @@ class BranchState:
             past,
             self.label,
             self.computed,
-            None if self.error is None else self.error.read(),
+            None if self.error is None else self.error(),
         )
 
     @property

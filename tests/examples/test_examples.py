@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -205,3 +206,12 @@ def test_the_frontier_is_measured_and_drawn(tmp_path):
     assert all(0 < row["share"] <= 1 and row["speedup"] >= 1 for row in measured)
     assert "fxcache tune" in printed
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_tolerance_is_measured():
+    options = ("--steps", 12, "--tolerances", 0, 0.3, "--batches", 1)
+    exact, loose = run_script("benchmark_adaptive.py", *options).strip().splitlines()[-2:]
+    assert "1.00x 100.0 dB" in exact
+    assert "12 plain steps 100.0 dB" in exact
+    assert float(re.search(r": ([\d.]+)x", loose)[1]) > 1

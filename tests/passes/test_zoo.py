@@ -147,13 +147,16 @@ def test_a_hit_skips_the_span(case):
 def test_only_what_leaves_the_span_is_cached(case):
     name, model, inputs, denoiser = case
     entry = ZOO[name]
-    found = fxcache.explain(model, **inputs)
+    found = fxcache.explain(model, policy=fxcache.FirstBlockCache(), **inputs)
     assert entry.head in found.head_blocks
     assert found.is_u_shape is entry.is_u_shape or name == "uvit"
     if entry.is_u_shape:
         assert set(entry.span) <= set(found.span_blocks)
     else:
         assert set(found.span_blocks) == set(entry.span)
+    default = fxcache.explain(model, **inputs)  # all blocks, and it still follows the sample
+    assert default.skipped_share >= found.skipped_share
+    assert default.audit < 1
     assert len(found.streams) == 1
     (stream,) = found.streams
 
