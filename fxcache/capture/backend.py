@@ -279,6 +279,7 @@ def rewrite(
         conditions=_conditions(facts, place, session.policy, options),
         # With the whole model as the span, nothing was found that could be wrong.
         audit=audit if options.audit and cut.span_units else None,
+        groups=groups,
     )
 
 

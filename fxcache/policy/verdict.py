@@ -49,11 +49,13 @@ def verdict(
     if kind == "control":
         return _of_control(policy, seen, where)
     if kind == "intolerant":
+        off = min((each.score for each in _free(seen)), default=math.nan)
+        later = f", and later it would have been off by {off:.2g} at least" * math.isfinite(off)
         return (
             f"{type(policy).__name__}(tolerance={policy.tolerance:g}) never hit in a trajectory of "
-            f"{len(seen)} evaluations{where}: the first {policy.order + 2} computed steps only "
-            f"learn, and later the forecast was off by more. With few steps, or a sampler that "
-            f"puts fresh noise in, there is nothing to win"
+            f"{len(seen)} evaluations{where}: its forecast learns from the first "
+            f"{policy.order + 2} computed steps{later}. With few steps, or a sampler that puts "
+            f"fresh noise in, there is nothing to win"
         )
     if kind not in ("never", "always"):
         return None

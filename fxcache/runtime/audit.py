@@ -82,7 +82,7 @@ class Audit:
             hit, full = trial.hit(weights), trial.miss(entry)  # which overwrites the entry
             pairs = (hit, full), (outputs, full), (hit, outputs)
             sums = torch.stack([self._distance(a, b) for a, b in pairs])
-            error, scale, moved = self._shared(sums).sqrt().tolist()
+            error, scale, moved = shared(sums, self.groups).sqrt().tolist()
         if not math.isfinite(error) or not math.isfinite(scale):
             return
         self.q = error / scale if scale > 0 else (0.0 if error == 0 else math.inf)
@@ -102,13 +102,6 @@ class Audit:
     def _distance(self, a: Sequence[Any], b: Sequence[Any]) -> torch.Tensor:
         """The sum of the squares of a difference, over all outputs."""
         return squares([a[i] - b[i] for i in self.outputs])
-
-    def _shared(self, sums: torch.Tensor) -> torch.Tensor:
-        """The sums over all ranks: they must come to the same verdict."""
-        for group in self.groups:
-            collectives = torch.ops._c10d_functional
-            sums = collectives.wait_tensor(collectives.all_reduce(sums, "sum", group))
-        return sums
 
     def _generators(self) -> AbstractContextManager[None]:
         """Inside, random numbers are drawn that the model's own evaluations do not miss."""
@@ -148,6 +141,14 @@ def _copied(buffers: Buffers, device: torch.device) -> Buffers:
         tuple(residual.to(device, copy=True) for residual in ring) for ring in buffers.rings
     )
     return replace(buffers, kept=kept, rings=rings)
+
+
+def shared(sums: torch.Tensor, groups: Sequence[str]) -> torch.Tensor:
+    """The sums over all ranks of these process groups: they must come to the same verdict."""
+    for group in groups:
+        collectives = torch.ops._c10d_functional
+        sums = collectives.wait_tensor(collectives.all_reduce(sums, "sum", group))
+    return sums
 
 
 def squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

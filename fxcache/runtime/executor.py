@@ -39,6 +39,7 @@ class StepExecutor:
         weights: the graph's weights: residuals of others are forgotten.
         conditions: the conditioning inputs, if the policy wants them looked at.
         audit: tries what is cached before it is used.
+        groups: process groups whose ranks compute the graph together, and so must decide alike.
     """
 
     def __init__(
@@ -55,12 +56,13 @@ class StepExecutor:
         weights: Weights,
         conditions: Conditions | None = None,
         audit: Audit | None = None,
+        groups: Sequence[str] = (),
     ) -> None:
         self.session, self.make_regions = session, make_regions
         self.signature, self.allocate = signature, allocate
         self.weights, self.conditions, self.audit = weights, conditions, audit
         self.data, self.has_numbers = dict(data), has_numbers
-        self.timestep, self.ring = timestep, ring
+        self.timestep, self.ring, self.groups = timestep, ring, tuple(groups)
         #: A call of the model does nothing but run this graph.
         self.is_all = False
         # By buffers and not in the state: recompiled graphs of one span share the state.
@@ -176,7 +178,7 @@ class StepExecutor:
         outputs = evaluation.miss(at)
         state.refreshed(at)
         if checked is not None:
-            state.error = compare(state, checked, nodes, at, outputs)
+            state.error = compare(state, checked, nodes, at, outputs, self.groups)
         if advice is not None:
             advice.after_miss(state, computed)
         if self.audit is not None and self.audit.q is None and self.session.may_hit:

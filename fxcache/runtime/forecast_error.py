@@ -9,6 +9,7 @@ import torch
 
 from fxcache.policy.base import ForecastError
 from fxcache.policy.forecast import Within
+from fxcache.runtime.audit import shared
 from fxcache.runtime.device import begin_read
 from fxcache.runtime.state import BranchState
 
@@ -26,10 +27,16 @@ def nodes_of(state: BranchState, forecast: Within, written: int) -> Nodes:
 
 @torch.no_grad()
 def compare(
-    state: BranchState, forecast: Within, nodes: Nodes, written: int, outputs: Sequence[Any]
+    state: BranchState,
+    forecast: Within,
+    nodes: Nodes,
+    written: int,
+    outputs: Sequence[Any],
+    groups: Sequence[str],
 ) -> Callable[[], ForecastError] | None:
     """Compare the forecast from `nodes` with what a miss that gave `outputs` wrote into entry
-    `written`. Gives a function that waits for the error; None if there is nothing to compare.
+    `written`; ranks of the process `groups`, which compute the graph together, share the sums.
+    Gives a function that waits for the error; None if there is nothing to compare.
     """
     device = next(value.device for value in outputs if isinstance(value, torch.Tensor))
     if not nodes or device.type == "meta":
@@ -43,7 +50,7 @@ def compare(
         for (_, at), coefficient in zip(nodes, coefficients, strict=True):
             off.sub_(_wide(ring[at], device), alpha=coefficient)
         sums.append(torch.stack([off.abs().sum(), fresh.abs().sum()]))
-    steps, read = (state.step, *past), begin_read(torch.stack(sums).sum(0))
+    steps, read = (state.step, *past), begin_read(shared(torch.stack(sums).sum(0), groups))
 
     @functools.cache
     def error() -> ForecastError:

@@ -155,6 +155,7 @@ def test_few_steps_are_said_once(caplog):
     said = [r.getMessage() for r in caplog.records if "AdaptiveCache" in r.getMessage()]
     assert len(said) == 1
     assert "4 evaluations" in said[0]
+    assert "first 3 computed steps" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -18,5 +18,6 @@ def on_two_ranks(name):
 
 
 @pytest.mark.slow
-def test_ranks_that_share_collectives_share_the_audit():
-    on_two_ranks("audit")
+@pytest.mark.parametrize("name", ["audit", "errors"])
+def test_ranks_that_share_collectives_decide_alike(name):
+    on_two_ranks(name)

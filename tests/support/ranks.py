@@ -8,7 +8,7 @@ import torch.distributed._functional_collectives as collectives
 from torch import nn
 
 import fxcache
-from fxcache import FirstBlockCache
+from fxcache import AdaptiveCache, FirstBlockCache
 
 
 class Parallel(nn.Module):
@@ -43,9 +43,36 @@ def audit() -> None:
     dist.all_gather_object(everybody, (report.audit, report.hits))
     assert everybody[0] == everybody[1], everybody
     assert report.audit > 0.5
-    alone = fxcache.explain(Alone(model), x, torch.ones(2)).audit
+    policy = FirstBlockCache()
+    alone = fxcache.explain(Alone(model), x, torch.ones(2), policy=policy).audit
     dist.all_gather_object(everybody, alone)
     assert everybody[0] < 1.05 <= everybody[1], everybody
+
+
+def errors() -> None:
+    """The forecast is good on one rank and bad on the other: both must decide the same."""
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = Parallel(against=0.0).eval()
+    pace = torch.Generator().manual_seed(3)
+    rough = [float(torch.randn((), generator=pace)) for _ in range(16)]
+    x = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(rank))
+
+    def decisions(model: nn.Module) -> list[bool]:
+        policy = AdaptiveCache(tolerance=0.1, slope=0.0)
+        denoiser = fxcache.transform(model, policy, backend="eager", audit=False)
+        with torch.no_grad(), denoiser.trajectory(num_steps=16):
+            for step in range(16):
+                moved = x * (1 + 0.02 * step + 0.2 * rank * rough[step])
+                denoiser(moved, torch.full((2,), 1.0 - 0.02 * step))
+        return [record.is_hit for record in denoiser.report().records]
+
+    alone, together = [None, None], [None, None]
+    dist.all_gather_object(alone, decisions(Alone(model)))
+    assert alone[0] != alone[1], alone
+    dist.all_gather_object(together, decisions(model))
+    assert together[0] == together[1], together
+    assert any(together[0]), together
 
 
 class Alone(nn.Module):
