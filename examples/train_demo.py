@@ -1,13 +1,19 @@
-"""Train the small denoiser that ships with fxcache and that ``fxcache demo`` samples from.
+"""Train the small denoiser that ships with fxcache and that ``fxcache demo`` samples from, or one
+of another kind to compare with: a UNet, or one that predicts the noise.
 
 Data: the colour bitmaps of the Noto Color Emoji font (SIL Open Font License 1.1), as Debian's
 package ``fonts-noto-color-emoji`` installs it: about 900 emoji in eight classes, 32 x 32 RGB.
-Model: diffusers' ``DiTTransformer2DModel``, 10 blocks, 128 wide, patches of 4 x 4 pixels.
+Model: diffusers' ``DiTTransformer2DModel``, 10 blocks, 128 wide, patches of 4 x 4 pixels; with
+``--model unet`` a class-conditional ``UNet2DModel`` of three resolutions.
 Objective: flow matching (Lipman et al. 2023, arXiv 2210.02747): x_t = (1 - t) x_0 + t n, the
-model predicts n - x_0; a tenth of the labels is dropped for classifier-free guidance.
+model predicts n - x_0; with ``--predict epsilon`` n, on the schedule of DDPM (Ho et al. 2020, arXiv
+2006.11239). A tenth of the labels is dropped for classifier-free guidance.
 
     apt-get install fonts-noto-color-emoji && pip install fonttools "fxcache[demo]"
     python examples/train_demo.py --minutes 60 --output demo_model
+    python examples/train_demo.py --model unet --minutes 40 --batch 32 --output unet
+    python examples/train_demo.py --predict epsilon --minutes 30 --output epsilon \
+        --resume demo_model/model.safetensors
 
 writes ``demo_model/config.json``, ``demo_model/model.safetensors`` (float16) and a sample sheet.
 """
@@ -19,12 +25,11 @@ import json
 import math
 import time
 import unicodedata
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 from fontTools.ttLib import TTFont
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -32,15 +37,36 @@ from safetensors.torch import load_file, save_file
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 CLASSES = ("face", "heart", "animal", "food", "plant", "sky", "flag", "vehicle")
 NULL_CLASS = len(CLASSES)
-CONFIG = {
-    "num_attention_heads": 4,
-    "attention_head_dim": 32,
-    "in_channels": 3,
-    "out_channels": 3,
-    "num_layers": 10,
-    "sample_size": 32,
-    "patch_size": 4,
-    "num_embeds_ada_norm": len(CLASSES),
+SIZE = 32
+MODELS = {
+    "dit": (
+        DiTTransformer2DModel,
+        {
+            "num_attention_heads": 4,
+            "attention_head_dim": 32,
+            "in_channels": 3,
+            "out_channels": 3,
+            "num_layers": 10,
+            "sample_size": SIZE,
+            "patch_size": 4,
+            "num_embeds_ada_norm": len(CLASSES),
+        },
+    ),
+    "unet": (
+        UNet2DModel,
+        {
+            "sample_size": SIZE,
+            "in_channels": 3,
+            "out_channels": 3,
+            "block_out_channels": (24, 48, 72),
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 2,
+            "norm_num_groups": 8,
+            "attention_head_dim": 24,
+            "num_class_embeds": len(CLASSES) + 1,
+        },
+    ),
 }
 
 
@@ -113,15 +139,23 @@ def jitter(images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sample(model, labels: torch.Tensor, steps: int = 30, guidance: float = 2.0, seed: int = 0):
-    """Euler sampling with classifier-free guidance, both branches in one batch."""
-    x = torch.randn(len(labels), 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+def sample(model, labels: torch.Tensor, predict: str = "velocity", steps: int = 30, seed: int = 0):
+    """Euler (DDIM) sampling with classifier-free guidance of 2, both branches in one batch."""
+    x = torch.randn(len(labels), 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
     both = torch.cat([labels, torch.full_like(labels, NULL_CLASS)])
-    times = torch.linspace(1, 0, steps + 1)
-    for now, after in pairwise(times):
-        out = model(torch.cat([x, x]), timestep=(now * 1000).expand(len(both)), class_labels=both)
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(steps)
+    flow = torch.linspace(1, 0, steps + 1)
+    times = scheduler.timesteps if predict == "epsilon" else flow[:-1] * 1000
+    for number, time_ in enumerate(times):
+        t = time_.expand(len(both))
+        out = model(torch.cat([x, x]), timestep=t, class_labels=both)
         cond, uncond = out.sample.chunk(2)
-        x = x + (after - now) * (uncond + guidance * (cond - uncond))
+        guided = uncond + 2 * (cond - uncond)
+        if predict == "epsilon":
+            x = scheduler.step(guided, time_, x).prev_sample
+        else:
+            x = x + (flow[number + 1] - flow[number]) * guided
     return x
 
 
@@ -141,18 +175,34 @@ def save(model, step: int, args: argparse.Namespace) -> None:
         "trained_by": "examples/train_demo.py",
         "steps": str(step),
         "seed": str(args.seed),
+        "predict": args.predict,
     }
     save_file(state, args.output / "model.safetensors", metadata=metadata)
-    config = {"_class_name": "DiTTransformer2DModel", **CONFIG, "classes": CLASSES}
-    (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    written = DiTTransformer2DModel(**CONFIG).eval()
+    kind, config = MODELS[args.model]
+    saved = {"_class_name": kind.__name__, **config, "classes": CLASSES, "predict": args.predict}
+    (args.output / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
+    written = kind(**config).eval()
     written.load_state_dict(load_file(args.output / "model.safetensors"))
-    sheet = sample(written, torch.arange(8).repeat(8))
+    sheet = sample(written, torch.arange(8).repeat(8), args.predict)
     write_sheet(sheet, args.output / "samples.png")
+
+
+def noised(
+    x0: torch.Tensor, noise: torch.Tensor, predict: str, scheduler: DDPMScheduler
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The model's input at random times, these times, and what it is to predict."""
+    if predict == "epsilon":
+        times = torch.randint(scheduler.config.num_train_timesteps, (len(x0),))
+        return scheduler.add_noise(x0, noise, times), times, noise
+    t = torch.sigmoid(torch.randn(len(x0)) * 1.1)
+    mix = t[:, None, None, None]
+    return (1 - mix) * x0 + mix * noise, t * 1000, noise - x0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", choices=MODELS, default="dit")
+    parser.add_argument("--predict", choices=("velocity", "epsilon"), default="velocity")
     parser.add_argument("--minutes", type=float, default=60, help="training time (default 60)")
     parser.add_argument("--output", type=Path, default=Path("demo_model"))
     parser.add_argument("--resume", type=Path, help="start from these weights (safetensors)")
@@ -165,14 +215,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
 
-    images, labels = load_emoji(FONT, CONFIG["sample_size"])
+    images, labels = load_emoji(FONT, SIZE)
     counts = {name: int((labels == i).sum()) for i, name in enumerate(CLASSES)}
     print(f"{len(images)} emoji: {counts}", flush=True)
     # Classes are drawn evenly: the flags alone are a third of the pictures.
     weights = torch.tensor([1 / counts[CLASSES[int(label)]] ** 0.5 for label in labels])
 
     # eval(): DiT's own label dropout draws anew in every block; labels are dropped here instead.
-    model = DiTTransformer2DModel(**CONFIG).eval()
+    kind, config = MODELS[args.model]
+    model, scheduler = kind(**config).eval(), DDPMScheduler()
     if args.resume:
         model.load_state_dict(load_file(args.resume))
     ema = copy.deepcopy(model)
@@ -190,14 +241,10 @@ def main() -> None:
         picked = torch.multinomial(weights, args.batch, replacement=True)
         x0, y = jitter(images[picked]), labels[picked].clone()
         y[torch.rand(args.batch) < 0.1] = NULL_CLASS
-        t = torch.sigmoid(torch.randn(args.batch) * 1.1)
-        noise = torch.randn_like(x0)
-        mix = t[:, None, None, None]
+        x, times, goal = noised(x0, torch.randn_like(x0), args.predict, scheduler)
         with torch.autocast("cpu", torch.bfloat16):
-            velocity = compiled(
-                (1 - mix) * x0 + mix * noise, timestep=t * 1000, class_labels=y
-            ).sample
-        loss = (velocity.float() - (noise - x0)).square().mean()
+            found = compiled(x, timestep=times, class_labels=y).sample
+        loss = (found.float() - goal).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

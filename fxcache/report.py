@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ class Record:
 
     `step` counts steps of the trajectory from 0; `timestep` is the model's time input (None if it
     has none); `metric` is the policy's (residual diff; None if nothing was measured); `reason` says
-    why a miss was one; `score` is what was compared with the policy's threshold. In reports of
-    `fxcache.apply`, `component` is the pipeline's denoiser
+    why a miss was one; `score` is what was compared with the policy's threshold, with error control
+    the error that was predicted for this step (0: not known yet). `error` is the measured one: at a
+    miss with error control, how far off the forecast would have been, mean|p - r| / mean|r| (None:
+    not measured). In reports of `fxcache.apply`, `component` is the pipeline's denoiser
     ("transformer", ...).
     """
 
@@ -29,6 +31,7 @@ class Record:
     slot: Hashable = None
     component: str | None = None
     score: float = 0.0
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,11 @@ class Report:
         return len(self.records) - self.hits
 
     @property
+    def has_errors(self) -> bool:
+        """Whether errors of forecasts were measured (`AdaptiveCache`)."""
+        return any(record.error is not None for record in self.records)
+
+    @property
     def hit_rate(self) -> float:
         """Hits a evaluation, 0 where there was none."""
         return self.hits / len(self.records) if self.records else 0.0
@@ -86,7 +94,7 @@ class Report:
         records = []
         for record in self.records:
             entry = asdict(record)
-            for key in ("metric", "timestep", "score"):
+            for key in ("metric", "timestep", "score", "error"):
                 value = entry[key]
                 entry[key] = value if value is not None and abs(value) < float("inf") else None
             for key in ("branch", "slot"):
@@ -106,13 +114,16 @@ class Report:
         }
 
     def __str__(self) -> str:
-        lines = [f"{'step':>4}  {'branch':<10} {'timestep':>10} {'metric':>10}  decision"]
+        columns = ("predicted", "error") if self.has_errors else ("metric",)
+        names = " ".join(f"{name:>10}" for name in columns)
+        lines = [f"{'step':>4}  {'branch':<10} {'timestep':>10} {names}  decision"]
         for r in self.records:
             timestep = "-" if r.timestep is None else f"{r.timestep:.4g}"
-            metric = "-" if r.metric is None else f"{r.metric:.4f}"
+            values = (r.score or None, r.error) if self.has_errors else (r.metric,)
+            numbers = " ".join(f"{'-' if v is None else f'{v:.4f}':>10}" for v in values)
             decision = "hit" if r.is_hit else f"miss ({r.reason})"
             branch = "-" if r.branch is None else str(r.branch)
-            lines.append(f"{r.step:>4}  {branch:<10} {timestep:>10} {metric:>10}  {decision}")
+            lines.append(f"{r.step:>4}  {branch:<10} {timestep:>10} {numbers}  {decision}")
         if self.advice is not None:
             lines.append(self.advice)
         lines.append(
@@ -131,7 +142,8 @@ class Report:
         return f" ({', '.join(places)})"
 
     def plot(self, path: str | Path) -> Path:
-        """Draw the metric over the steps, hits and misses marked, and write it to `path`.
+        """Draw the metric over the steps, hits and misses marked, and write it to `path`. With
+        error control, draw the predicted errors, and the measured ones as crosses.
 
         Needs matplotlib (``pip install "fxcache[demo]"``), raises ImportError without it.
         """
@@ -141,17 +153,24 @@ class Report:
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
+        drawn = "score" if self.has_errors else "metric"
         branches = dict.fromkeys((r.slot, r.branch, r.trajectory) for r in self.records)
         for number, key in enumerate(branches):
             own = [r for r in self.records if (r.slot, r.branch, r.trajectory) == key]
-            steps, metrics = _measured(own)
             label = None if key[1] is None else str(key[1])
-            axes.plot(steps, metrics, color=f"C{number % 10}", alpha=0.5, label=label)
+            axes.plot(*_points(own, drawn), color=f"C{number % 10}", alpha=0.5, label=label)
         for is_hit, marker, color in ((True, "o", "tab:green"), (False, "s", "tab:red")):
-            steps, metrics = _measured([r for r in self.records if r.is_hit == is_hit])
+            own = [r for r in self.records if r.is_hit == is_hit]
             label = "hit" if is_hit else "miss"
-            axes.scatter(steps, metrics, s=22, marker=marker, color=color, zorder=3, label=label)
-        axes.set(xlabel="step", ylabel="metric",
+            axes.scatter(
+                *_points(own, drawn), s=22, marker=marker, color=color, zorder=3, label=label
+            )
+        if self.has_errors:
+            measured = _points(self.records, "error")
+            axes.scatter(*measured, s=40, marker="x", color="black", zorder=4, label="measured")
+            axes.set_yscale("log")
+        name = "relative error" if self.has_errors else "metric"
+        axes.set(xlabel="step", ylabel=name,
                  title=f"{self.hits} hits, {self.misses} misses")  # fmt: skip
         axes.legend(fontsize="small", ncols=2)
         axes.grid(alpha=0.3)
@@ -163,7 +182,10 @@ def _size(number: int) -> str:
     return f"{number / 2**20:.2f} MiB"
 
 
-def _measured(records: list[Record]) -> tuple[list[int], list[float]]:
-    """Steps and metrics of those evaluations that have a metric."""
-    pairs = [(r.step, r.metric) for r in records if r.metric is not None]
-    return [step for step, _ in pairs], [metric for _, metric in pairs]
+def _points(records: Iterable[Record], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of what the records hold by `name`; a score of 0 is none."""
+    pairs = [(r.step, getattr(r, name)) for r in records]
+    known = [(step, value) for step, value in pairs if value is not None]
+    if name == "score":
+        known = [(step, value) for step, value in known if value > 0]
+    return [step for step, _ in known], [value for _, value in known]

@@ -5,6 +5,6 @@ in plain tensor operations (fx proxies pass through those), `ops` registers ``to
 """
 
 from . import reference
-from .api import forecast, refresh, residual_diff
+from .api import forecast, refresh, refresh_error, residual_diff
 
-__all__ = ["forecast", "reference", "refresh", "residual_diff"]
+__all__ = ["forecast", "reference", "refresh", "refresh_error", "residual_diff"]

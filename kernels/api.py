@@ -104,9 +104,44 @@ def refresh(after: torch.Tensor, before: torch.Tensor | None, slot: torch.Tensor
     from . import ops
 
     _check_operands(after=after, before=before, slot=slot)
-    if any(by == 0 and size > 1 for size, by in zip(slot.shape, slot.stride(), strict=True)):
-        raise ValueError(f"slot must not be expanded, got strides {slot.stride()}")
+    _check_slot(slot)
     ops.refresh(after, before, slot)
+
+
+def refresh_error(
+    after: torch.Tensor,
+    before: torch.Tensor | None,
+    slot: torch.Tensor,
+    ring: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """`refresh`, and how far off a forecast of that residual would have been, in the same pass.
+
+    Args:
+        after, before, slot: as for `refresh`.
+        ring: one to five past residuals of the shape of `slot`, which must not be among them.
+        weights: float32 [len(ring)] on the same device; see `forecast`.
+
+    Returns:
+        float32 [2]: sum |r - sum_j weights[j] * ring[j]| and sum |r|, of the residual r before it
+        is rounded to the dtype of `slot`; float32 accumulation, the same bits at every call.
+        NaN and Inf reach the sums, but for a residual of weight 0.
+
+    Raises:
+        TypeError, ValueError: as for `refresh` and `forecast`.
+
+    Source: error control by local extrapolation (see `fxcache.AdaptiveCache`).
+    """
+    from . import ops
+
+    if not 1 <= len(ring) <= MAX_RING:
+        raise ValueError(f"ring must hold 1 to {MAX_RING} residuals, got {len(ring)}")
+    rest = {f"ring[{j}]": residual for j, residual in enumerate(ring)}
+    _check_operands(after=after, before=before, slot=slot, **rest)
+    _check_slot(slot)
+    _check_scratch("weights", weights, torch.float32, len(ring), slot.device)
+    sums: torch.Tensor = ops.refresh_error(after, before, slot, list(ring), weights)
+    return sums
 
 
 def _check_operands(**operands: torch.Tensor | None) -> None:
@@ -130,6 +165,11 @@ def _check_operands(**operands: torch.Tensor | None) -> None:
                 f"{name} must be on the device of {first[0]}, {first[1].device}, "
                 f"got {operand.device}"
             )
+
+
+def _check_slot(slot: torch.Tensor) -> None:
+    if any(by == 0 and size > 1 for size, by in zip(slot.shape, slot.stride(), strict=True)):
+        raise ValueError(f"slot must not be expanded, got strides {slot.stride()}")
 
 
 def _check_scratch(

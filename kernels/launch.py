@@ -98,18 +98,52 @@ def launch_forecast(
 
 def launch_refresh(after: torch.Tensor, before: torch.Tensor | None, slot: torch.Tensor) -> None:
     """Write ``after - before`` into `slot`."""
+    if slot.numel() > 0:
+        _refresh(after, before, slot, (), None)
+
+
+def launch_refresh_error(
+    after: torch.Tensor,
+    before: torch.Tensor | None,
+    slot: torch.Tensor,
+    ring: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """Write ``after - before`` into `slot`; float32 [2] sums of how far off a forecast was."""
     if slot.numel() == 0:
-        return
-    target, others, layout = walk(slot, (after, before), first_dim=0)
+        return slot.new_zeros((2,), dtype=torch.float32)
+    return _refresh(after, before, slot, ring, weights).sum(0)
+
+
+def _refresh(
+    after: torch.Tensor,
+    before: torch.Tensor | None,
+    slot: torch.Tensor,
+    ring: Sequence[torch.Tensor],
+    weights: torch.Tensor | None,
+) -> torch.Tensor:
+    """The partial sums of each program, float32 [programs, 2]; without a ring, not written."""
+    if any(residual.stride() != ring[0].stride() for residual in ring):
+        ring = [residual.contiguous() for residual in ring]
+    target, others, layout = walk(slot, (after, before, *ring), first_dim=0)
+    absent = [None] * (MAX_RING - len(ring))
     rows, columns = layout.tile(_itemsize((target, *others)))
     outer, middle, inner = layout.sizes
-    wrap_triton(refresh_kernel)[(layout.tiles(rows, columns),)](
+    tiles = layout.tiles(rows, columns)
+    partial = slot.new_empty((tiles if ring else 0, 2), dtype=torch.float32)
+    strides = layout.strides[: 4 if ring else 3]
+    wrap_triton(refresh_kernel)[(tiles,)](
         target,
         *others,
+        *absent,
+        weights,
+        partial if ring else None,
         outer * middle,
         middle,
         inner,
-        *(stride for within in layout.strides for stride in within),
+        *(stride for within in strides for stride in within),
+        *([] if ring else [0, 0, 0]),
+        RING=len(ring),
         FLAT=layout.is_flat,
         WIDE=layout.is_wide,
         ROWS=rows,
@@ -117,6 +151,7 @@ def launch_refresh(after: torch.Tensor, before: torch.Tensor | None, slot: torch
     )
     if target is not slot:
         slot.copy_(target)
+    return partial
 
 
 def processors(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""``torch.ops.fxcache.{residual_diff, forecast, refresh}``: the kernels as the compiler sees them.
+"""``torch.ops.fxcache.{residual_diff, forecast, ...}``: the kernels as the compiler sees them.
 
 Inductor sees through these operators: on a GPU down to the Triton kernels, elsewhere down to plain
 tensor operations, which it fuses. That choice is made inside the operators (a CPU kernel registered
@@ -21,7 +21,12 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 if HAS_TRITON:  # triton_op imports it in any case, and finds by these names what keys its caches
-    from .launch import launch_forecast, launch_refresh, launch_residual_diff
+    from .launch import (
+        launch_forecast,
+        launch_refresh,
+        launch_refresh_error,
+        launch_residual_diff,
+    )
 
 
 def _register(name: str, mutates_args: Iterable[str]) -> Callable[[Callable[..., Any]], Any]:
@@ -84,3 +89,17 @@ def refresh(after: torch.Tensor, before: torch.Tensor | None, slot: torch.Tensor
         return plain.refresh(after, before, slot)
     with _on(slot.device):
         return launch_refresh(after, before, slot)
+
+
+@_register("fxcache::refresh_error", mutates_args={"slot"})
+def refresh_error(
+    after: torch.Tensor,
+    before: torch.Tensor | None,
+    slot: torch.Tensor,
+    ring: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    if not _takes(after, before, slot, *ring):
+        return plain.refresh_error(after, before, slot, ring, weights)
+    with _on(slot.device):
+        return launch_refresh_error(after, before, slot, ring, weights)

@@ -69,3 +69,29 @@ def refresh(after: torch.Tensor, before: torch.Tensor | None, slot: torch.Tensor
         slot: the buffer that is overwritten, of the same shape.
     """
     slot.copy_(after if before is None else after - before)
+
+
+def refresh_error(
+    after: torch.Tensor,
+    before: torch.Tensor | None,
+    slot: torch.Tensor,
+    ring: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """`refresh`, and how far off a forecast of the residual would have been.
+
+    Args:
+        after, before, slot: as for `refresh`.
+        ring: the residuals that the forecast is made of, of the shape of `slot`, which is not among
+            them.
+        weights: float32 [len(ring)]; see `forecast`.
+
+    Returns:
+        float32 [2]: sum |r - sum_j weights[j] * ring[j]| and sum |r| of the residual r.
+    """
+    residual = after if before is None else after - before
+    slot.copy_(residual)
+    size = off = residual.float()
+    for index, past in enumerate(ring):
+        off = off - _weighted(weights[index], past)
+    return torch.stack([off.abs().sum(), size.abs().sum()])

@@ -1,6 +1,6 @@
 """The kernels in Triton; `launch` says how they are launched.
 
-All three walk over three operands tile by tile (`layout`). A flat walk (one contiguous dimension)
+All walk over their operands tile by tile (`layout`). A flat walk (one contiguous dimension)
 leaves out the mask on whole tiles, so that loads have 16 bytes whatever the size is a multiple of.
 Upper case marks what is known at compile time, as in Triton's own kernels.
 """
@@ -165,9 +165,36 @@ def residual_diff_kernel(
 
 
 @triton.jit
-def _refresh_tile(slot, after, before, slot_offsets, after_offsets, before_offsets, mask):
+def _weighted(weight, residual):
+    """A ring slot without a weight may hold anything, even NaN."""
+    return tl.where(weight == 0, 0.0, weight * residual)
+
+
+@triton.jit
+def _refresh_tile(
+    slot,
+    after,
+    before,
+    ring,
+    weights,
+    slot_offsets,
+    after_offsets,
+    before_offsets,
+    ring_offsets,
+    mask,
+    RING: tl.constexpr,
+):
+    """Store the residual; with a ring, sums of how far it is from the weighted ring, and of its
+    size.
+    """
     residual = _residual(after, before, after_offsets, before_offsets, mask)
     tl.store(slot + slot_offsets, residual.to(slot.dtype.element_ty), mask=mask)
+    if RING == 0:
+        return 0.0, 0.0
+    off = residual
+    for j in tl.static_range(RING):
+        off -= _weighted(tl.load(weights + j), _load(ring[j], ring_offsets, mask))
+    return tl.sum(tl.abs(off)), tl.sum(tl.abs(residual))
 
 
 @triton.jit
@@ -175,6 +202,13 @@ def refresh_kernel(
     slot,
     after,
     before,
+    ring_0,
+    ring_1,
+    ring_2,
+    ring_3,
+    ring_4,
+    weights,
+    partial,
     rows,
     middle,
     columns,
@@ -187,39 +221,56 @@ def refresh_kernel(
     before_outer,
     before_middle,
     before_inner,
+    ring_outer,
+    ring_middle,
+    ring_inner,
+    RING: tl.constexpr,
     FLAT: tl.constexpr,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write the residual into the slot, one tile a program."""
+    """Write the residual into the slot, one tile a program; with a ring, sum up how far it is from
+    the weighted ring, and its size.
+    """
+    ring = (ring_0, ring_1, ring_2, ring_3, ring_4)
     tile = tl.program_id(0)
+    off, size = 0.0, 0.0
     if FLAT:
         TILE: tl.constexpr = ROWS * COLUMNS
         start = tile.to(tl.int64) * TILE
-        offsets = _flat_offsets(ROWS, COLUMNS)
-        at = start + offsets
         if start + TILE <= columns:
-            _refresh_tile(slot, after, before, at, at, at, None)
+            at = start + _flat_offsets(ROWS, COLUMNS)
+            off, size = _refresh_tile(
+                slot, after, before, ring, weights, at, at, at, at, None, RING
+            )
         else:
-            _refresh_tile(slot, after, before, at, at, at, offsets < columns - start)
+            for row_start in range(start, columns, COLUMNS):  # row by row: fewer registers
+                at = row_start + _flat_offsets(1, COLUMNS)
+                row_off, row_size = _refresh_tile(
+                    slot, after, before, ring, weights, at, at, at, at, at < columns, RING
+                )
+                off += row_off
+                size += row_size
     else:
         row, column, mask = _tile_index(tile, rows, columns, WIDE, ROWS, COLUMNS)
-        _refresh_tile(
+        off, size = _refresh_tile(
             slot,
             after,
             before,
+            ring,
+            weights,
             _tile_offsets(row, column, middle, slot_outer, slot_middle, slot_inner),
             _tile_offsets(row, column, middle, after_outer, after_middle, after_inner),
             _tile_offsets(row, column, middle, before_outer, before_middle, before_inner),
+            _tile_offsets(row, column, middle, ring_outer, ring_middle, ring_inner),
             mask,
+            RING,
         )
-
-
-@triton.jit
-def _weighted(weight, residual):
-    """A ring slot without a weight may hold anything, even NaN."""
-    return tl.where(weight == 0, 0.0, weight * residual)
+    if RING > 0:
+        own = partial + tile.to(tl.int64) * 2
+        tl.store(own, off)
+        tl.store(own + 1, size)
 
 
 @triton.jit

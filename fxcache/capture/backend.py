@@ -37,6 +37,7 @@ from fxcache.passes.pieces import build_pieces, is_random, state_fakes
 from fxcache.passes.probe import Probe, find_probe
 from fxcache.passes.whole import cut_whole
 from fxcache.policy import AdaptiveCache, Policy, check_policy
+from fxcache.policy.forecast import checked
 from fxcache.runtime.audit import Audit
 from fxcache.runtime.conditions import Conditions, conditioning
 from fxcache.runtime.device import GraphDevice, graph_device
@@ -222,9 +223,9 @@ def rewrite(
     kept, residuals = state_fakes(cut, probe, options.cache_dtype)
     device = residuals[0].device
     kernels = compilers.kernels(device)
-    pieces = build_pieces(
-        gm, cut, probe, ring=ring, kernels=kernels, cache_dtype=options.cache_dtype
-    )
+    how: dict[str, Any] = {"ring": ring, "is_checked": checked(session.policy) is not None}
+    dtype = options.cache_dtype
+    pieces = build_pieces(gm, cut, probe, **how, kernels=kernels, cache_dtype=dtype)
     placeholders = gm.graph.find_nodes(op="placeholder")
     place = {node: index for index, node in enumerate(placeholders)}
     wiring = Wiring(
@@ -233,7 +234,7 @@ def rewrite(
         inputs=placeholders,
         kept=tuple(kept),
         streams=len(residuals),
-        ring=ring,
+        **how,
     )
     has_graphs = compilers.graphs and graph_device(device) is not None
     if has_graphs and (why := _not_graphable(inputs, device)):

@@ -17,7 +17,7 @@ from fxcache.passes.graph import is_unbacked, value_of
 from fxcache.passes.measure import FILTERED, REFERENCE
 from fxcache.passes.outline import Outline, outline
 from fxcache.passes.piece_graph import WRITTEN, Piece
-from fxcache.passes.pieces import WEIGHTS, Pieces, ring_key, slot_key
+from fxcache.passes.pieces import ERROR_WEIGHTS, WEIGHTS, Pieces, other_key, ring_key, slot_key
 from fxcache.runtime.calls import CallSequence, Function
 from fxcache.runtime.regions import Compiled
 
@@ -100,11 +100,13 @@ def compile_pieces(
     fakes: dict[Hashable, Any] = dict(kept.items())
     with mode:
         fakes[WEIGHTS] = torch.empty(ring, device=residuals[0].device)
+        fakes[ERROR_WEIGHTS] = torch.empty(ring - 1, device=residuals[0].device)
         if REFERENCE in kept:
             fakes[FILTERED] = kept[REFERENCE].clone()
         for stream, residual in enumerate(residuals):
             fakes[slot_key(stream)] = residual
-            fakes |= {ring_key(stream, j): torch.empty_like(residual) for j in range(ring)}
+            for key in (ring_key, other_key):
+                fakes |= {key(stream, j): torch.empty_like(residual) for j in range(ring)}
 
     def fake_of(key: Any) -> Any:
         return fakes[key] if key in fakes else value_of(key)

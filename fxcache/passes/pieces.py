@@ -5,6 +5,7 @@
     head(inputs, reference)          -> crossing values, [metric, timestep]
     hit(crossing, inputs, residuals) -> outputs                 skeleton + forecast, then the tail
     miss(crossing, inputs, residual slots, reference) -> outputs          span, refresh and tail
+    miss(..., other residuals, their coefficients) -> outputs, sums    where the error is measured
 
 Which of hit and miss follows head is decided between them; how, is the runtime's choice. Where
 nothing is measured there is no head: hit and miss hold all of it, and a step is one region. The
@@ -30,6 +31,8 @@ from fxcache.passes.skeleton import reads
 from fxcache.passes.store import largest_kept, saturated, stored_dtype
 
 WEIGHTS = "fxcache_weights"
+#: The forecast's weights of what a miss compares its residual with.
+ERROR_WEIGHTS = "fxcache_error_weights"
 
 
 def slot_key(stream: int) -> str:
@@ -40,6 +43,11 @@ def slot_key(stream: int) -> str:
 def ring_key(stream: int, index: int) -> str:
     """The key of one past residual of `stream`."""
     return f"fxcache_ring_{stream}_{index}"
+
+
+def other_key(stream: int, index: int) -> str:
+    """The key of a past residual that a miss of `stream` does not write."""
+    return f"fxcache_other_{stream}_{index}"
 
 
 @dataclass(frozen=True)
@@ -57,18 +65,22 @@ def build_pieces(
     probe: Probe | None,
     *,
     ring: int,
+    is_checked: bool = False,
     kernels: Any = reference,
     cache_dtype: torch.dtype | None = None,
 ) -> Pieces:
     """Write the pieces of `gm` as `cut` divides it, with `ring` past residuals a stream.
 
     With ``ring=1`` the residual is added as it is; with more, a weight vector is one more input.
+    With `is_checked`, a miss gives one more output: float32 [2], the sums of how far its residuals
+    are from a forecast, and of their size.
     `kernels` measures, predicts and refreshes: `fxcache.kernels.reference` or
     `fxcache.kernels.ops`. Residuals are kept in `cache_dtype` (None: as they are computed). `gm` is
     not changed.
     """
     writer = _PiecesWriter(gm, cut, probe, kernels, cache_dtype)
-    return Pieces(writer.head() if probe is not None else None, writer.hit(ring), writer.miss())
+    head = None if probe is None else writer.head()
+    return Pieces(head, writer.hit(ring), writer.miss(ring - 1 if is_checked else 0))
 
 
 class _PiecesWriter:
@@ -158,15 +170,15 @@ class _PiecesWriter:
         graph.emit(self.cut.hit & ~self.in_head)
         return graph.finish(graph.outputs())
 
-    def miss(self) -> Piece:
+    def miss(self, others: int) -> Piece:
         graph = PieceGraph(self.gm, self.cut)
         self._define_scalars(graph)
         graph.emit(((1 << len(self.facts.nodes)) - 1) & ~self.in_head)
-        for index, stream in enumerate(self.cut.streams):
-            self._refresh(graph, stream, slot_key(index))
+        sums = [self._refresh(graph, i, others) for i in range(len(self.cut.streams))]
         if self.measurement is not None:
             self.measurement.on_miss(graph)
-        return graph.finish(graph.outputs())
+        error = [sum(sums[1:], sums[0]).node] if others else []
+        return graph.finish([*graph.outputs(), *error])
 
     def _define_scalars(self, graph: PieceGraph) -> None:
         """Numbers that the head computes are computed again: only tensors cross."""
@@ -178,8 +190,8 @@ class _PiecesWriter:
         """What the kernel predicts; of a complex stream, of both parts."""
         if weights is None or not stream.after_dtype.is_complex:
             return self.kernels.forecast(before, past, weights)
-        parts = None if before is None else torch.view_as_real(before.resolve_conj())
-        predicted = self.kernels.forecast(parts, [torch.view_as_real(r) for r in past], weights)
+        parts = None if before is None else _parts(before)
+        predicted = self.kernels.forecast(parts, list(map(_parts, past)), weights)
         return torch.view_as_complex(predicted)
 
     def _before(self, graph: PieceGraph, stream: Stream) -> Any:
@@ -196,8 +208,9 @@ class _PiecesWriter:
         is_as_computed = stored_dtype(computed, self.cache_dtype) == computed
         return residual if is_as_computed else residual.to(computed)
 
-    def _refresh(self, graph: PieceGraph, stream: Stream, key: str) -> None:
-        """Store the residual of `stream`."""
+    def _refresh(self, graph: PieceGraph, index: int, others: int) -> Any:
+        """Store the residual of a stream; compared with `others`, if there are any, the sums."""
+        stream = self.cut.streams[index]
         value, base = graph.proxy(graph.read(stream.after)), self._before(graph, stream)
         computed = stream.after_dtype
         stored = stored_dtype(computed, self.cache_dtype)
@@ -205,7 +218,21 @@ class _PiecesWriter:
         if limit is not None:
             residual = value if base is None else value - base
             value, base = saturated(residual, limit, stored), None
-        self.kernels.refresh(value, base, graph.proxy(graph.argument(key)))
+        slot = graph.proxy(graph.argument(slot_key(index)))
+        if not others:
+            return self.kernels.refresh(value, base, slot)
+        past = [self._past(graph, stream, other_key(index, j)) for j in range(others)]
+        operands = value, base, slot, *past
+        if computed.is_complex:
+            operands = tuple(None if each is None else _parts(each) for each in operands)
+        value, base, slot, *past = operands
+        weights = graph.proxy(graph.argument(ERROR_WEIGHTS))
+        return self.kernels.refresh_error(value, base, slot, past, weights)
+
+
+def _parts(value: Any) -> Any:
+    """The real and the imaginary parts of a complex value."""
+    return torch.view_as_real(value.resolve_conj())
 
 
 def is_random(node: fx.Node) -> bool:

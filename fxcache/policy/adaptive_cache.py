@@ -58,9 +58,11 @@ class AdaptiveCache(NamedPolicy):
         check_integer("max_consecutive_hits", self.max_consecutive_hits, 1)
         check_integer("warmup_steps", self.warmup_steps, 0)
         check_integer("final_steps", self.final_steps, 0)
-        # One entry more than the forecast reads: at a miss, what it is compared with.
+        # One entry more than the forecast reads: at a miss, what is compared with it.
         inner = Taylor(order=self.order) if self.order else Reuse()
-        object.__setattr__(self, "forecast", Within(inner=inner, ring=self.order + 2))
+        object.__setattr__(
+            self, "forecast", Within(inner=inner, ring=self.order + 2, is_checked=True)
+        )
         super().__post_init__()
 
     @property
@@ -76,18 +78,17 @@ class AdaptiveCache(NamedPolicy):
         nodes, steps = history.past[: self.order + 1], history.num_steps
         if not nodes:
             return Decision(False, Reason.NOTHING_CACHED)
-        if history.step < self.warmup_steps:
-            return Decision(False, Reason.WARM_UP)
-        if steps is not None and history.step >= steps - self.final_steps:
-            return Decision(False, Reason.FINAL_STEP)
         if nodes[0] == history.step:
             return Decision(False, Reason.SAME_STEP)
+        score = self._predicted(history, nodes)
+        if history.step < self.warmup_steps:
+            return Decision(False, Reason.WARM_UP, score)
+        if steps is not None and history.step >= steps - self.final_steps:
+            return Decision(False, Reason.FINAL_STEP, score)
         if len(nodes) <= self.order or history.error is None:
-            return Decision(False, Reason.NO_ERROR)
+            return Decision(False, Reason.NO_ERROR, score)
         if history.hits_in_a_row >= self.max_consecutive_hits:
-            return Decision(False, Reason.MAX_CONSECUTIVE_HITS)
-        at, *before = history.error.steps
-        score = history.error.value * self._growth(history.step, nodes) / self._growth(at, before)
+            return Decision(False, Reason.MAX_CONSECUTIVE_HITS, score)
         slope = 0.0 if steps is None or steps < 2 else self.slope
         share = 1 - slope + (2 * slope * history.step / (steps - 1) if slope and steps else 0)
         total = history.accumulated + score
@@ -95,6 +96,13 @@ class AdaptiveCache(NamedPolicy):
             return Decision(True, None, score)
         reason = Reason.ABOVE_TOLERANCE if math.isfinite(total) else Reason.NOT_FINITE
         return Decision(False, reason, score)
+
+    def _predicted(self, history: History, nodes: Sequence[int]) -> float:
+        """The error of a forecast of this step, as that of the last miss tells; 0: not known."""
+        if len(nodes) <= self.order or history.error is None:
+            return 0.0
+        at, *before = history.error.steps
+        return history.error.value * self._growth(history.step, nodes) / self._growth(at, before)
 
     def _growth(self, step: int, nodes: Sequence[int]) -> float:
         """How the error of the polynomial through `nodes` grows until `step`."""

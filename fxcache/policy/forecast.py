@@ -63,10 +63,18 @@ class Within:
 
     inner: Forecast
     ring: int
+    #: A miss compares its residual with what `inner` would have forecast (`History.error`).
+    is_checked: bool = False
 
     def weights(self, step: int, past: Sequence[int]) -> list[float]:
         own = past[: self.inner.ring]
         return [*self.inner.weights(step, own), *[0.0] * (len(past) - len(own))]
+
+
+def checked(policy: Any) -> Within | None:
+    """The forecast of `policy`, if its misses compare their residuals with it."""
+    forecast = policy.forecast
+    return forecast if isinstance(forecast, Within) and forecast.is_checked else None
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class Audit:
             given, own = tuple(moved), _copied(buffers, self.device)
             weights = [float(at == entry) for at in range(self.wiring.ring)]
             trial = Regions(self.wiring).begin(given, own)
-            hit, full = trial.hit(weights), trial.miss(entry)  # which overwrites the entry
+            hit, (full, _) = trial.hit(weights), trial.miss(entry)  # which overwrites the entry
             pairs = (hit, full), (outputs, full), (hit, outputs)
             sums = torch.stack([self._distance(a, b) for a, b in pairs])
             error, scale, moved = shared(sums, self.groups).sqrt().tolist()

@@ -13,11 +13,11 @@ from weakref import WeakKeyDictionary
 import torch
 
 from fxcache.policy import Decision
-from fxcache.policy.forecast import Within
+from fxcache.policy.forecast import checked
 from fxcache.policy.reasons import Reason
 from fxcache.runtime.audit import Audit
 from fxcache.runtime.conditions import Conditions
-from fxcache.runtime.forecast_error import compare, nodes_of
+from fxcache.runtime.forecast_error import begin_error, nodes_of, weights_of
 from fxcache.runtime.freshness import Weights
 from fxcache.runtime.regions import Evaluation, Regions
 from fxcache.runtime.session import NewTrajectory, Outdated, Session
@@ -170,15 +170,14 @@ class StepExecutor:
         advice = None if self.session.observe else self.session.advice
         computed = advice.before_miss(state) if advice is not None else []
         at = state.oldest_slot()
-        forecast = self.session.policy.forecast
-        checked = forecast if isinstance(forecast, Within) and not self.session.observe else None
-        nodes = [] if checked is None else nodes_of(state, checked, at)
+        forecast = checked(self.session.policy)
+        nodes = [] if forecast is None else nodes_of(state, forecast, at)
+        weights = [] if forecast is None else weights_of(state, forecast, nodes, at)
         # While the piece writes, the slot's old residual is no longer one.
         state.past = [entry for entry in state.past if entry[1] != at]
-        outputs = evaluation.miss(at)
+        outputs, sums = evaluation.miss(at, weights)
         state.refreshed(at)
-        if checked is not None:
-            state.error = compare(state, checked, nodes, at, outputs, self.groups)
+        state.error = begin_error(state.step, nodes, sums, self.groups)
         if advice is not None:
             advice.after_miss(state, computed)
         if self.audit is not None and self.audit.q is None and self.session.may_hit:

@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -13,6 +12,9 @@ from fxcache.runtime.audit import shared
 from fxcache.runtime.device import begin_read
 from fxcache.runtime.state import BranchState
 
+#: Waits for the error.
+Error = Callable[[], ForecastError]
+#: Steps and entries of the residuals that a forecast is made of, newest first.
 Nodes = list[tuple[int, int]]
 
 
@@ -25,32 +27,22 @@ def nodes_of(state: BranchState, forecast: Within, written: int) -> Nodes:
     return before[:wanted] if len(before) >= wanted else []
 
 
-@torch.no_grad()
-def compare(
-    state: BranchState,
-    forecast: Within,
-    nodes: Nodes,
-    written: int,
-    outputs: Sequence[Any],
-    groups: Sequence[str],
-) -> Callable[[], ForecastError] | None:
-    """Compare the forecast from `nodes` with what a miss that gave `outputs` wrote into entry
-    `written`; ranks of the process `groups`, which compute the graph together, share the sums.
-    Gives a function that waits for the error; None if there is nothing to compare.
+def weights_of(state: BranchState, forecast: Within, nodes: Nodes, written: int) -> list[float]:
+    """The weights of that forecast, by entry, without the one that the miss writes."""
+    weights = forecast.inner.weights(state.step, [step for step, _ in nodes]) if nodes else []
+    by_entry = dict(zip((at for _, at in nodes), weights, strict=True))
+    return [by_entry.get(at, 0.0) for at in range(forecast.ring) if at != written]
+
+
+def begin_error(
+    step: int, nodes: Nodes, sums: torch.Tensor | None, groups: Sequence[str]
+) -> Error | None:
+    """Begin to read the error at the miss of `step`, of its two `sums`, which ranks of the process
+    `groups`, who compute the graph together, share. None if nothing was compared.
     """
-    device = next(value.device for value in outputs if isinstance(value, torch.Tensor))
-    if not nodes or device.type == "meta":
+    if not nodes or sums is None or sums.device.type == "meta":
         return None
-    past = [step for step, _ in nodes]
-    coefficients = forecast.inner.weights(state.step, past)
-    sums = []
-    for ring in state.allocated.rings:
-        fresh = _wide(ring[written], device)
-        off = fresh.clone()
-        for (_, at), coefficient in zip(nodes, coefficients, strict=True):
-            off.sub_(_wide(ring[at], device), alpha=coefficient)
-        sums.append(torch.stack([off.abs().sum(), fresh.abs().sum()]))
-    steps, read = (state.step, *past), begin_read(shared(torch.stack(sums).sum(0), groups))
+    steps, read = (step, *(at for at, _ in nodes)), begin_read(shared(sums, groups))
 
     @functools.cache
     def error() -> ForecastError:
@@ -58,9 +50,3 @@ def compare(
         return ForecastError(steps, off / size if size else (math.inf if off else 0.0))
 
     return error
-
-
-def _wide(residual: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device that computes: behind the transfer that may still put it into host memory."""
-    near = residual.to(device, non_blocking=True)
-    return near if near.is_complex() else near.float()

@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxcache.runtime.device import GraphDevice, Reading, Replay
-from fxcache.runtime.regions import Evaluation, Regions, Values, Wiring
+from fxcache.runtime.regions import Evaluation, Missed, Regions, Values, Wiring
 from fxcache.runtime.state import Buffers
 
 log = logging.getLogger("fxcache")
@@ -47,8 +47,8 @@ class GraphedRegions(Regions):
         #: The memory of the static tensors, one a place of the data.
         self.memory: list[torch.Tensor] = []
         self.fixed: tuple[Any, ...] = ()
-        self.vector: torch.Tensor | None = None
-        self.vector_values: list[float] = []
+        #: By piece, the vector of weights that its graphs read, and what is in it.
+        self.vectors: dict[str, tuple[torch.Tensor, list[float]]] = {}
 
     def begin(self, inputs: Values, buffers: Buffers) -> Evaluation:
         """Stage the inputs and replay the head."""
@@ -114,18 +114,17 @@ class GraphedRegions(Regions):
                 self.restarts,
             )
 
-    def weights_vector(self, weights: Sequence[float], buffers: Buffers) -> torch.Tensor | None:
-        """The vector that graphs of hits read, with these `weights` in it."""
-        if self.wiring.ring == 1:
-            return None
-        if self.vector is None:
+    def vector(self, piece: str, weights: Sequence[float], buffers: Buffers) -> torch.Tensor:
+        """The vector that the graphs of `piece` read, with these `weights` in it."""
+        if piece not in self.vectors:
             with torch.inference_mode(False):
-                self.vector = torch.zeros(self.wiring.ring, device=buffers.device)
-        if list(weights) != self.vector_values:
-            self.vector_values = list(weights)
+                self.vectors[piece] = torch.zeros(len(weights), device=buffers.device), []
+        vector, held = self.vectors[piece]
+        if held != list(weights):
+            held[:] = weights
             # Not blocking: a copy that waited would wait for all that is queued.
-            self.vector.copy_(torch.tensor(weights), non_blocking=True)
-        return self.vector
+            vector.copy_(torch.tensor(weights), non_blocking=True)
+        return vector
 
 
 class _Replayed:
@@ -141,16 +140,20 @@ class _Replayed:
         return [] if self.reading is None else self.reading()
 
     def hit(self, weights: Sequence[float]) -> Sequence[Any]:
-        regions, values = self.regions, self.values
-        hit, vector = regions.wiring.hit, regions.weights_vector(weights, self.buffers)
-        return _owned(regions.run("hit", lambda given: hit(values, given, vector), self.buffers))
-
-    def miss(self, slot: int) -> Sequence[Any]:
-        miss, values = self.regions.wiring.miss, self.values
-        work = self.regions.run(
-            ("miss", slot), lambda given: miss(values, given, slot), self.buffers
-        )
+        regions, values, wiring = self.regions, self.values, self.regions.wiring
+        vector = regions.vector("hit", weights, self.buffers) if wiring.ring > 1 else None
+        work = regions.run("hit", lambda given: wiring.hit(values, given, vector), self.buffers)
         return _owned(work)
+
+    def miss(self, slot: int, weights: Sequence[float] = ()) -> Missed:
+        regions, values, wiring = self.regions, self.values, self.regions.wiring
+        vector = None
+        if wiring.others:
+            vector = regions.vector("miss", wiring.error_weights(weights), self.buffers)
+        outputs, sums = regions.run(
+            ("miss", slot), lambda given: wiring.miss(values, given, slot, vector), self.buffers
+        )
+        return _owned(outputs), None if sums is None else sums.clone()
 
 
 def _bound_weakly(work: Callable[[Buffers], Any], buffers: Buffers) -> Callable[[], Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fxcache.runtime.regions import Direct, Evaluation, Regions, Values, Wiring
+from fxcache.runtime.regions import Direct, Evaluation, Missed, Regions, Values, Wiring
 from fxcache.runtime.state import Buffers
 
 Ring = tuple[torch.Tensor, ...]
@@ -60,12 +60,18 @@ class _Hosted(Direct):
         rings = tuple(self._fetched(ring, used) for ring in self.buffers.rings)
         return self._with(rings).hit(weights)
 
-    def miss(self, slot: int) -> Sequence[Any]:
-        rings = tuple((self._empty_like(ring[slot]),) for ring in self.buffers.rings)
-        outputs = self._with(rings).miss(0)
-        for ring, (residual,) in zip(self.buffers.rings, rings, strict=True):
-            ring[slot].copy_(residual, non_blocking=True)
-        return outputs
+    def miss(self, slot: int, weights: Sequence[float] = ()) -> Missed:
+        others = [at for at in range(self.wiring.ring) if at != slot] if self.wiring.others else []
+        used = [at for at, w in zip(others, weights, strict=False) if w != 0]
+        rings = []
+        for ring in self.buffers.rings:
+            own = self._empty_like(ring[slot])
+            near = self._fetched(ring, used) if used else (own,) * len(ring)
+            rings.append(tuple(own if at == slot else each for at, each in enumerate(near)))
+        result = self._with(tuple(rings)).miss(slot, weights)
+        for ring, near in zip(self.buffers.rings, rings, strict=True):
+            ring[slot].copy_(near[slot], non_blocking=True)
+        return result
 
     def _with(self, rings: tuple[Ring, ...]) -> Direct:
         return Direct(self.wiring, replace(self.buffers, rings=rings), self.values, self.measured)

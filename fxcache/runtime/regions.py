@@ -12,11 +12,13 @@ from typing import Any, Protocol
 import torch
 
 from fxcache.passes.piece_graph import Piece
-from fxcache.passes.pieces import WEIGHTS, Pieces, ring_key, slot_key
+from fxcache.passes.pieces import ERROR_WEIGHTS, WEIGHTS, Pieces, other_key, ring_key, slot_key
 from fxcache.runtime.state import Buffers
 
 Call = Callable[..., Sequence[Any]]
 Values = tuple[Any, ...]
+#: What a miss gives: the outputs, and the sums of its forecast's error (None: not measured).
+Missed = tuple[Sequence[Any], torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,10 @@ class Evaluation(Protocol):
     def hit(self, weights: Sequence[float]) -> Sequence[Any]:
         """Run the forecast and the tail; `weights` are the forecast's, by ring slot."""
 
-    def miss(self, slot: int) -> Sequence[Any]:
-        """Run span, refresh (of ring slot `slot`) and tail."""
+    def miss(self, slot: int, weights: Sequence[float] = ()) -> Missed:
+        """Run span, refresh (of ring slot `slot`) and tail; `weights` are those of the forecast
+        that the residual is compared with, by ring slot without `slot` (none: all 0).
+        """
 
 
 class Wiring:
@@ -49,6 +53,7 @@ class Wiring:
         kept: keys of what the measurement keeps, in order.
         streams: how many streams the state caches.
         ring: how many past residuals a stream.
+        is_checked: whether a miss compares its residual with a forecast.
     """
 
     def __init__(
@@ -60,8 +65,11 @@ class Wiring:
         kept: Sequence[Hashable],
         streams: int,
         ring: int,
+        is_checked: bool,
     ) -> None:
         self.compiled, self.ring = compiled, ring
+        #: How many residuals a miss compares its own with.
+        self.others = ring - 1 if is_checked else 0
         given = {key: i for i, key in enumerate(inputs)}
         slots = [slot_key(s) for s in range(streams)]
         rings = [ring_key(s, j) for s in range(streams) for j in range(ring)]
@@ -72,7 +80,9 @@ class Wiring:
         after_head = _extended(after_head, kept)
         for_hit = _extended(after_head, (*rings, WEIGHTS))
         self.for_hit = _picker(pieces.hit, for_hit)
-        self.for_miss = _picker(pieces.miss, _extended(after_head, slots))
+        others = [other_key(s, j) for s in range(streams) for j in range(self.others)]
+        for_miss = _extended(after_head, (*slots, *others, ERROR_WEIGHTS))
+        self.for_miss = _picker(pieces.miss, for_miss)
 
     def head(self, inputs: Values, buffers: Buffers) -> tuple[Values, torch.Tensor | None]:
         """What crosses to hit and miss, and what was measured (None: nothing is)."""
@@ -87,10 +97,20 @@ class Wiring:
         kept = buffers.kept.values()
         return self.compiled.hit(*self.for_hit((*values, *kept, *rings, weights)))
 
-    def miss(self, values: Values, buffers: Buffers, slot: int) -> Sequence[Any]:
+    def miss(
+        self, values: Values, buffers: Buffers, slot: int, weights: torch.Tensor | None
+    ) -> Missed:
         slots = (ring[slot] for ring in buffers.rings)
+        others: list[torch.Tensor] = []
+        if self.others:
+            others = [r for ring in buffers.rings for at, r in enumerate(ring) if at != slot]
         kept = buffers.kept.values()
-        return self.compiled.miss(*self.for_miss((*values, *kept, *slots)))
+        results = self.compiled.miss(*self.for_miss((*values, *kept, *slots, *others, weights)))
+        return (results[:-1], results[-1]) if self.others else (results, None)
+
+    def error_weights(self, weights: Sequence[float]) -> Sequence[float]:
+        """`weights`, or as many zeros."""
+        return weights or [0.0] * self.others
 
 
 class Regions:
@@ -117,14 +137,17 @@ class Direct:
         return [] if self.measured is None else self.measured.tolist()
 
     def hit(self, weights: Sequence[float]) -> Sequence[Any]:
-        device = self.buffers.device
-        vector = None
-        if self.wiring.ring > 1:  # not blocking: a copy that waited would wait for all queued work
-            vector = torch.tensor(weights).to(device, non_blocking=True)
+        vector = self._vector(weights) if self.wiring.ring > 1 else None
         return self.wiring.hit(self.values, self.buffers, vector)
 
-    def miss(self, slot: int) -> Sequence[Any]:
-        return self.wiring.miss(self.values, self.buffers, slot)
+    def miss(self, slot: int, weights: Sequence[float] = ()) -> Missed:
+        wiring = self.wiring
+        vector = self._vector(wiring.error_weights(weights)) if wiring.others else None
+        return wiring.miss(self.values, self.buffers, slot, vector)
+
+    def _vector(self, weights: Sequence[float]) -> torch.Tensor:
+        # Not blocking: a copy that waited would wait for all that is queued.
+        return torch.tensor(weights).to(self.buffers.device, non_blocking=True)
 
 
 def _extended(given: Mapping[Hashable, int], keys: Sequence[Hashable]) -> dict[Hashable, int]:

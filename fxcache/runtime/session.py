@@ -13,13 +13,14 @@ from typing import Any, cast
 from fxcache.errors import OptionError
 from fxcache.policy import Decision, Policy
 from fxcache.policy.fitted import Fitted
-from fxcache.policy.forecast import Within
+from fxcache.policy.forecast import Within, checked
 from fxcache.policy.reasons import Reason
 from fxcache.policy.verdict import verdict
 from fxcache.report import Record, Report
 from fxcache.runtime.advice import Advice
+from fxcache.runtime.forecast_error import Error
 from fxcache.runtime.state import BranchState, Slot, Verdict
-from fxcache.runtime.steps import Call, Steps, Where
+from fxcache.runtime.steps import Call, Steps, Where, check_announcement
 
 log = logging.getLogger("fxcache")
 
@@ -49,6 +50,8 @@ class Session:
         self.steps.looks = getattr(policy, "control_threshold", None) is None
         self.slots: OrderedDict[Hashable, Slot] = OrderedDict()
         self.records: deque[Record] = deque(maxlen=MAX_RECORDS)
+        #: One a record: waits for the error of the forecast at that miss, if it was measured.
+        self.errors: deque[Error | None] = deque(maxlen=MAX_RECORDS)
         self.evaluations = 0
         #: The policy from the next trajectory on, and what captures the model for it.
         self.next_policy: Policy | None = None
@@ -163,13 +166,7 @@ class Session:
     @contextmanager
     def trajectory(self, num_steps: int | None, first_step: int = 0) -> Iterator[None]:
         """Announce a trajectory: it starts clean, and nothing of it is left afterwards."""
-        if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
-            raise OptionError(f"num_steps must be a positive integer or None, got {num_steps!r}")
-        if not isinstance(first_step, int) or not 0 <= first_step < (num_steps or math.inf):
-            raise OptionError(
-                f"first_step must be an integer in [0, num_steps), got {first_step!r} with "
-                f"num_steps={num_steps!r}"
-            )
+        check_announcement(num_steps, first_step)
         key, slot = self._where.get().slot, self.slot
         self.begin(slot, announced=True, num_steps=num_steps, first_step=first_step)
         try:
@@ -231,6 +228,7 @@ class Session:
         self.slots.clear()
         if records:
             self.records.clear()
+            self.errors.clear()
             self.advice, self.advised = self._new_advice(), None
         self.steps.rising = False
 
@@ -300,6 +298,7 @@ class Session:
                 "several evaluations at one timestep in one branch: if they are the branches of "
                 "classifier-free guidance, name them with denoiser.branch(...)",
             )
+        self.errors.append(None if decision.is_hit else state.error)
         self.records.append(
             Record(
                 state.step,
@@ -330,8 +329,12 @@ class Session:
             if not slot.is_announced:  # probably over; of an announced one the end will be known
                 self._conclude(slot)
         cached = sum((s.bytes_by_device for s in list(self.slots.values())), Counter[str]())
+        records = [
+            record if error is None else replace(record, error=error().value)
+            for record, error in zip(self.records, self.errors, strict=True)
+        ]
         return Report(
-            tuple(self.records),
+            tuple(records),
             cached.total(),
             self.graphs,
             self.recompiles,
@@ -343,5 +346,5 @@ class Session:
 
 def _pieces_of(policy: Policy) -> tuple[Any, ...]:
     """What of a policy is compiled into the pieces."""
-    looks = getattr(policy, "control_threshold", None)
-    return policy.span, policy.probe, policy.forecast.ring, looks
+    looks, is_checked = getattr(policy, "control_threshold", None), checked(policy) is not None
+    return policy.span, policy.probe, policy.forecast.ring, looks, is_checked

@@ -6,12 +6,14 @@ one whose conditioning and layout the call continues. On doubt an evaluation is 
 """
 
 import logging
+import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from fxcache.errors import OptionError
 from fxcache.policy.reasons import Reason
 from fxcache.runtime.continuity import Continuity, Given, Seen
 from fxcache.runtime.state import BranchState, Slot
@@ -254,3 +256,14 @@ def _is_same_time(state: BranchState, time: float | None, seen: Seen | None) -> 
 def read_number(timestep: torch.Tensor) -> float | None:
     """The largest number of a time input on a GPU. A read-back."""
     return float(timestep.max()) if timestep.numel() else None
+
+
+def check_announcement(num_steps: Any, first_step: Any) -> None:
+    """Raise OptionError unless these announce a trajectory."""
+    if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
+        raise OptionError(f"num_steps must be a positive integer or None, got {num_steps!r}")
+    if not isinstance(first_step, int) or not 0 <= first_step < (num_steps or math.inf):
+        raise OptionError(
+            f"first_step must be an integer in [0, num_steps), got {first_step!r} with "
+            f"num_steps={num_steps!r}"
+        )

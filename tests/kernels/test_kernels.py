@@ -12,7 +12,7 @@ from pathlib import Path
 import fxcache.kernels
 import pytest
 import torch
-from fxcache.kernels import forecast, ops, reference, refresh, residual_diff
+from fxcache.kernels import forecast, ops, reference, refresh, refresh_error, residual_diff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
@@ -133,6 +133,34 @@ def test_refresh(kernels, slot_dtype):
     assert torch.equal(slot, after.to(slot_dtype))
 
 
+@both
+@pytest.mark.parametrize("slot_dtype", DTYPES)
+@pytest.mark.parametrize("number", [1, 3])
+def test_refresh_error(kernels, number, slot_dtype):
+    after, before, *ring = torch.randn(2 + number, 2, 5, 7).half().unbind(0)
+    weights = torch.randn(number)
+    slot = torch.full((2, 5, 7), math.nan, dtype=slot_dtype)
+    for base in (before, None):
+        sums = kernels.refresh_error(after, base, slot, ring, weights)
+        residual = after if base is None else after - base
+        assert torch.equal(slot, residual.to(slot_dtype))
+        predicted = sum(w.double() * r.double() for w, r in zip(weights, ring, strict=True))
+        off = (residual.double() - predicted).abs().sum()
+        exact = torch.stack([off, residual.double().abs().sum()])
+        torch.testing.assert_close(sums, exact.float(), rtol=1e-5, atol=0)
+
+
+@both
+def test_the_error_of_a_forecast_that_is_right_is_0_and_nan_stays(kernels):
+    residual, stale = torch.randn(2, 5), torch.full((2, 5), math.nan)
+    slot, weights = torch.zeros(2, 5), torch.tensor([0.0, 1.0])
+    sums = kernels.refresh_error(residual, None, slot, [stale, residual.clone()], weights)
+    assert sums.tolist() == [0.0, float(residual.abs().sum())]
+    broken = residual.clone()
+    broken[1, 2] = math.nan
+    assert kernels.refresh_error(broken, None, slot, [stale, residual], weights).isnan().all()
+
+
 @pytest.mark.parametrize("kernels", [reference, ops], ids=["reference", "ops"])
 def test_graphs_are_written_from_proxies(kernels):
     """As the passes do, with either; one node a kernel with the operators."""
@@ -181,6 +209,13 @@ W = torch.zeros(1)
         (lambda: refresh(X, Y, X), ValueError, "before must have the shape of after"),
         (lambda: refresh(X, None, X.long()), TypeError, "slot must be of a floating dtype"),
         (lambda: refresh(X, X, W.expand(2, 5)), ValueError, "slot must not be expanded"),
+        (lambda: refresh_error(X, None, X, [], W), ValueError, "ring must hold 1 to 5 .* got 0"),
+        (lambda: refresh_error(X, None, X, [Y], W), ValueError, r"ring\[0] must have the shape"),
+        (
+            lambda: refresh_error(X, None, X, [X], X),
+            ValueError,
+            r"weights .*float32 \[1].* \[2, 5]",
+        ),
     ],
 )
 def test_errors_say_what_was_wrong(call, error, message):
@@ -209,23 +244,30 @@ def test_opcheck(arrange, dtype):
         opcheck(ops.forecast.default, (before, ring, w))
     for before in (h_in, None):
         opcheck(ops.refresh.default, (h_out, before, past))
+        opcheck(ops.refresh_error.default, (h_out, before, past, [h_in + 1, h_in], weights))
 
 
 def test_what_operators_say_they_write():
     ops = torch.ops.fxcache
     assert {
         name: [a.name for a in getattr(ops, name).default._schema.arguments if a.is_write]
-        for name in ("residual_diff", "forecast", "refresh")
-    } == {"residual_diff": ["tickets"], "forecast": [], "refresh": ["slot"]}
+        for name in ("residual_diff", "forecast", "refresh", "refresh_error")
+    } == {
+        "residual_diff": ["tickets"],
+        "forecast": [],
+        "refresh": ["slot"],
+        "refresh_error": ["slot"],
+    }
 
 
 def step(h_out, h_in, slot, weights, tickets):
-    """All three kernels between operations of a model; the slot is read before it is written."""
+    """The kernels between operations of a model; the slot is read before it is written."""
     h_out = torch.nn.functional.gelu(h_out)
     sums = residual_diff(h_out, h_in, slot, tickets=tickets)
     predicted = forecast(h_in, [slot, slot * 2], weights) + 1
-    refresh(h_out, h_in, slot)
-    return sums, predicted, slot * 3
+    error = refresh_error(h_out, h_in, slot, [sums.sum() + h_in, h_in], weights)
+    refresh(slot * 2, h_in, slot)
+    return sums, predicted, error, slot * 3
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -302,9 +344,9 @@ def test_compiler_caches_know_the_source_of_the_kernels():
     code = """
 from torch._library.triton import get_triton_kernels_for_op
 from fxcache.kernels import ops
-for name in ("residual_diff", "forecast", "refresh"):
+for name in ("residual_diff", "forecast", "refresh", "refresh_error"):
     (kernel,) = get_triton_kernels_for_op(f"fxcache::{name}")
-    assert kernel.fn.__name__ == f"{name}_kernel"
+    assert kernel.fn.__name__ == f"{name.removesuffix('_error')}_kernel"
 """
     run_python(code, TRITON_INTERPRET="0")
 

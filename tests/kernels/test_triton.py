@@ -18,7 +18,15 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-from fxcache.kernels import forecast, launch, layout, reference, refresh, residual_diff
+from fxcache.kernels import (
+    forecast,
+    launch,
+    layout,
+    reference,
+    refresh,
+    refresh_error,
+    residual_diff,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
@@ -291,6 +299,27 @@ def test_refresh(name, dtype):
         assert_nothing_written_around(slot)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_refresh_error(name, dtype):
+    """Against float64; what is written is what `refresh` writes."""
+    after, before, slot, plain, *ring = (draw(name, dtype) for _ in range(7))
+    weights = torch.tensor([2.0, 0.0, -1.0], device=DEVICE)
+    ring[1].fill_(math.nan)  # of weight 0
+    for base in (before, None):
+        sums = refresh_error(after, base, slot, ring, weights)
+        refresh(after, base, plain)
+        assert torch.equal(slot, plain)
+        assert_nothing_written_around(slot)
+        residual = (after if base is None else after - base).double()
+        off = (residual - 2.0 * ring[0].double() + ring[2].double()).abs().sum()
+        truncated = torch.finfo(dtype).eps * (dtype == BFLOAT16 and IS_INTERPRETED)
+        bound = 1e-5 + truncated
+        torch.testing.assert_close(sums[0].double(), off, rtol=bound, atol=1e-6)
+        torch.testing.assert_close(sums[1].double(), residual.abs().sum(), rtol=bound, atol=1e-6)
+    assert torch.equal(sums, refresh_error(after, None, slot, ring, weights))
+
+
 @pytest.mark.parametrize("slot_dtype", EXACT, ids=str)
 def test_a_slot_of_another_dtype(slot_dtype):
     after, before = draw("contiguous", FLOAT16), draw("contiguous", FLOAT32)
@@ -337,6 +366,8 @@ def test_opcheck():
         opcheck(ops.forecast.default, arguments)
     for arguments in ((h_out, h_in, past), (h_out, None, past)):
         opcheck(ops.refresh.default, arguments)
+        weights = torch.randn(1, device=DEVICE)
+        opcheck(ops.refresh_error.default, (*arguments, [h_in + 1], weights))
 
 
 def test_an_operator_refuses_to_read_out_of_bounds():

@@ -63,13 +63,15 @@ def tensor(shape, dtype):
 
 def run(name, shape, dtype, arrange=lambda t: t):
     """Call the launcher `name` with tensors that have no memory."""
-    operands = [arrange(tensor(shape, dtype)) for _ in range(5)]
+    operands = [arrange(tensor(shape, dtype)) for _ in range(6)]
     if name == "residual_diff":
         launch.launch_residual_diff(*operands[:3], tickets=None)
     elif name == "forecast":
         launch.launch_forecast(operands[0], operands[1:4], tensor((3,), torch.float32))
     elif name == "reuse":
         launch.launch_forecast(operands[0], operands[1:2], None)
+    elif name == "refresh_error":
+        launch.launch_refresh_error(*operands[:3], operands[3:5], tensor((2,), torch.float32))
     else:
         launch.launch_refresh(*operands[:3])
 
@@ -121,13 +123,14 @@ def assert_no_local_memory(compiled, tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("name", ["residual_diff", "forecast", "reuse", "refresh"])
+@pytest.mark.parametrize("name", ["residual_diff", "forecast", "reuse", "refresh", "refresh_error"])
 def test_flat_walks_load_sixteen_bytes(launched, tmp_path, name, shape, dtype):
     run(name, shape, dtype)
     ((kernel, _, arguments),) = launched
     assert arguments["FLAT"]
     compiled = compile_for_hopper(kernel, arguments)
-    operands = {"residual_diff": 3, "forecast": 4, "reuse": 2, "refresh": 2}[name]
+    reads = {"residual_diff": 3, "forecast": 4, "reuse": 2, "refresh": 2, "refresh_error": 4}
+    operands = reads[name]
     # Two loads of each operand in flight, even where the size is a multiple of nothing.
     assert accesses(compiled, "ld").get(128, 0) >= 2 * operands
     if name != "residual_diff":
@@ -140,7 +143,7 @@ def test_flat_walks_load_sixteen_bytes(launched, tmp_path, name, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["residual_diff", "forecast", "refresh"])
+@pytest.mark.parametrize("name", ["residual_diff", "forecast", "refresh", "refresh_error"])
 def test_strided_rows_load_sixteen_bytes(launched, tmp_path, name, dtype):
     """Rows that lie apart: heads of a joint projection."""
     run(name, (2, 4096, 24, 256), dtype, arrange=lambda t: t[..., :128])
@@ -151,9 +154,9 @@ def test_strided_rows_load_sixteen_bytes(launched, tmp_path, name, dtype):
     assert_no_local_memory(compiled, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["residual_diff", "forecast", "refresh"])
+@pytest.mark.parametrize("name", ["residual_diff", "forecast", "refresh", "refresh_error"])
 def test_other_strided_walks_compile(launched, tmp_path, name):
-    mixed = iter([(0, 2, 1), (0, 1, 2), (0, 2, 1), (0, 1, 2), (0, 1, 2)])
+    mixed = iter([(0, 2, 1), (0, 1, 2), (0, 2, 1), (0, 1, 2), (0, 1, 2), (0, 1, 2)])
 
     def arrange(t):
         order = next(mixed)
@@ -168,7 +171,7 @@ def test_other_strided_walks_compile(launched, tmp_path, name):
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (1, 1), (5000, 64), (1, 17)], ids=str)
-@pytest.mark.parametrize("name", ["residual_diff", "forecast", "reuse", "refresh"])
+@pytest.mark.parametrize("name", ["residual_diff", "forecast", "reuse", "refresh", "refresh_error"])
 def test_sizes_that_are_specialised_compile(launched, name, shape):
     """Triton turns an argument of 1 into a constant, which has no methods."""
     run(name, shape, torch.float16)

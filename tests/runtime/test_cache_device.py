@@ -60,7 +60,7 @@ def away(monkeypatch):
 class Wiring:
     """Stands in for compiled pieces: notes what hits are given, and stores numbers on misses."""
 
-    ring = 3
+    ring, others = 3, 0
 
     def __init__(self):
         self.given = []
@@ -72,10 +72,15 @@ class Wiring:
         self.given.append((values, own, weights))
         return ["output"]
 
-    def miss(self, values, own, slot):
+    def error_weights(self, weights):
+        return weights
+
+    def miss(self, values, own, slot, weights):
+        if weights is not None:
+            self.given.append((values, own, weights))
         for number, ring in enumerate(own.rings):
             ring[slot].fill_(10 + number)
-        return ["output"]
+        return ["output"], None
 
 
 def host_rings():
@@ -106,9 +111,21 @@ def test_a_hit_is_given_copies_of_what_it_uses(weights):
 def test_a_miss_writes_one_slot_of_each_ring_and_nothing_else():
     own, wiring = Buffers({}, host_rings()), Wiring()
     evaluation = HostedRegions(wiring, torch.device("cpu")).begin((torch.ones(1),), own)
-    assert evaluation.miss(1) == ["output"]
+    assert evaluation.miss(1) == (["output"], None)
     values = [[float(residual.mean()) for residual in ring] for ring in own.rings]
     assert values == [[0.0, 10.0, 2.0], [3.0, 11.0, 5.0]]
+
+
+def test_a_miss_is_given_copies_of_what_it_is_compared_with():
+    own, wiring = Buffers({}, host_rings()), Wiring()
+    wiring.others = 2
+    HostedRegions(wiring, torch.device("cpu")).begin((torch.ones(1),), own).miss(1, [0.0, 2.0])
+    ((_, given, vector),) = wiring.given
+    assert vector.tolist() == [0.0, 2.0]
+    for near, far in zip(given.rings, own.rings, strict=True):
+        assert torch.equal(near[2], far[2])
+        assert near[2].data_ptr() != far[2].data_ptr()
+    assert [float(ring[1].mean()) for ring in own.rings] == [10.0, 11.0]
 
 
 def test_pieces_run_where_the_model_is():
