@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     goal.add_argument("--target-speedup", type=float, help="uncached FLOPs over cached FLOPs")
     goal.add_argument("--max-computed-steps", type=int, help="of a trajectory, at most")
     goal.add_argument("--min-psnr", type=float, help="in dB, over the tested seeds")
+    goal.add_argument("--tolerance", type=float, help="try AdaptiveCache with it")
     tune.add_argument("--runs", type=int, default=1, help="recorded uncached runs (default 1)")
     tune.add_argument("--seed", type=int, default=0, help="the first seed (default 0)")
     tune.add_argument("--verify-runs", type=int, default=2, help="verifying runs (default 2)")
@@ -155,12 +156,14 @@ def _tune(args: argparse.Namespace) -> int:
         target_speedup=args.target_speedup,
         max_computed_steps=args.max_computed_steps,
         min_psnr=args.min_psnr,
+        tolerance=args.tolerance,
         runs=args.runs,
         verify_runs=args.verify_runs,
         seed=args.seed,
     )
     print(result)
-    print(f"written to {result.save(args.output)}")
+    if args.tolerance is None:
+        print(f"written to {result.save(args.output)}")
     if args.plot is not None:
         print(f"drawn into {result.plot(args.plot)}")
     return 0

@@ -3,12 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from fxcache.errors import PolicyError
 from fxcache.policy.base import Decision, History, Span
 from fxcache.policy.checks import check_integer, check_number
 from fxcache.policy.forecast import Forecast, Reuse, Taylor, Within
 from fxcache.policy.named import NamedPolicy
 from fxcache.policy.reasons import Reason
+
+QUALITIES = {"high": 0.05, "balanced": 0.08, "fast": 0.12}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,15 @@ class AdaptiveCache(NamedPolicy):
             self, "forecast", Within(inner=inner, ring=self.order + 2, is_checked=True)
         )
         super().__post_init__()
+
+    @classmethod
+    def for_quality(cls, quality: str, **others: Any) -> "AdaptiveCache":
+        """The tolerance for "high" (0.05), "balanced" (0.08, the default) or "fast" (0.12); what
+        they gave is in docs/policies.md. `others` are further arguments.
+        """
+        if quality not in QUALITIES:
+            raise PolicyError(f"quality must be one of {', '.join(QUALITIES)}, got {quality!r}")
+        return cls(tolerance=QUALITIES[quality], **others)
 
     @property
     def probe(self) -> None:

@@ -5,7 +5,7 @@ import importlib.metadata
 import math
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +30,8 @@ from fxcache.tuning.profile import Profile, model_metadata
 from fxcache.tuning.record import Recorder, Trajectory, by_branch
 from fxcache.tuning.sampling import Run, Sampler, sampler_for
 from fxcache.tuning.search import squared_error
+
+Item = TypeVar("Item")
 
 #: The forecasters whose errors are noted, by name.
 FORECASTS: dict[str, Forecast] = {
@@ -158,7 +160,7 @@ def _steps(found: Trajectory) -> str:
     return f"{len(found)} of steps {found.steps[0]} to {found.steps[-1]}"
 
 
-def progress_bar(items: Iterable[int], title: str, shown: bool) -> Iterable[int]:
+def progress_bar(items: Iterable[Item], title: str, shown: bool) -> Iterable[Item]:
     """`items` with a progress bar, if one is wanted and tqdm is installed."""
     if not shown:
         return items
@@ -166,7 +168,7 @@ def progress_bar(items: Iterable[int], title: str, shown: bool) -> Iterable[int]
         from tqdm import tqdm
     except ImportError:
         return items
-    bar: Iterable[int] = tqdm(items, desc=title, unit="run")
+    bar: Iterable[Item] = tqdm(items, desc=title, unit="run")
     return bar
 
 

@@ -5,21 +5,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fxcache.errors import PolicyError
-from fxcache.policy import StepSchedule
+import torch
+
+from fxcache.errors import PolicyError, ProfileError
+from fxcache.policy import AdaptiveCache, StepSchedule
 from fxcache.policy.checks import check_integer, check_number
 from fxcache.policy.schedule_file import save_schedule
 
 
 @dataclass(frozen=True)
 class Point:
-    """A schedule and what was measured with it.
+    """A policy and what was measured with it.
 
-    `speedup` is uncached FLOPs over cached FLOPs, `measured_speedup` the median ratio of seconds
-    on this machine; the PSNR, in dB, is of samples against uncached ones, over `seeds`.
+    `mask` says which steps were hits (with a tolerance: in the last trajectory); `speedup` is
+    uncached FLOPs over cached FLOPs, `measured_speedup` the median ratio of seconds on this
+    machine; the PSNR, in dB, is of samples against uncached ones, over `seeds`.
     """
 
-    policy: StepSchedule
+    policy: StepSchedule | AdaptiveCache
     forecast: str
     computed_steps: int
     num_steps: int
@@ -28,6 +31,7 @@ class Point:
     psnr_mean: float
     psnr_min: float
     seeds: tuple[int, ...]
+    mask: tuple[bool, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; an infinite PSNR (equal samples, or numbers that are not) becomes None."""
@@ -37,18 +41,19 @@ class Point:
             if (value := getattr(self, name)) is not None
         }
         own = {name: value for name, value in vars(self).items() if name != "policy"}
-        return {**own, **finite, "seeds": list(self.seeds), "mask": list(self.policy.mask)}
+        return {**own, **finite, "seeds": list(self.seeds), "mask": list(self.mask)}
 
 
 @dataclass(frozen=True)
 class TuneResult:
     """The tuned policy, its measured point, and the frontier (by computed steps).
 
-    The number of computed steps is guaranteed by the schedule. PSNR is what was measured with the
+    The number of computed steps is guaranteed by a schedule, and follows from the trajectory with a
+    tolerance. PSNR is what was measured with the
     seeds that are named; with others it will be another.
     """
 
-    policy: StepSchedule
+    policy: StepSchedule | AdaptiveCache
     target: str
     point: Point
     frontier: tuple[Point, ...]
@@ -67,7 +72,7 @@ class TuneResult:
             f"forecast, schedule"
         ]
         for point in self.frontier:
-            drawn = "".join("." if hit else "#" for hit in point.policy.mask)
+            drawn = "".join("." if hit else "#" for hit in point.mask)
             chosen = " <- chosen" if point is self.point else ""
             lines.append(
                 f"{point.computed_steps:>5}/{point.num_steps:<2}  {point.speedup:>6.2f}x  "
@@ -76,13 +81,24 @@ class TuneResult:
             )
         seeds = ", ".join(map(str, self.point.seeds))
         lines.append(
-            f"{self.target}. Speedup in FLOPs, guaranteed by the schedule; PSNR in dB against the "
-            f"uncached samples, measured with seeds {seeds}, not guaranteed for others."
+            f"{self.target}. Speedup in FLOPs{self._promise}; PSNR in dB against the uncached "
+            f"samples, measured with seeds {seeds}, not guaranteed for others."
         )
         return "\n".join(lines)
 
+    @property
+    def _promise(self) -> str:
+        return ", guaranteed by the schedule" if isinstance(self.policy, StepSchedule) else ""
+
     def save(self, path: str | Path) -> Path:
-        """Write the policy to `path` as JSON; `fxcache.load_schedule` reads it."""
+        """Write the schedule to `path` as JSON; `fxcache.load_schedule` reads it. Raises
+        PolicyError for a tolerance, which is one number.
+        """
+        if not isinstance(self.policy, StepSchedule):
+            tolerance = self.policy.tolerance
+            raise PolicyError(
+                f"there is no schedule to save: AdaptiveCache(tolerance={tolerance:g}) is all of it"
+            )
         return save_schedule(self.policy, path)
 
     def plot(self, path: str | Path) -> Path:
@@ -116,6 +132,15 @@ class TuneResult:
         return Path(path)
 
 
+def check_same_shape(sample: torch.Tensor, reference: torch.Tensor, seed: int) -> None:
+    """Raise ProfileError unless two samples with one seed can be compared."""
+    if sample.shape != reference.shape:
+        raise ProfileError(
+            f"run must return samples of one shape for one seed, got {list(sample.shape)} and "
+            f"{list(reference.shape)} with seed {seed}"
+        )
+
+
 def check_target(targets: dict[str, Any]) -> str:
     """Raise PolicyError unless exactly one target is given, in its range; its name and value."""
     given = {name: value for name, value in targets.items() if value is not None}
@@ -124,6 +149,8 @@ def check_target(targets: dict[str, Any]) -> str:
     ((name, value),) = given.items()
     if name == "max_computed_steps":
         check_integer(name, value, 1)
+    elif name == "tolerance":
+        check_number(name, value, 0.001, 10)
     elif name == "target_speedup":
         check_number(name, value, 1, 1000)
     else:

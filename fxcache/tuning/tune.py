@@ -18,7 +18,7 @@ from fxcache.policy.fitted import Fitted
 from fxcache.policy.forecast import Within
 from fxcache.tuning.calibrate import mean_gram, progress_bar, recorded
 from fxcache.tuning.record import Counter, Recorder
-from fxcache.tuning.result import Point, TuneResult, check_target
+from fxcache.tuning.result import Point, TuneResult, check_same_shape, check_target
 from fxcache.tuning.sampling import Run, Sampler, Seen, as_tensor, psnr, sampler_for
 from fxcache.tuning.search import (
     Past,
@@ -28,6 +28,7 @@ from fxcache.tuning.search import (
     search,
     table_of,
 )
+from fxcache.tuning.tolerance import try_tolerance
 
 log = logging.getLogger("fxcache")
 
@@ -56,6 +57,7 @@ def tune(
     target_speedup: float | None = None,
     max_computed_steps: int | None = None,
     min_psnr: float | None = None,
+    tolerance: float | None = None,
     runs: int = 1,
     verify_runs: int = 2,
     sensitivity_steps: int = 6,
@@ -78,7 +80,10 @@ def tune(
         max_computed_steps: compute at most so many steps of a trajectory, at least 1: a guarantee.
         min_psnr: in dB, in [0, 1000], the least PSNR against the uncached sample over the tested
             seeds. It is measured on these seeds and promises nothing about others; where no hit
-            allows it, all steps are computed. Exactly one of the three targets must be given.
+            allows it, all steps are computed.
+        tolerance: try `AdaptiveCache` with it (and with less and more, for the table) on your own
+            sampler, in [0.001, 10]: nothing is searched, `verify_runs` seeds are sampled. Exactly
+            one of the four targets must be given.
         runs: how many trajectories are recorded.
         verify_runs: with how many seeds the result is verified, at least 1.
         sensitivity_steps: for how many steps it is measured by sampling how an error grows until
@@ -101,6 +106,7 @@ def tune(
         "target_speedup": target_speedup,
         "max_computed_steps": max_computed_steps,
         "min_psnr": min_psnr,
+        "tolerance": tolerance,
     }
     target = check_target(targets)
     for name, value, least in (
@@ -112,6 +118,9 @@ def tune(
     ):
         check_integer(name, value, least)
     seeds = [seed + number for number in range(runs + 1 + verify_runs)]
+    if tolerance is not None:
+        with sampler_for(denoiser_or_pipe, run, component) as sampler:
+            return try_tolerance(sampler, tolerance, seeds[-verify_runs:], progress)
     with sampler_for(denoiser_or_pipe, run, component) as sampler, _trials(sampler) as trials:
         trials.record(seeds[:runs], seeds[runs:], progress)
         trials.measure_sensitivity(sensitivity_steps, progress)
@@ -146,8 +155,6 @@ class _Trials:
         self.gram = torch.empty(0)
         self.sensitivity = torch.empty(0)
         self.plans: dict[str, Plan] = {}
-
-    # --- measuring ---
 
     def record(self, seeds: Sequence[int], others: Sequence[int], progress: bool) -> None:
         """Sample uncached: with `seeds` for the errors, with `others` for comparison."""
@@ -211,8 +218,6 @@ class _Trials:
     def _schedule(self, mask: Sequence[bool], forecast: Forecast) -> StepSchedule:
         return StepSchedule(mask=mask, forecast=Within(inner=forecast, ring=RING))
 
-    # --- choosing ---
-
     def budget(self, target_speedup: float | None, max_computed_steps: int | None) -> int:
         """The number of computed steps that a target leaves. Raises PolicyError if it is none."""
         if max_computed_steps is not None:
@@ -236,11 +241,10 @@ class _Trials:
 
     def spread(self) -> list[int]:
         """The numbers of computed steps of the frontier, where nobody says them."""
-        shares = (1 / 4, 1 / 3, 1 / 2, 2 / 3)
-        return [max(2, round(share * self.steps)) for share in shares]
+        return [max(2, round(share * self.steps)) for share in (1 / 4, 1 / 3, 1 / 2, 2 / 3)]
 
     def distinct(self, numbers: Iterable[int]) -> list[int]:
-        """`numbers` of computed steps, each once, no more than there are steps."""
+        """Each of `numbers` once, no more than there are steps."""
         return sorted({min(number, self.steps) for number in numbers})
 
     def best(self, computed: int) -> tuple[Point, StepSchedule]:
@@ -295,11 +299,7 @@ class _Trials:
         for seed in seeds:
             tried = self._schedule(policy.mask, policy.forecast)
             sample, seconds, counter = self._sample(tried, seed, Counter)
-            if sample.shape != self.references[seed].shape:
-                raise ProfileError(
-                    f"run must return samples of one shape for one seed, got {list(sample.shape)} "
-                    f"and {list(self.references[seed].shape)} with seed {seed}"
-                )
+            check_same_shape(sample, self.references[seed], seed)
             values.append(psnr(sample, self.references[seed]))
             ratios.append(self.seconds[seed] / seconds)
             most = max(most, counter.most)
@@ -318,6 +318,7 @@ class _Trials:
             psnr_mean=statistics.fmean(values),
             psnr_min=min(values),
             seeds=tuple(seeds),
+            mask=tuple(policy.mask),
         )
 
     def reaching(self, min_psnr: float) -> Point:
@@ -343,8 +344,7 @@ class _Trials:
         date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         source = f"fxcache.tune({target}), {self.sampler.name}, {self.steps} steps, {date}"
         origin = Origin(f"schedule tuned for {model}", (model,), source)
-        policy = StepSchedule(
-            mask=chosen.policy.mask, forecast=chosen.policy.forecast, origin=origin
-        )
-        points = tuple(sorted([chosen, *others], key=lambda point: point.computed_steps))
-        return TuneResult(policy, target, chosen, points)
+        forecast = chosen.policy.forecast
+        policy = StepSchedule(mask=chosen.mask, forecast=forecast, origin=origin)
+        points = sorted([chosen, *others], key=lambda point: point.computed_steps)
+        return TuneResult(policy, target, chosen, tuple(points))

@@ -17,6 +17,16 @@ from fxcache.policy import History
 from fxcache.policy.base import ForecastError
 
 
+def test_one_word_for_a_quality():
+    assert AdaptiveCache.for_quality("balanced") == AdaptiveCache()
+    names = ("high", "balanced", "fast")
+    tolerances = [AdaptiveCache.for_quality(name).tolerance for name in names]
+    assert tolerances == sorted(tolerances)
+    assert AdaptiveCache.for_quality("fast", order=2).order == 2
+    with pytest.raises(PolicyError, match="one of high, balanced, fast, got 'best'"):
+        AdaptiveCache.for_quality("best")
+
+
 def lagrange(nodes, t):
     return [math.prod((t - b) / (a - b) for b in nodes if b != a) for a in nodes]
 
@@ -183,3 +193,22 @@ def test_it_beats_fewer_steps_on_the_trained_model():
     fewer = sample(model, labels, steps=computed, seed=1000)
     assert psnr(ours, plain) > 46
     assert psnr(ours, plain) > psnr(fewer, plain) + 8
+
+
+def test_a_report_shows_the_predicted_and_the_measured_error(tmp_path):
+    model = Moving().eval()
+    denoiser = fxcache.transform(model, AdaptiveCache(tolerance=0.1), backend="eager")
+    with torch.no_grad(), denoiser.trajectory(num_steps=16):
+        for i in range(16):
+            denoiser(torch.ones(2, 4), torch.tensor(1 + 0.3 * math.sin(0.2 * i)))
+    report = denoiser.report()
+    errors = [record.error for record in report.records]
+    assert [error is None for error in errors[:3]] == [True, True, False]
+    assert all((r.error is None) == r.is_hit for r in report.records[2:])
+    known = [r for r in report.records if r.score > 0]
+    assert any(r.is_hit for r in known)
+    assert known[0].score == pytest.approx(errors[2])  # the next step, at the same distance
+    assert "predicted" in str(report)
+    assert f"{errors[2]:.4f}" in str(report)
+    assert report.to_dict()["records"][2]["error"] == errors[2]
+    assert report.plot(tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")

@@ -165,6 +165,28 @@ def test_min_psnr(model, least):
         assert result.point.computed_steps == 2  # at most six hits in a row
 
 
+def test_a_tolerance_is_tried_on_the_callers_own_sampler(model, tmp_path):
+    result = tune(model, functools.partial(euler, steps=12), tolerance=0.2, seed=3)
+    policy, point = result.policy, result.point
+    assert (policy.tolerance, policy.origin.model_classes) == (0.2, ("SequentialDiT",))
+    assert [p.policy.tolerance for p in result.frontier] == pytest.approx([0.3, 0.2, 0.12])
+    computed = [p.computed_steps for p in result.frontier]
+    assert computed == sorted(computed)
+    assert computed[0] < point.num_steps == len(point.mask) == 12
+    assert point.seeds == (5, 6)
+    for seed in point.seeds:  # what was measured is what the policy gives
+        wanted, denoiser = euler(model, seed, 12), plain(model, policy)
+        value = psnr(euler(denoiser, seed, 12).double(), wanted.double())
+        assert value >= point.psnr_min - 1e-3
+    assert denoiser.report().misses == point.computed_steps
+    assert tuple(r.is_hit for r in denoiser.report().records) == point.mask
+    assert point.speedup == pytest.approx(12 / (12 - skipped(model) * sum(point.mask)), rel=0.2)
+    assert "guaranteed by the schedule" not in str(result)
+    assert json.loads(json.dumps(result.to_dict()))["chosen"]["mask"] == list(point.mask)
+    with pytest.raises(PolicyError, match=r"AdaptiveCache\(tolerance=0.2\) is all of it"):
+        result.save(tmp_path / "schedule.json")
+
+
 # --- what is returned -----------------------------------------------------------------------------
 
 
@@ -300,7 +322,7 @@ def test_announced_trajectories_of_named_requests(shared):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "exactly one of target_speedup, max_computed_steps, min_psnr"),
+        ({}, "exactly one of target_speedup, max_computed_steps, min_psnr, tolerance"),
         ({"min_psnr": 30, "target_speedup": 2}, r"exactly one .*'min_psnr': 30"),
         ({"target_speedup": 0.5}, r"target_speedup must be a number in \[1, 1000\], got 0.5"),
         ({"target_speedup": math.nan}, "target_speedup"),
@@ -310,6 +332,7 @@ def test_announced_trajectories_of_named_requests(shared):
         ({"max_computed_steps": True}, "max_computed_steps"),
         ({"min_psnr": -1}, r"min_psnr must be a number in \[0, 1000\], got -1"),
         ({"min_psnr": math.inf}, "min_psnr"),
+        ({"tolerance": 0}, r"tolerance must be a number in \[0.001, 10\], got 0"),
         ({"min_psnr": 30, "runs": 0}, "runs must be an integer at least 1"),
         ({"min_psnr": 30, "verify_runs": 0}, "verify_runs must be an integer at least 1"),
         ({"min_psnr": 30, "sensitivity_steps": -1}, "sensitivity_steps"),
