@@ -38,6 +38,7 @@ def transform(
     cache_dtype: torch.dtype | None = None,
     cache_device: torch.device | str | None = None,
     audit: bool = True,
+    sync: Any = "auto",
 ) -> nn.Module:
     """Make a denoiser that skips its block stack where `policy` allows it.
 
@@ -87,6 +88,13 @@ def transform(
         audit: once a capture, after the first computed step, evaluate the model once more on a
             slightly moved sample, and a hit there: where that does not follow the sample, nothing
             is reused, and a warning says so. It costs an evaluation and a hit. False leaves it out.
+        sync: which ranks decide alike. "auto": those whose collectives are in the captured graph
+            (context and tensor parallelism); they add up the sums that are measured, one small
+            collective a measured step, and data-parallel ranks are left alone. A
+            ``torch.distributed.ProcessGroup``: its ranks vote, and a hit is one only where all of
+            them hit (ranks with samples of their own that share collectives, as FSDP's or those of
+            two branches of guidance), for one collective and one read-back an evaluation. None:
+            every rank by itself.
 
     Returns:
         A module of the model's own class with the same call signature, outputs, parameter names

@@ -50,6 +50,7 @@ class Options:
     cache_dtype: torch.dtype | None = None
     cache_device: torch.device | str | None = None
     audit: bool = True
+    sync: Any = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -62,6 +63,17 @@ class Options:
                 f"options={self.options!r}"
             )
         _host(self.cache_device)
+        if self.sync not in ("auto", None) and self.vote is None:
+            raise OptionError(
+                f'sync must be "auto", None or a torch.distributed.ProcessGroup, got {self.sync!r}'
+            )
+
+    @property
+    def vote(self) -> Any:
+        """The process group whose ranks vote, None if none do."""
+        known = torch.distributed.is_available()
+        is_group = known and isinstance(self.sync, torch.distributed.ProcessGroup)
+        return self.sync if is_group else None
 
     @property
     def host(self) -> torch.device | None:

@@ -68,7 +68,7 @@ def test_demo(tmp_path, capsys, monkeypatch):
     assert "hits/steps" in out
     assert "fewer steps" in out
     assert len(re.findall(r"(wins|loses) by \d+\.\d dB$", out, re.MULTILINE)) == 3
-    assert {p.name for p in tmp_path.iterdir()} == {"comparison.png", "residual_diff.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {"comparison.png", "errors.png"}
 
 
 def test_the_demos_denoiser_is_trained():

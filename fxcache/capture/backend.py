@@ -52,7 +52,7 @@ from fxcache.runtime.state import Slot
 log = logging.getLogger("fxcache")
 
 # What the registered backend takes among its options, besides the policy.
-_OWN_OPTIONS = ("backend", "outline", "kernel", "cache_dtype", "cache_device", "audit")
+_OWN_OPTIONS = ("backend", "outline", "kernel", "cache_dtype", "cache_device", "audit", "sync")
 #: A graph of a broken model whose blocks hold less than this of the model's parameters is beside
 #: its stack, or a part of it.
 MIN_WEIGHTS = 0.4
@@ -225,7 +225,8 @@ def rewrite(
     kernels = compilers.kernels(device)
     how: dict[str, Any] = {"ring": ring, "is_checked": checked(session.policy) is not None}
     dtype = options.cache_dtype
-    pieces = build_pieces(gm, cut, probe, **how, kernels=kernels, cache_dtype=dtype)
+    groups = process_groups(gm.graph) if options.sync == "auto" else ()
+    pieces = build_pieces(gm, cut, probe, **how, kernels=kernels, cache_dtype=dtype, groups=groups)
     placeholders = gm.graph.find_nodes(op="placeholder")
     place = {node: index for index, node in enumerate(placeholders)}
     wiring = Wiring(
@@ -265,7 +266,6 @@ def rewrite(
     samples = [place[node] for node in facts.samples]
     outputs = [i for i, n in enumerate(outputs_of(gm.graph)) if n in facts.outputs]
     draws = any(map(is_random, gm.graph.nodes))
-    groups = process_groups(gm.graph)
     audit = Audit(wiring, samples, outputs, str(cut), device, draws=draws, groups=groups)
     return StepExecutor(
         session,
@@ -277,10 +277,11 @@ def rewrite(
         signature=signature_of(placeholders, inputs, cut, [*kept.values(), *residuals]),
         allocate=allocator(placeholders, inputs, kept, residuals, ring, on_host=on_host),
         weights=_weights(inputs, place),
-        conditions=_conditions(facts, place, session.policy, options),
+        conditions=_conditions(facts, place, session.policy, options, groups),
         # With the whole model as the span, nothing was found that could be wrong.
         audit=audit if options.audit and cut.span_units else None,
         groups=groups,
+        vote=options.vote,
     )
 
 
@@ -297,7 +298,11 @@ def _weights(inputs: GraphInputs, place: dict[fx.Node, int]) -> Weights:
 
 
 def _conditions(
-    facts: Facts, place: dict[fx.Node, int], policy: Policy, options: Options
+    facts: Facts,
+    place: dict[fx.Node, int],
+    policy: Policy,
+    options: Options,
+    groups: Sequence[str],
 ) -> Conditions | None:
     """What compares the conditioning inputs, None if the policy does not look at them."""
     threshold = getattr(policy, "control_threshold", None)
@@ -307,7 +312,8 @@ def _conditions(
     on_gpu = any(tensor_of(node).device.type == "cuda" for node in facts.inputs.data)
     # Nothing compiles this: plain operations would make many passes over memory.
     plain = options.kernel == "aten" or not on_gpu
-    return Conditions(threshold, places, reference.residual_diff if plain else residual_diff)
+    measure = reference.residual_diff if plain else residual_diff
+    return Conditions(threshold, places, measure, groups)
 
 
 def _not_graphable(inputs: GraphInputs, device: torch.device) -> str | None:
@@ -331,10 +337,10 @@ def fxcache_backend(
     """``torch.compile(model, backend="fxcache", options={"policy": FirstBlockCache(...)})``.
 
     `options` may hold ``policy`` (default ``AdaptiveCache()``), ``backend`` (which compiles the
-    pieces, default "inductor"), ``outline``, ``kernel``, ``cache_dtype``,
-    ``cache_device`` and ``audit`` (as in `fxcache.transform`) and that backend's own options. Each
-    compiled graph keeps its own state; trajectories are recognised by their timesteps. A graph
-    without a block stack raises.
+    pieces, default "inductor"), ``outline``, ``kernel``, ``cache_dtype``, ``cache_device``,
+    ``audit`` and ``sync`` (as in `fxcache.transform`) and that backend's own options. Each compiled
+    graph keeps its own state; trajectories are recognised by their timesteps. A graph without a
+    block stack raises.
     """
     rest = dict(options or {})
     policy = rest.pop("policy", None) or AdaptiveCache()

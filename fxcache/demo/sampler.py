@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.resources import as_file, files
 from itertools import pairwise
 from typing import Any, cast
@@ -75,10 +76,12 @@ def trajectory(
     shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     both = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
-    for now, after in pairwise(torch.linspace(1, 0, steps + 1)):
-        timestep = (now * 1000).expand(len(both))
-        with torch.no_grad():
-            velocity = denoiser(torch.cat([x, x]), timestep=timestep, class_labels=both).sample
-            cond, uncond = velocity.chunk(2)
-            x = x + (after - now) * (uncond + GUIDANCE * (cond - uncond))
-        yield (x.clamp(-1, 1) + 1) / 2
+    announced = getattr(denoiser, "trajectory", lambda num_steps: nullcontext())
+    with announced(num_steps=steps):
+        for now, after in pairwise(torch.linspace(1, 0, steps + 1)):
+            timestep = (now * 1000).expand(len(both))
+            with torch.no_grad():
+                velocity = denoiser(torch.cat([x, x]), timestep=timestep, class_labels=both).sample
+                cond, uncond = velocity.chunk(2)
+                x = x + (after - now) * (uncond + GUIDANCE * (cond - uncond))
+            yield (x.clamp(-1, 1) + 1) / 2

@@ -9,6 +9,7 @@
 The head writes nothing: an evaluation that is begun anew measures the same again.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -36,12 +37,20 @@ FILTERED = "fxcache_filtered"
 class Measurement:
     """Writes the measurement of `probe` into pieces; `output` is what leaves the span.
 
-    `kernels` is `fxcache.kernels.reference` or `fxcache.kernels.ops`.
+    `kernels` is `fxcache.kernels.reference` or `fxcache.kernels.ops`. Ranks of the process `groups`
+    share the sums, before any ratio: all of them measure the same, and decide alike.
     """
 
-    def __init__(self, probe: Probe, output: fx.Node, timestep: fx.Node | None, kernels: Any):
+    def __init__(
+        self,
+        probe: Probe,
+        output: fx.Node,
+        timestep: fx.Node | None,
+        kernels: Any,
+        groups: Sequence[str] = (),
+    ) -> None:
         self.probe, self.output, self.timestep = probe, output, timestep
-        self.kernels = kernels
+        self.kernels, self.groups = kernels, tuple(groups)
 
     def kept(self) -> dict[str, FakeTensor]:
         """Fake tensors like those that are kept between evaluations, by key."""
@@ -81,7 +90,7 @@ class Measurement:
         operands = [None if each is None else self._real(each) for each in operands]
         if self.kernels is not reference:
             operands.append(graph.proxy(graph.argument(TICKETS)))
-        return self.kernels.residual_diff(*operands)
+        return shared(self.kernels.residual_diff(*operands), self.groups)
 
     def _real(self, value: Any) -> Any:
         """The parts of what is measured, if it is complex."""
@@ -97,6 +106,8 @@ class Measurement:
         if isinstance(self.probe.kind, ModelInput):
             rate, size = graph.proxy(graph.argument(STATISTICS)).unbind(0)
             number = graph.proxy(graph.read(self.probe.node)).numel()
+            if self.groups:
+                number = shared(torch.ones_like(total) * number, self.groups)
             return rate * (total / number) / size
         # 0 / 0 of two equal all-zero residuals (zero-initialised gates) is no difference; NaN / NaN
         # is.
@@ -136,6 +147,15 @@ class Measurement:
         kept = graph.proxy(graph.argument(REFERENCE))
         self.kernels.refresh(values[0], values[1] if len(values) > 1 else None, kept)
 
+    def _means(self, *values: Any) -> Any:
+        """The mean size of each value's elements, over all ranks."""
+        if not self.groups:
+            return [value.abs().mean() for value in values]
+        totals = [value.abs().sum() for value in values]
+        counts = [torch.ones_like(totals[0]) * value.numel() for value in values]
+        total, count = shared(torch.stack([*totals, *counts]), self.groups).chunk(2)
+        return (total / count).unbind(0)
+
     def _keep_statistics(self, graph: "PieceGraph") -> None:
         """How fast the output followed the input between the last two computed steps."""
         x = graph.proxy(graph.read(self.probe.node))
@@ -143,11 +163,16 @@ class Measurement:
         last_x, last_y, statistics = (
             graph.proxy(graph.argument(key)) for key in (INPUT, OUTPUT, STATISTICS)
         )
-        rate = _distance(y, last_y) / _distance(self._real(x), self._real(last_x))
-        statistics.copy_(torch.stack([rate, y.float().abs().mean()]))
+        of_x = self._real(x).float() - self._real(last_x).float()
+        moved, by, size = self._means(y.float() - last_y.float(), of_x, y.float())
+        statistics.copy_(torch.stack([moved / by, size]))
         last_x.copy_(x)
         last_y.copy_(y)
 
 
-def _distance(a: Any, b: Any) -> Any:
-    return (a.float() - b.float()).abs().mean()
+def shared(sums: Any, groups: Sequence[str]) -> Any:
+    """`sums` (a tensor or a proxy) over all ranks of these process groups."""
+    for group in groups:
+        collectives = torch.ops._c10d_functional
+        sums = collectives.wait_tensor.default(collectives.all_reduce.default(sums, "sum", group))
+    return sums

@@ -13,6 +13,7 @@ pieces write nothing but the miss its residual slots, and hit and miss what the 
 compared with.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -68,6 +69,7 @@ def build_pieces(
     is_checked: bool = False,
     kernels: Any = reference,
     cache_dtype: torch.dtype | None = None,
+    groups: Sequence[str] = (),
 ) -> Pieces:
     """Write the pieces of `gm` as `cut` divides it, with `ring` past residuals a stream.
 
@@ -75,10 +77,11 @@ def build_pieces(
     With `is_checked`, a miss gives one more output: float32 [2], the sums of how far its residuals
     are from a forecast, and of their size.
     `kernels` measures, predicts and refreshes: `fxcache.kernels.reference` or
-    `fxcache.kernels.ops`. Residuals are kept in `cache_dtype` (None: as they are computed). `gm` is
-    not changed.
+    `fxcache.kernels.ops`. Residuals are kept in `cache_dtype` (None: as they are computed). Ranks
+    of the process `groups` measure the same. `gm` is not changed.
     """
-    writer = _PiecesWriter(gm, cut, probe, kernels, cache_dtype)
+    measurement = measurement_of(cut, probe, kernels, groups)
+    writer = _PiecesWriter(gm, cut, measurement, kernels, cache_dtype)
     head = None if probe is None else writer.head()
     return Pieces(head, writer.hit(ring), writer.miss(ring - 1 if is_checked else 0))
 
@@ -90,13 +93,13 @@ class _PiecesWriter:
         self,
         gm: fx.GraphModule,
         cut: Cut,
-        probe: Probe | None,
+        measurement: Measurement | None,
         kernels: Any,
         cache_dtype: torch.dtype | None,
     ) -> None:
         self.gm, self.cut, self.kernels, self.cache_dtype = gm, cut, kernels, cache_dtype
         self.facts = cut.facts
-        self.measurement = measurement_of(cut, probe, kernels)
+        self.measurement = measurement
         everything = (1 << len(self.facts.nodes)) - 1
         afters = 0
         for stream in cut.streams:
@@ -259,11 +262,13 @@ def _laid_out_like(after: fx.Node, predicted: Any) -> Any:
     return predicted.permute(order).contiguous().permute(inverse)
 
 
-def measurement_of(cut: Cut, probe: Probe | None, kernels: Any = reference) -> Measurement | None:
+def measurement_of(
+    cut: Cut, probe: Probe | None, kernels: Any = reference, groups: Sequence[str] = ()
+) -> Measurement | None:
     """How `probe` is measured, None if nothing is."""
     if probe is None:
         return None
-    return Measurement(probe, cut.streams[0].after, cut.facts.inputs.timestep, kernels)
+    return Measurement(probe, cut.streams[0].after, cut.facts.inputs.timestep, kernels, groups)
 
 
 def state_fakes(

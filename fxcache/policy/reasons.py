@@ -21,6 +21,7 @@ class Reason(str, Enum):
     ABOVE_TOLERANCE = "above tolerance"
     MAX_ACCUMULATED = "max_accumulated"
     NOT_FINITE = "not finite"
+    OTHER_RANK = "another rank computes"
     FIRST_COMPUTED = "the first branch computed"
     CONTROL_CHANGED = "control changed"
     WEIGHTS_CHANGED = "weights changed"

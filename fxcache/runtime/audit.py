@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from fxcache.passes.measure import shared
 from fxcache.runtime.regions import Regions, Values, Wiring
 from fxcache.runtime.state import Buffers
 
@@ -141,14 +142,6 @@ def _copied(buffers: Buffers, device: torch.device) -> Buffers:
         tuple(residual.to(device, copy=True) for residual in ring) for ring in buffers.rings
     )
     return replace(buffers, kept=kept, rings=rings)
-
-
-def shared(sums: torch.Tensor, groups: Sequence[str]) -> torch.Tensor:
-    """The sums over all ranks of these process groups: they must come to the same verdict."""
-    for group in groups:
-        collectives = torch.ops._c10d_functional
-        sums = collectives.wait_tensor(collectives.all_reduce(sums, "sum", group))
-    return sums
 
 
 def squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

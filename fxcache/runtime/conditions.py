@@ -14,6 +14,7 @@ from torch import fx
 
 from fxcache.passes.facts import Facts
 from fxcache.passes.graph import TIMESTEP_NAMES, is_numeric, tensor_of
+from fxcache.passes.measure import shared
 from fxcache.policy.base import as_float32
 from fxcache.runtime.state import Buffers
 
@@ -45,11 +46,18 @@ class Conditions:
         places: where they stand among the graph's inputs, by name. Recompiled graphs share a
             state, so names are what is compared.
         measure: sums of differences, as `fxcache.kernels.residual_diff`.
+        groups: process groups whose ranks share the sums.
     """
 
-    def __init__(self, threshold: float, places: Mapping[str, int], measure: Measure) -> None:
+    def __init__(
+        self,
+        threshold: float,
+        places: Mapping[str, int],
+        measure: Measure,
+        groups: Sequence[str] = (),
+    ) -> None:
         self.threshold = as_float32(threshold)
-        self.places, self.measure = dict(places), measure
+        self.places, self.measure, self.groups = dict(places), measure, tuple(groups)
 
     def forbidding(self, inputs: Sequence[Any], buffers: Buffers) -> float | None:
         """The change that forbids a hit, None if it is below the threshold."""
@@ -73,7 +81,7 @@ class Conditions:
     def _change(self, now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
         if now.ndim < 2:
             now, then = now.reshape(1, -1), then.reshape(1, -1)
-        total, scale = self.measure(now, None, then).sum(0).unbind(0)
+        total, scale = shared(self.measure(now, None, then).sum(0), self.groups).unbind(0)
         # 0 / 0 is no difference, NaN / NaN is; what was all zero and no longer is changed by inf.
         return torch.where(total == 0, total, total / scale)
 

@@ -39,7 +39,9 @@ class StepExecutor:
         weights: the graph's weights: residuals of others are forgotten.
         conditions: the conditioning inputs, if the policy wants them looked at.
         audit: tries what is cached before it is used.
-        groups: process groups whose ranks compute the graph together, and so must decide alike.
+        groups: process groups whose ranks compute the graph together, and so share what they
+            measure.
+        vote: the process group whose ranks hit only if all of them do.
     """
 
     def __init__(
@@ -57,12 +59,14 @@ class StepExecutor:
         conditions: Conditions | None = None,
         audit: Audit | None = None,
         groups: Sequence[str] = (),
+        vote: Any = None,
     ) -> None:
         self.session, self.make_regions = session, make_regions
         self.signature, self.allocate = signature, allocate
         self.weights, self.conditions, self.audit = weights, conditions, audit
         self.data, self.has_numbers = dict(data), has_numbers
         self.timestep, self.ring, self.groups = timestep, ring, tuple(groups)
+        self.vote = vote
         #: A call of the model does nothing but run this graph.
         self.is_all = False
         # By buffers and not in the state: recompiled graphs of one span share the state.
@@ -91,6 +95,8 @@ class StepExecutor:
             decision = session.decide(call, metric, change)
             if decision.is_hit and self.audit is not None and self.audit.failed:
                 decision = Decision(False, Reason.AUDIT, decision.score)
+            if self.vote is not None:
+                decision = self._voted(decision, state.allocated.device)
             measured = metric if session.is_measured(state) else None
             if decision.is_hit:
                 outputs = evaluation.hit(self._weights(state, state.step))
@@ -154,6 +160,14 @@ class StepExecutor:
         if time is None and isinstance(value, torch.Tensor) and not call.slot.is_announced:
             time = read_number(value)
         return metric, self.session.completed(call, time)
+
+    def _voted(self, decision: Decision, device: torch.device) -> Decision:
+        """`decision`, or a miss where a rank that votes computes. One collective and read-back."""
+        hits = torch.tensor([float(decision.is_hit)], device=device)
+        torch.distributed.all_reduce(hits, torch.distributed.ReduceOp.MIN, self.vote)
+        if hits.item() == decision.is_hit:
+            return decision
+        return Decision(False, Reason.OTHER_RANK, decision.score)
 
     def _miss(
         self,

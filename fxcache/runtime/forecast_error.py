@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fxcache.passes.measure import shared
 from fxcache.policy.base import ForecastError
 from fxcache.policy.forecast import Within
-from fxcache.runtime.audit import shared
 from fxcache.runtime.device import begin_read
 from fxcache.runtime.state import BranchState
 

@@ -18,6 +18,6 @@ def on_two_ranks(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["audit", "errors"])
+@pytest.mark.parametrize("name", ["audit", "compiled", "errors", "metrics", "nan", "uncoupled"])
 def test_ranks_that_share_collectives_decide_alike(name):
     on_two_ranks(name)

@@ -1,6 +1,7 @@
 """What `test_ranks.py` runs on every rank: ``torchrun --nproc-per-node 2 ranks.py NAME``."""
 
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,7 +9,7 @@ import torch.distributed._functional_collectives as collectives
 from torch import nn
 
 import fxcache
-from fxcache import AdaptiveCache, FirstBlockCache
+from fxcache import AdaptiveCache, EasyCache, FirstBlockCache, SeaCache, TeaCache
 
 
 class Parallel(nn.Module):
@@ -20,8 +21,12 @@ class Parallel(nn.Module):
         self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(5))
         self.against = against
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor | None = None
+    ) -> torch.Tensor:
         h = self.embed(x) * (1 + t[:, None, None])
+        if context is not None:
+            h = h + 0.01 * context.mean()
         for block in self.blocks:
             mean = collectives.all_reduce(h.mean(1, keepdim=True), "avg", dist.group.WORLD)
             h = h + 0.1 * torch.tanh(block(h + mean)) - self.against * torch.tanh(h / 10)
@@ -75,6 +80,83 @@ def errors() -> None:
     assert any(together[0]), together
 
 
+MEASURING = {
+    "first block": FirstBlockCache(threshold=0.13),
+    "first block, control": FirstBlockCache(threshold=float("inf"), control_threshold=0.25),
+    "easy": EasyCache(threshold=0.2, warmup_steps=3),
+    "tea": TeaCache(coefficients=(0.0, 0.0, 0.0, 1.0, 0.0), threshold=0.2),
+    "sea": SeaCache(threshold=0.2),
+}
+
+
+def metrics() -> None:
+    """Each rank moves in turn: alone they decide differently, together they must not."""
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = Parallel(against=0.0).eval()
+    x = torch.randn(2, 8 - 3 * rank, 4, generator=torch.Generator().manual_seed(rank))
+
+    def decisions(model: nn.Module, policy: Any, **options: Any) -> list[bool]:
+        denoiser = fxcache.transform(model, policy, backend="eager", audit=False, **options)
+        context, scale = torch.ones(2, 3), 1.0
+        with torch.no_grad(), denoiser.trajectory(num_steps=16):
+            for step in range(16):
+                scale *= 1.02 + 0.3 * (step // 3 % 2 == rank)
+                denoiser(x * scale, torch.full((2,), 1.0 - 0.02 * step), context * scale)
+        return [record.is_hit for record in denoiser.report().records]
+
+    for name, policy in MEASURING.items():
+        alone, together, voted = [None, None], [None, None], [None, None]
+        dist.all_gather_object(alone, decisions(Alone(model), policy))
+        assert alone[0] != alone[1], (name, alone)
+        dist.all_gather_object(together, decisions(model, policy))
+        assert together[0] == together[1], (name, together)
+        assert any(together[0]), (name, together)
+        dist.all_gather_object(voted, decisions(Alone(model), policy, sync=dist.group.WORLD))
+        assert voted[0] == voted[1], (name, voted)
+
+
+def compiled() -> None:
+    """The collective of a measurement is compiled into the head, that of an error is not."""
+    torch.manual_seed(0)
+    model, rank = Parallel(against=0.0).eval(), dist.get_rank()
+    x = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(rank))
+    for policy in (FirstBlockCache(threshold=0.13), AdaptiveCache(tolerance=0.2, slope=0.0)):
+        outputs = []
+        for backend in ("eager", "inductor"):
+            denoiser = fxcache.transform(model, policy, backend=backend, audit=False)
+            with torch.no_grad(), denoiser.trajectory(num_steps=10):
+                times = [torch.full((2,), 1.0 - 0.02 * step) for step in range(10)]
+                outputs.append([denoiser(x * (1 + 0.03 * i), t) for i, t in enumerate(times)])
+            outputs[-1].append(torch.tensor([r.is_hit for r in denoiser.report().records]))
+        assert outputs[0][-1].any(), policy
+        torch.testing.assert_close(outputs[0], outputs[1])
+
+
+def nan() -> None:
+    """A rank that measures NaN makes a miss of all."""
+    torch.manual_seed(0)
+    model, rank = Parallel(against=0.0).eval(), dist.get_rank()
+    policy = FirstBlockCache(threshold=float("inf"))
+    denoiser = fxcache.transform(model, policy, backend="eager", audit=False)
+    x = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(rank))
+    with torch.no_grad(), denoiser.trajectory(num_steps=6):
+        for step in range(6):
+            given = x * float("nan") if (step, rank) == (3, 1) else x + 0.01 * step
+            denoiser(given, torch.full((2,), 1.0 - 0.02 * step))
+    assert [r.is_hit for r in denoiser.report().records] == [False, True, True, False, False, True]
+
+
+def uncoupled() -> None:
+    """Without collectives in the model nobody waits: the ranks take different numbers of steps."""
+    torch.manual_seed(0)
+    model = Alone(Parallel(against=0.0).eval())
+    denoiser = fxcache.transform(model, FirstBlockCache(), backend="eager")
+    with torch.no_grad():
+        for step in range(3 + 4 * dist.get_rank()):
+            denoiser(torch.ones(2, 8, 4) * step, torch.full((2,), 1.0 - 0.1 * step))
+
+
 class Alone(nn.Module):
     """The same without collectives: what each rank would say by itself."""
 
@@ -82,8 +164,12 @@ class Alone(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor | None = None
+    ) -> torch.Tensor:
         h = self.model.embed(x) * (1 + t[:, None, None])
+        if context is not None:
+            h = h + 0.01 * context.mean()
         for block in self.model.blocks:
             mean = h.mean(1, keepdim=True)
             h = h + 0.1 * torch.tanh(block(h + mean)) - self.model.against * torch.tanh(h / 10)
