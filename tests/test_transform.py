@@ -151,7 +151,7 @@ def test_disable_runs_the_model(model):
     assert hits(denoiser) == []
 
 
-def test_none_means_first_block_cache(model):
+def test_no_policy_means_adaptive_cache(model):
     denoiser = fxcache.transform(model, backend="eager")
     assert denoiser.policy == AdaptiveCache()
 
@@ -284,6 +284,7 @@ def test_the_denoiser_works_after_a_bad_call(model, denoiser):
         ({"backend": 3}, "name or a callable"),
         ({"mode": "fastest"}, "mode='fastest'"),
         ({"options": {"no_such_option": 1}}, "no_such_option"),
+        ({"sync": "all"}, "sync must be .* a torch.distributed.ProcessGroup, got 'all'"),
     ],
 )
 def test_bad_options(model, options, message):
