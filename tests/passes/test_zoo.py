@@ -1,5 +1,12 @@
-"""The pass on every model of the zoo, against the plain model and a reference made of hooks."""
+"""The pass on every model of the zoo, against the plain model, a reference made of hooks, and what
+was found before, in files: a change of that is seen in review.
 
+python tests/passes/test_zoo.py        writes the files anew
+"""
+
+import re
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,6 +28,8 @@ from zoo import ZOO, Entry, at_step, make
 import fxcache
 
 pytest.importorskip("diffusers")
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 class Case(NamedTuple):
@@ -144,10 +153,18 @@ def test_a_hit_skips_the_span(case):
     assert 0 < hit <= whole - in_span
 
 
+def shown(found: fxcache.Explanation) -> str:
+    """What `explain` found, without what another torch may call or round otherwise."""
+    text = re.sub(r"(probe|stream) +\w+( - \w+(, \w+)*)?", r"\1", str(found))
+    return re.sub(r"audit  [\d.]+", "audit  #", text) + "\n"
+
+
 def test_only_what_leaves_the_span_is_cached(case):
     name, model, inputs, denoiser = case
     entry = ZOO[name]
     found = fxcache.explain(model, policy=fxcache.FirstBlockCache(), **inputs)
+    if torch.__version__.startswith("2.13"):  # others count FLOPs otherwise
+        assert shown(found) == (GOLDEN / f"{name}.txt").read_text()
     assert entry.head in found.head_blocks
     assert found.is_u_shape is entry.is_u_shape or name == "uvit"
     if entry.is_u_shape:
@@ -166,3 +183,12 @@ def test_only_what_leaves_the_span_is_cached(case):
     assert stream.nbytes < residual_and_probe <= 2 * stream.nbytes + 65536
     denoiser.reset()
     assert denoiser.report().cached_bytes == 0
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ZOO:
+        torch._dynamo.reset()
+        model, inputs = make(name)
+        with torch.no_grad():
+            found = fxcache.explain(model, policy=fxcache.FirstBlockCache(), **inputs)
+        (GOLDEN / f"{name}.txt").write_text(shown(found))
