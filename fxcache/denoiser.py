@@ -141,7 +141,8 @@ class DenoiserMethods:
     @property
     def policy(self) -> Policy:
         """The policy that is followed. One that is assigned holds from the next trajectory on; the
-        model is captured anew only if its span, its probe or its number of entries differs.
+        model is captured anew only if its span, its probe, its number of entries or
+        whether it measures its forecasts differs.
         """
         session = self._fxcache.session
         return session.next_policy or session.policy

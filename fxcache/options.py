@@ -68,6 +68,10 @@ class Options:
                 f'sync must be "auto", None or a torch.distributed.ProcessGroup, got {self.sync!r}'
             )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Options":
+        """Itself: nothing changes it, and process groups cannot be copied."""
+        return self
+
     @property
     def vote(self) -> Any:
         """The process group whose ranks vote, None if none do."""

@@ -14,11 +14,10 @@ class Record:
 
     `step` counts steps of the trajectory from 0; `timestep` is the model's time input (None if it
     has none); `metric` is the policy's (residual diff; None if nothing was measured); `reason` says
-    why a miss was one; `score` is what was compared with the policy's threshold, with error control
-    the error that was predicted for this step (0: not known yet). `error` is the measured one: at a
-    miss with error control, how far off the forecast would have been, mean|p - r| / mean|r| (None:
-    not measured). In reports of `fxcache.apply`, `component` is the pipeline's denoiser
-    ("transformer", ...).
+    why a miss was one; `score` is what was compared with the policy's threshold. With error
+    control, `predicted` is the error that was expected of a forecast for this step (None: not known
+    yet), and `error`, at a miss, the measured one, mean|p - r| / mean|r| (None: not measured). In
+    reports of `fxcache.apply`, `component` is the pipeline's denoiser ("transformer", ...).
     """
 
     step: int
@@ -31,6 +30,7 @@ class Record:
     slot: Hashable = None
     component: str | None = None
     score: float = 0.0
+    predicted: float | None = None
     error: float | None = None
 
 
@@ -80,11 +80,6 @@ class Report:
         return len(self.records) - self.hits
 
     @property
-    def has_errors(self) -> bool:
-        """Whether errors of forecasts were measured (`AdaptiveCache`)."""
-        return any(record.error is not None for record in self.records)
-
-    @property
     def hit_rate(self) -> float:
         """Hits a evaluation, 0 where there was none."""
         return self.hits / len(self.records) if self.records else 0.0
@@ -94,7 +89,7 @@ class Report:
         records = []
         for record in self.records:
             entry = asdict(record)
-            for key in ("metric", "timestep", "score", "error"):
+            for key in ("metric", "timestep", "score", "predicted", "error"):
                 value = entry[key]
                 entry[key] = value if value is not None and abs(value) < float("inf") else None
             for key in ("branch", "slot"):
@@ -114,12 +109,12 @@ class Report:
         }
 
     def __str__(self) -> str:
-        columns = ("predicted", "error") if self.has_errors else ("metric",)
+        columns = self._columns()
         names = " ".join(f"{name:>10}" for name in columns)
         lines = [f"{'step':>4}  {'branch':<10} {'timestep':>10} {names}  decision"]
         for r in self.records:
             timestep = "-" if r.timestep is None else f"{r.timestep:.4g}"
-            values = (r.score or None, r.error) if self.has_errors else (r.metric,)
+            values = (getattr(r, name) for name in columns)
             numbers = " ".join(f"{'-' if v is None else f'{v:.4f}':>10}" for v in values)
             decision = "hit" if r.is_hit else f"miss ({r.reason})"
             branch = "-" if r.branch is None else str(r.branch)
@@ -133,6 +128,11 @@ class Report:
             + ("" if self.audit is None else f", audit {self.audit:.2f}")
         )
         return "\n".join(lines)
+
+    def _columns(self) -> list[str]:
+        """Which numbers are known; the metric if none is."""
+        names = ("metric", "predicted", "error")
+        return [name for name in names if _points(self.records, name)[0]] or ["metric"]
 
     def _places(self) -> str:
         """How much is cached where, if that is not one device."""
@@ -153,7 +153,8 @@ class Report:
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        drawn = "score" if self.has_errors else "metric"
+        columns = self._columns()
+        drawn = next((name for name in ("predicted", "metric") if name in columns), "metric")
         branches = dict.fromkeys((r.slot, r.branch, r.trajectory) for r in self.records)
         for number, key in enumerate(branches):
             own = [r for r in self.records if (r.slot, r.branch, r.trajectory) == key]
@@ -165,11 +166,12 @@ class Report:
             axes.scatter(
                 *_points(own, drawn), s=22, marker=marker, color=color, zorder=3, label=label
             )
-        if self.has_errors:
-            measured = _points(self.records, "error")
-            axes.scatter(*measured, s=40, marker="x", color="black", zorder=4, label="measured")
-            axes.set_yscale("log")
-        name = "relative error" if self.has_errors else "metric"
+        if "error" in columns:
+            steps, errors = _points(self.records, "error")
+            axes.scatter(steps, errors, s=40, marker="x", color="black", zorder=4, label="measured")
+            if any(0 < error < math.inf for error in errors):
+                axes.set_yscale("log")
+        name = "relative error" if drawn == "predicted" else "metric"
         axes.set(xlabel="step", ylabel=name,
                  title=f"{self.hits} hits, {self.misses} misses")  # fmt: skip
         axes.legend(fontsize="small", ncols=2)
@@ -183,9 +185,7 @@ def _size(number: int) -> str:
 
 
 def _points(records: Iterable[Record], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of what the records hold by `name`; a score of 0 is none."""
+    """Steps and values of what the records hold by `name`."""
     pairs = [(r.step, getattr(r, name)) for r in records]
     known = [(step, value) for step, value in pairs if value is not None]
-    if name == "score":
-        known = [(step, value) for step, value in known if value > 0]
     return [step for step, _ in known], [value for _, value in known]

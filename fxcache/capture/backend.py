@@ -43,7 +43,7 @@ from fxcache.runtime.conditions import Conditions, conditioning
 from fxcache.runtime.device import GraphDevice, graph_device
 from fxcache.runtime.executor import StepExecutor
 from fxcache.runtime.freshness import Weights
-from fxcache.runtime.graphs import GraphedRegions
+from fxcache.runtime.graphs import GraphedRegions, not_graphable
 from fxcache.runtime.host import HostedRegions, is_away
 from fxcache.runtime.regions import Regions, Wiring
 from fxcache.runtime.session import Session
@@ -225,7 +225,8 @@ def rewrite(
     kernels = compilers.kernels(device)
     how: dict[str, Any] = {"ring": ring, "is_checked": checked(session.policy) is not None}
     dtype = options.cache_dtype
-    groups = process_groups(gm.graph) if options.sync == "auto" else ()
+    in_graph = process_groups(gm.graph)
+    groups = () if options.sync is None else in_graph
     pieces = build_pieces(gm, cut, probe, **how, kernels=kernels, cache_dtype=dtype, groups=groups)
     placeholders = gm.graph.find_nodes(op="placeholder")
     place = {node: index for index, node in enumerate(placeholders)}
@@ -238,7 +239,7 @@ def rewrite(
         **how,
     )
     has_graphs = compilers.graphs and graph_device(device) is not None
-    if has_graphs and (why := _not_graphable(inputs, device)):
+    if has_graphs and (why := not_graphable(inputs, device)):
         log.warning("no CUDA graphs: %s", why)
         has_graphs = False
     # One a slot, for its pool: branches of a slot take turns, but another slot's graphs, replayed
@@ -266,7 +267,7 @@ def rewrite(
     samples = [place[node] for node in facts.samples]
     outputs = [i for i, n in enumerate(outputs_of(gm.graph)) if n in facts.outputs]
     draws = any(map(is_random, gm.graph.nodes))
-    audit = Audit(wiring, samples, outputs, str(cut), device, draws=draws, groups=groups)
+    audit = Audit(wiring, samples, outputs, str(cut), device, draws=draws, groups=in_graph)
     return StepExecutor(
         session,
         make_regions,
@@ -277,11 +278,12 @@ def rewrite(
         signature=signature_of(placeholders, inputs, cut, [*kept.values(), *residuals]),
         allocate=allocator(placeholders, inputs, kept, residuals, ring, on_host=on_host),
         weights=_weights(inputs, place),
-        conditions=_conditions(facts, place, session.policy, options, groups),
+        conditions=_conditions(facts, place, session.policy, options, groups, device),
         # With the whole model as the span, nothing was found that could be wrong.
         audit=audit if options.audit and cut.span_units else None,
         groups=groups,
         vote=options.vote,
+        device=device,
     )
 
 
@@ -303,6 +305,7 @@ def _conditions(
     policy: Policy,
     options: Options,
     groups: Sequence[str],
+    device: torch.device,
 ) -> Conditions | None:
     """What compares the conditioning inputs, None if the policy does not look at them."""
     threshold = getattr(policy, "control_threshold", None)
@@ -313,18 +316,7 @@ def _conditions(
     # Nothing compiles this: plain operations would make many passes over memory.
     plain = options.kernel == "aten" or not on_gpu
     measure = reference.residual_diff if plain else residual_diff
-    return Conditions(threshold, places, measure, groups)
-
-
-def _not_graphable(inputs: GraphInputs, device: torch.device) -> str | None:
-    """Why the pieces cannot be captured, None if they can."""
-    for node, name in inputs.data.items():
-        if tensor_of(node).device != device:
-            return f"the input {name} is on {tensor_of(node).device}, the model on {device}"
-    away = [node for node in inputs.weights if tensor_of(node).device != device]
-    if any(tensor_of(node).ndim > 0 for node in away):
-        return f"{len(away)} weights are on {tensor_of(away[0]).device}, and offloaded there"
-    return None
+    return Conditions(threshold, places, measure, device, groups)
 
 
 def fxcache_backend(

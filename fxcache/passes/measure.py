@@ -85,12 +85,15 @@ class Measurement:
         return torch.stack([metric, time]), results
 
     def _change(self, graph: "PieceGraph", after: Any, before: Any = None) -> Any:
-        """float32 [B, 2]: sum |p - p*| and sum |p*|."""
+        """float32 [B, 2]: sum |p - p*| and sum |p*|; of all samples and ranks [1, 2]."""
         operands = [after, before, graph.proxy(graph.argument(REFERENCE))]
         operands = [None if each is None else self._real(each) for each in operands]
         if self.kernels is not reference:
             operands.append(graph.proxy(graph.argument(TICKETS)))
-        return shared(self.kernels.residual_diff(*operands), self.groups)
+        sums = self.kernels.residual_diff(*operands)
+        if not self.groups:
+            return sums
+        return shared(sums.sum(0, keepdim=True), self.groups)  # ranks may have other batches
 
     def _real(self, value: Any) -> Any:
         """The parts of what is measured, if it is complex."""

@@ -46,7 +46,8 @@ class Conditions:
         places: where they stand among the graph's inputs, by name. Recompiled graphs share a
             state, so names are what is compared.
         measure: sums of differences, as `fxcache.kernels.residual_diff`.
-        groups: process groups whose ranks share the sums.
+        device: where the model computes.
+        groups: process groups whose ranks share the sums, there.
     """
 
     def __init__(
@@ -54,10 +55,12 @@ class Conditions:
         threshold: float,
         places: Mapping[str, int],
         measure: Measure,
+        device: torch.device,
         groups: Sequence[str] = (),
     ) -> None:
         self.threshold = as_float32(threshold)
-        self.places, self.measure, self.groups = dict(places), measure, tuple(groups)
+        self.places, self.measure = dict(places), measure
+        self.device, self.groups = device, tuple(groups)
 
     def forbidding(self, inputs: Sequence[Any], buffers: Buffers) -> float | None:
         """The change that forbids a hit, None if it is below the threshold."""
@@ -75,13 +78,13 @@ class Conditions:
             return 0.0
         with torch.no_grad():
             changes = [self._change(inputs[at], kept[name]) for name, at in self.places.items()]
-            device = changes[0].device
-            return float(torch.stack([change.to(device) for change in changes]).amax())
+            return float(torch.stack([change.to(self.device) for change in changes]).amax())
 
     def _change(self, now: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
         if now.ndim < 2:
             now, then = now.reshape(1, -1), then.reshape(1, -1)
-        total, scale = shared(self.measure(now, None, then).sum(0), self.groups).unbind(0)
+        sums = self.measure(now, None, then).sum(0)
+        total, scale = shared(sums.to(self.device), self.groups).unbind(0)
         # 0 / 0 is no difference, NaN / NaN is; what was all zero and no longer is changed by inf.
         return torch.where(total == 0, total, total / scale)
 

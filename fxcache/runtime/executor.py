@@ -41,7 +41,7 @@ class StepExecutor:
         audit: tries what is cached before it is used.
         groups: process groups whose ranks compute the graph together, and so share what they
             measure.
-        vote: the process group whose ranks hit only if all of them do.
+        vote: the process group whose ranks hit only if all of them do, asked on `device`.
     """
 
     def __init__(
@@ -60,13 +60,14 @@ class StepExecutor:
         audit: Audit | None = None,
         groups: Sequence[str] = (),
         vote: Any = None,
+        device: torch.device | None = None,
     ) -> None:
         self.session, self.make_regions = session, make_regions
         self.signature, self.allocate = signature, allocate
         self.weights, self.conditions, self.audit = weights, conditions, audit
         self.data, self.has_numbers = dict(data), has_numbers
         self.timestep, self.ring, self.groups = timestep, ring, tuple(groups)
-        self.vote = vote
+        self.vote, self.device = vote, device
         #: A call of the model does nothing but run this graph.
         self.is_all = False
         # By buffers and not in the state: recompiled graphs of one span share the state.
@@ -96,7 +97,7 @@ class StepExecutor:
             if decision.is_hit and self.audit is not None and self.audit.failed:
                 decision = Decision(False, Reason.AUDIT, decision.score)
             if self.vote is not None:
-                decision = self._voted(decision, state.allocated.device)
+                decision = self._voted(decision)
             measured = metric if session.is_measured(state) else None
             if decision.is_hit:
                 outputs = evaluation.hit(self._weights(state, state.step))
@@ -161,9 +162,9 @@ class StepExecutor:
             time = read_number(value)
         return metric, self.session.completed(call, time)
 
-    def _voted(self, decision: Decision, device: torch.device) -> Decision:
+    def _voted(self, decision: Decision) -> Decision:
         """`decision`, or a miss where a rank that votes computes. One collective and read-back."""
-        hits = torch.tensor([float(decision.is_hit)], device=device)
+        hits = torch.tensor([float(decision.is_hit)], device=self.device)
         torch.distributed.all_reduce(hits, torch.distributed.ReduceOp.MIN, self.vote)
         if hits.item() == decision.is_hit:
             return decision

@@ -1,7 +1,7 @@
 """What a policy with error control learns at a miss: how far off the forecast would have been."""
 
-import functools
 import math
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -43,10 +43,15 @@ def begin_error(
     if not nodes or sums is None or sums.device.type == "meta":
         return None
     steps, read = (step, *(at for at, _ in nodes)), begin_read(shared(sums, groups))
+    known: list[ForecastError] = []
+    lock = threading.Lock()  # a report may ask in another thread, and what is read is read once
 
-    @functools.cache
     def error() -> ForecastError:
-        off, size = read()
-        return ForecastError(steps, off / size if size else (math.inf if off else 0.0))
+        with lock:
+            if not known:
+                off, size = read()
+                relative = off / size if size else (math.inf if off else 0.0)
+                known.append(ForecastError(steps, relative))
+            return known[0]
 
     return error

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fxcache.passes.graph import GraphInputs, tensor_of
 from fxcache.runtime.device import GraphDevice, Reading, Replay
 from fxcache.runtime.regions import Evaluation, Missed, Regions, Values, Wiring
 from fxcache.runtime.state import Buffers
@@ -193,3 +194,14 @@ def _memory(value: torch.Tensor) -> torch.Tensor:
 def _owned(outputs: Sequence[Any]) -> list[Any]:
     """`outputs` as tensors that no later replay writes."""
     return [out.clone() if isinstance(out, torch.Tensor) else out for out in outputs]
+
+
+def not_graphable(inputs: GraphInputs, device: torch.device) -> str | None:
+    """Why the pieces cannot be captured, None if they can."""
+    for node, name in inputs.data.items():
+        if tensor_of(node).device != device:
+            return f"the input {name} is on {tensor_of(node).device}, the model on {device}"
+    away = [node for node in inputs.weights if tensor_of(node).device != device]
+    if any(tensor_of(node).ndim > 0 for node in away):
+        return f"{len(away)} weights are on {tensor_of(away[0]).device}, and offloaded there"
+    return None

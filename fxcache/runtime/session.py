@@ -49,9 +49,8 @@ class Session:
         self.steps = Steps(self.begin, self.say_once)
         self.steps.looks = getattr(policy, "control_threshold", None) is None
         self.slots: OrderedDict[Hashable, Slot] = OrderedDict()
-        self.records: deque[Record] = deque(maxlen=MAX_RECORDS)
-        #: One a record: waits for the error of the forecast at that miss, if it was measured.
-        self.errors: deque[Error | None] = deque(maxlen=MAX_RECORDS)
+        #: Each with what waits for the error of the forecast at that miss, if it was measured.
+        self.records: deque[tuple[Record, Error | None]] = deque(maxlen=MAX_RECORDS)
         self.evaluations = 0
         #: The policy from the next trajectory on, and what captures the model for it.
         self.next_policy: Policy | None = None
@@ -213,7 +212,7 @@ class Session:
         if self.observe is not None or "hits" in self._warned:
             return
         branches: dict[Hashable, list[Any]] = {}
-        for record in reversed(self.records):
+        for record, _ in reversed(self.records):
             if record.trajectory == slot.trajectory and self.slots.get(record.slot) is slot:
                 branches.setdefault(record.branch, []).append(record)
             elif record.slot is None and self.slots.get(None) is slot:
@@ -228,7 +227,6 @@ class Session:
         self.slots.clear()
         if records:
             self.records.clear()
-            self.errors.clear()
             self.advice, self.advised = self._new_advice(), None
         self.steps.rising = False
 
@@ -298,20 +296,20 @@ class Session:
                 "several evaluations at one timestep in one branch: if they are the branches of "
                 "classifier-free guidance, name them with denoiser.branch(...)",
             )
-        self.errors.append(None if decision.is_hit else state.error)
-        self.records.append(
-            Record(
-                state.step,
-                state.label,
-                state.timestep,
-                metric,
-                decision.is_hit,
-                decision.reason,
-                call.slot.trajectory,
-                call.where.slot,
-                score=decision.score,
-            )
+        is_predicted = checked(self.policy) and decision.reason != Reason.CONTROL_CHANGED
+        record = Record(
+            state.step,
+            state.label,
+            state.timestep,
+            metric,
+            decision.is_hit,
+            decision.reason,
+            call.slot.trajectory,
+            call.where.slot,
+            score=decision.score,
+            predicted=(decision.score or None) if is_predicted else None,
         )
+        self.records.append((record, None if decision.is_hit else state.error))
 
     def note_call(self, *call: Any) -> None:
         """Remember an evaluation (a `LastCall`) for somebody who learns how to repeat it."""
@@ -331,7 +329,7 @@ class Session:
         cached = sum((s.bytes_by_device for s in list(self.slots.values())), Counter[str]())
         records = [
             record if error is None else replace(record, error=error().value)
-            for record, error in zip(self.records, self.errors, strict=True)
+            for record, error in tuple(self.records)  # others may evaluate meanwhile
         ]
         return Report(
             tuple(records),

@@ -64,22 +64,32 @@ class Keys:
 
 
 class Counter:
-    """Is told of every evaluation (`Session.observe`) and notes which steps were computed."""
+    """Is told of every evaluation (`Session.observe`) and notes which of them were hits."""
 
     def __init__(self) -> None:
         self._key = Keys()
-        self._computed: dict[Key, set[int]] = {}
+        #: By trajectory of a branch: which steps were hits alone.
+        self._steps: dict[Key, dict[int, bool]] = {}
+        self.evaluations = self.hits = 0
 
     def __call__(
         self, slot: Slot, state: BranchState, metric: float, outputs: Sequence[Any]
     ) -> None:
-        if state.hits_in_a_row == 0:
-            self._computed.setdefault(self._key(slot, state), set()).add(state.step)
+        is_hit = state.hits_in_a_row > 0
+        steps = self._steps.setdefault(self._key(slot, state), {})
+        steps[state.step] = steps.get(state.step, True) and is_hit
+        self.evaluations, self.hits = self.evaluations + 1, self.hits + is_hit
+
+    @property
+    def mask(self) -> tuple[bool, ...]:
+        """Which steps were hits where a branch computed the most steps in a trajectory."""
+        masks = [tuple(steps.values()) for steps in self._steps.values()]
+        return max(masks, key=lambda mask: mask.count(False), default=())
 
     @property
     def most(self) -> int:
         """The most steps that a branch computed in a trajectory (0: there was none)."""
-        return max(map(len, self._computed.values()), default=0)
+        return self.mask.count(False)
 
 
 class Recorder:

@@ -11,13 +11,17 @@ from fxcache.errors import PolicyError, ProfileError
 from fxcache.policy import AdaptiveCache, StepSchedule
 from fxcache.policy.checks import check_integer, check_number
 from fxcache.policy.schedule_file import save_schedule
+from fxcache.tuning.sampling import psnr
+
+#: In dB: where two uncached samples with one seed are less alike, nothing can be compared.
+SAME = 30.0
 
 
 @dataclass(frozen=True)
 class Point:
     """A policy and what was measured with it.
 
-    `mask` says which steps were hits (with a tolerance: in the last trajectory); `speedup` is
+    `mask` says which steps were hits (with a tolerance: of the last seed); `speedup` is
     uncached FLOPs over cached FLOPs, `measured_speedup` the median ratio of seconds on this
     machine; the PSNR, in dB, is of samples against uncached ones, over `seeds`.
     """
@@ -138,6 +142,15 @@ def check_same_shape(sample: torch.Tensor, reference: torch.Tensor, seed: int) -
         raise ProfileError(
             f"run must return samples of one shape for one seed, got {list(sample.shape)} and "
             f"{list(reference.shape)} with seed {seed}"
+        )
+
+
+def check_same_sample(sample: torch.Tensor, again: torch.Tensor, seed: int) -> None:
+    """Raise ProfileError unless two uncached samples with one seed are alike."""
+    if sample.shape != again.shape or not psnr(sample, again) >= SAME:
+        raise ProfileError(
+            f"run must return the same sample for one seed, got two with seed {seed}: make its "
+            f"generators anew at each call, from the seed (or use the global ones)"
         )
 
 

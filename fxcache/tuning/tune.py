@@ -18,7 +18,13 @@ from fxcache.policy.fitted import Fitted
 from fxcache.policy.forecast import Within
 from fxcache.tuning.calibrate import mean_gram, progress_bar, recorded
 from fxcache.tuning.record import Counter, Recorder
-from fxcache.tuning.result import Point, TuneResult, check_same_shape, check_target
+from fxcache.tuning.result import (
+    Point,
+    TuneResult,
+    check_same_sample,
+    check_same_shape,
+    check_target,
+)
 from fxcache.tuning.sampling import Run, Sampler, Seen, as_tensor, psnr, sampler_for
 from fxcache.tuning.search import (
     Past,
@@ -36,8 +42,6 @@ log = logging.getLogger("fxcache")
 RING = 3
 #: So many hits in a row are considered, unless the budget needs more.
 MAX_HITS = 6
-#: In dB: where two uncached samples with one seed are less alike, nothing can be compared.
-SAME = 30.0
 #: The forecasters that are tried besides fitted weights. Hermite's of order 1 is a Taylor step
 #: damped by 2 * scale^2: here 0.75, which is better where few steps are computed.
 FORECASTS: dict[str, Forecast] = {
@@ -126,13 +130,12 @@ def tune(
         trials.measure_sensitivity(sensitivity_steps, progress)
         if min_psnr is None:
             computed = trials.budget(target_speedup, max_computed_steps)
-            chosen = trials.verified(trials.best(computed))
+            chosen = trials.verified(*trials.best(computed))
         else:
             chosen = trials.reaching(min_psnr)
-        others = frontier if frontier is not None else trials.spread()
         points = [
-            trials.verified(trials.best(number))
-            for number in progress_bar(trials.distinct(others), "frontier", progress)
+            trials.verified(*trials.likely(number))
+            for number in progress_bar(trials.spread(frontier), "frontier", progress)
             if number != chosen.computed_steps
         ]
         return trials.result(chosen, points, target)
@@ -177,11 +180,7 @@ class _Trials:
         """Whether a seed tells the sample: raise ProfileError if not, warn if all are the same."""
         again, _, _ = self._sample(self.never, self.compared, Counter)
         reference = self.references[self.compared]
-        if again.shape != reference.shape or not psnr(again, reference) >= SAME:
-            raise ProfileError(
-                f"run must return the same sample for one seed, got two with seed {self.compared}: "
-                f"make its generators anew at each call, from the seed (or use the global ones)"
-            )
+        check_same_sample(reference, again, self.compared)
         if all(torch.equal(reference, self.references[seed]) for seed in self.verifying):
             log.warning(
                 "run returned the same sample for seeds %s: what was measured is of that one alone",
@@ -239,22 +238,23 @@ class _Trials:
         """Uncached FLOPs over cached FLOPs."""
         return self.steps / (computed + (self.steps - computed) * (1 - self.skipped))
 
-    def spread(self) -> list[int]:
-        """The numbers of computed steps of the frontier, where nobody says them."""
-        return [max(2, round(share * self.steps)) for share in (1 / 4, 1 / 3, 1 / 2, 2 / 3)]
-
-    def distinct(self, numbers: Iterable[int]) -> list[int]:
-        """Each of `numbers` once, no more than there are steps."""
+    def spread(self, numbers: Iterable[int] | None) -> list[int]:
+        """The numbers of computed steps of the frontier, each once; None: four of ours."""
+        if numbers is None:
+            numbers = [max(2, round(share * self.steps)) for share in (1 / 4, 1 / 3, 1 / 2, 2 / 3)]
         return sorted({min(number, self.steps) for number in numbers})
 
-    def best(self, computed: int) -> tuple[Point, StepSchedule]:
+    def best(self, computed: int) -> tuple[str, StepSchedule]:
         """Of the candidates with `computed` steps, the one that samples best with a seed that the
         errors were not recorded with.
         """
         if computed >= self.steps:
-            return self._tried("all computed", StepSchedule(mask=[False] * self.steps))
-        tried = [self._tried(name, policy) for name, policy in self._candidates(computed)]
-        return max(tried, key=lambda pair: pair[0].psnr_mean)
+            return "all computed", StepSchedule(mask=[False] * self.steps)
+        return max(self._candidates(computed), key=lambda pair: self.compare(*pair).psnr_mean)
+
+    def compare(self, name: str, policy: StepSchedule) -> Point:
+        """A candidate, measured with the seed that chooses."""
+        return self._point(name, policy, [self.compared])
 
     def _candidates(self, computed: int) -> Iterator[tuple[str, StepSchedule]]:
         for name, plan in self._plans_for(computed).items():
@@ -286,13 +286,13 @@ class _Trials:
     def _fitted(self, step: int, past: Past) -> list[float]:
         return fit_weights(self.gram, step, past)
 
-    def _tried(self, name: str, policy: StepSchedule) -> tuple[Point, StepSchedule]:
-        return self._point(name, policy, [self.compared]), policy
+    def likely(self, computed: int) -> tuple[str, StepSchedule]:
+        """The candidate that the recorded errors prefer: it is not compared by sampling."""
+        return self.best(computed) if computed >= self.steps else [*self._candidates(computed)][-1]
 
-    def verified(self, pair: tuple[Point, StepSchedule]) -> Point:
-        """The point of a candidate, measured with the seeds that chose nothing."""
-        point, policy = pair
-        return self._point(point.forecast, policy, self.verifying)
+    def verified(self, name: str, policy: StepSchedule) -> Point:
+        """A candidate, measured with the seeds that chose nothing."""
+        return self._point(name, policy, self.verifying)
 
     def _point(self, name: str, policy: StepSchedule, seeds: Iterable[int]) -> Point:
         values, ratios, most = [], [], 0
@@ -327,10 +327,10 @@ class _Trials:
         low, high = 0, len(numbers) - 1
         while low < high:  # quality grows with the computed steps, about
             middle = (low + high) // 2
-            enough = self.best(numbers[middle])[0].psnr_min >= min_psnr
+            enough = self.compare(*self.likely(numbers[middle])).psnr_min >= min_psnr
             low, high = (low, middle) if enough else (middle + 1, high)
         for number in numbers[low:]:
-            point = self.verified(self.best(number))
+            point = self.verified(*self.best(number))
             if point.psnr_min >= min_psnr:
                 return point
         raise PolicyError(

@@ -1,6 +1,7 @@
 """AdaptiveCache: the rule against a float64 copy of its definition, and its decisions on models."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from zoo import SequentialDiT
 
 import fxcache
-from fxcache import AdaptiveCache, PolicyError
+from fxcache import AdaptiveCache, FirstBlockCache, PolicyError
 from fxcache.demo.metrics import psnr
 from fxcache.demo.sampler import load_denoiser, sample
 from fxcache.policy import History
@@ -206,10 +207,50 @@ def test_a_report_shows_the_predicted_and_the_measured_error(tmp_path):
     errors = [record.error for record in report.records]
     assert [error is None for error in errors[:3]] == [True, True, False]
     assert all((r.error is None) == r.is_hit for r in report.records[2:])
-    known = [r for r in report.records if r.score > 0]
+    known = [r for r in report.records if r.predicted is not None]
     assert any(r.is_hit for r in known)
-    assert known[0].score == pytest.approx(errors[2])  # the next step, at the same distance
+    assert known[0].predicted == pytest.approx(errors[2])  # the next step, at the same distance
     assert "predicted" in str(report)
     assert f"{errors[2]:.4f}" in str(report)
     assert report.to_dict()["records"][2]["error"] == errors[2]
     assert report.plot(tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_reports_of_what_is_not_finite_and_of_two_policies(tmp_path):
+    model = Moving().eval()
+    denoiser = fxcache.transform(model, FirstBlockCache(threshold=0.0), backend="eager")
+    x = torch.randn(2, 4)
+    for policy in (FirstBlockCache(threshold=0.0), AdaptiveCache()):
+        denoiser.policy = policy
+        with denoiser.trajectory(num_steps=5):
+            for i in range(5):
+                broken = math.nan if isinstance(policy, AdaptiveCache) else 1.0
+                denoiser(x * broken, torch.tensor(1 - 0.1 * i))
+    report = denoiser.report()
+    assert "metric" in str(report)
+    assert "error" in str(report)
+    assert [r.predicted for r in report.records[:5]] == [None] * 5
+    assert math.isnan(report.records[-1].error)
+    report.plot(tmp_path / "errors.png")
+
+
+def test_a_report_may_be_asked_for_in_another_thread():
+    model, x = Moving().eval(), torch.randn(1, 4)
+    denoiser = fxcache.transform(model, AdaptiveCache(), backend="eager")
+    done, failed = threading.Event(), []
+
+    def poll():
+        while not done.is_set():
+            try:
+                denoiser.report()
+            except Exception as error:  # noqa: BLE001
+                failed.append(error)
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    with torch.no_grad(), denoiser.trajectory(num_steps=300):
+        for i in range(300):
+            denoiser(x, torch.tensor(1 - i / 300))
+    done.set()
+    thread.join()
+    assert not failed

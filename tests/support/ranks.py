@@ -92,6 +92,7 @@ MEASURING = {
 def metrics() -> None:
     """Each rank moves in turn: alone they decide differently, together they must not."""
     rank = dist.get_rank()
+    alone_here = [dist.new_group([each]) for each in range(2)][rank]
     torch.manual_seed(0)
     model = Parallel(against=0.0).eval()
     x = torch.randn(2, 8 - 3 * rank, 4, generator=torch.Generator().manual_seed(rank))
@@ -114,6 +115,9 @@ def metrics() -> None:
         assert any(together[0]), (name, together)
         dist.all_gather_object(voted, decisions(Alone(model), policy, sync=dist.group.WORLD))
         assert voted[0] == voted[1], (name, voted)
+        # A vote of others leaves those together whose collectives are in the graph.
+        dist.all_gather_object(voted, decisions(model, policy, sync=alone_here))
+        assert voted[0] == together[0] == voted[1], (name, voted)
 
 
 def compiled() -> None:

@@ -29,6 +29,7 @@ from fxcache.policy.fitted import Fitted
 from fxcache.tuning.sampling import as_tensor, psnr
 
 STEPS = 8
+GOES_ON = torch.Generator().manual_seed(0)
 tune = functools.partial(tune, progress=False)
 quick = functools.partial(tune, frontier=(), sensitivity_steps=0, verify_runs=1)
 
@@ -185,6 +186,29 @@ def test_a_tolerance_is_tried_on_the_callers_own_sampler(model, tmp_path):
     assert json.loads(json.dumps(result.to_dict()))["chosen"]["mask"] == list(point.mask)
     with pytest.raises(PolicyError, match=r"AdaptiveCache\(tolerance=0.2\) is all of it"):
         result.save(tmp_path / "schedule.json")
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda d, seed: torch.zeros(3), "run must call the denoiser"),
+        (lambda d, seed: euler(d, 0) + torch.randn(1, 8, 4, generator=GOES_ON), "same sample"),
+        (lambda d, seed: euler(d, seed) * math.nan, "finite numbers, got inf or NaN"),
+    ],
+)
+def test_a_run_with_which_a_tolerance_cannot_be_tried(model, run, message):
+    with pytest.raises(ProfileError, match=message):
+        tune(model, run, tolerance=0.1)
+
+
+def test_a_tolerance_is_tried_with_a_run_that_resets(model):
+    def run(denoiser, seed):
+        sampled = euler(denoiser, seed, 12)
+        denoiser.reset()
+        return sampled
+
+    point = tune(model, run, tolerance=0.2).point
+    assert 0 < point.computed_steps < point.num_steps == 12
 
 
 # --- what is returned -----------------------------------------------------------------------------
