@@ -67,7 +67,7 @@ class Store:
         with self._locked() as content:
             if content["settings"] != asked:
                 raise ValueError(f"{path} was made with {content['settings']}, not {asked}")
-            content["commands"].append(" ".join(sys.argv))
+            content["commands"].append(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
             self.rows = content["rows"]
 
     @contextlib.contextmanager

@@ -55,7 +55,8 @@ class Task:
         if self.model is None:
             return load_denoiser()[0]
         config = json.loads((self.model / "config.json").read_text())
-        del config["classes"], config["_class_name"]
+        for name in ("classes", "_class_name", "predict"):
+            config.pop(name, None)
         model: Any = DiTTransformer2DModel(**config)
         model.load_state_dict(load_file(self.model / "model.safetensors"))
         return model.eval()

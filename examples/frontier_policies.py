@@ -15,6 +15,7 @@ import fxcache
 from fxcache.demo.sampler import sample
 from fxcache.policy import (
     AdamsBashforth,
+    AdaptiveCache,
     Chebyshev,
     EasyCache,
     FirstBlockCache,
@@ -53,6 +54,11 @@ def with_forecasts(make: Callable[..., Policy], **choices: Any) -> Policies:
 def first_block_cache(task: Task) -> Policies:
     limits = {"max_consecutive_hits": (1, 2, 4), "warmup_steps": (6,)}
     return with_forecasts(FirstBlockCache, threshold=(0.12, 0.2, 0.5), **limits)
+
+
+def adaptive_cache(task: Task) -> Policies:
+    for tolerance in (0.03, 0.05, 0.08, 0.1, 0.12, 0.16, 0.25):
+        yield f"tolerance={tolerance}", AdaptiveCache(tolerance=tolerance)
 
 
 def easy_cache(task: Task) -> Policies:
@@ -112,6 +118,7 @@ TUNED = (7, 8, 10, 12, 13, 15, 17, 19, 20, 23)
 #: for a calibration on seeds of its own.
 OURS: dict[str, Callable[[Task], Policies]] = {
     "fxcache tune": tuned,
+    "fxcache AdaptiveCache": adaptive_cache,
     "fxcache StepSchedule": step_schedule,
     "fxcache FirstBlockCache": first_block_cache,
     "fxcache MagCache": mag_cache,
@@ -130,8 +137,7 @@ def fxcache_policy(policy: Policy, task: Task) -> Sampler:
 
     def run(labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, float]:
         denoiser.reset()
-        with denoiser.trajectory(num_steps=task.steps):
-            pictures = sample(denoiser, labels, steps=task.steps, seed=seed)
+        pictures = sample(denoiser, labels, steps=task.steps, seed=seed)
         return pictures, 1 - skipped * denoiser.report().hit_rate
 
     return run
