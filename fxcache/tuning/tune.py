@@ -199,8 +199,7 @@ class _Trials:
         for step in progress_bar(sorted(places), "sensitivity", progress):
             mask = tuple(at == step for at in range(self.steps))
             sample, _, _ = self._sample(self._schedule(mask, Reuse()), seed, Counter)
-            difference = sample - self.references[seed]
-            errors[step] = float(difference.square().mean().sqrt())
+            errors[step] = float((sample - self.references[seed]).square().mean().sqrt())
         if errors:
             self.sensitivity = interpolated_sensitivity(self.gram, errors)
 
@@ -287,8 +286,10 @@ class _Trials:
         return fit_weights(self.gram, step, past)
 
     def likely(self, computed: int) -> tuple[str, StepSchedule]:
-        """The candidate that the recorded errors prefer: it is not compared by sampling."""
-        return self.best(computed) if computed >= self.steps else [*self._candidates(computed)][-1]
+        """The candidate that the recorded errors prefer; of few computed steps, the best sample."""
+        if not 2 * self.steps <= 5 * computed < 5 * self.steps:
+            return self.best(computed)
+        return [*self._candidates(computed)][-1]
 
     def verified(self, name: str, policy: StepSchedule) -> Point:
         """A candidate, measured with the seeds that chose nothing."""
@@ -344,7 +345,6 @@ class _Trials:
         date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         source = f"fxcache.tune({target}), {self.sampler.name}, {self.steps} steps, {date}"
         origin = Origin(f"schedule tuned for {model}", (model,), source)
-        forecast = chosen.policy.forecast
-        policy = StepSchedule(mask=chosen.mask, forecast=forecast, origin=origin)
+        policy = StepSchedule(mask=chosen.mask, forecast=chosen.policy.forecast, origin=origin)
         points = sorted([chosen, *others], key=lambda point: point.computed_steps)
         return TuneResult(policy, target, chosen, tuple(points))

@@ -1,4 +1,4 @@
-"""What `test_ranks.py` runs on every rank: ``torchrun --nproc-per-node 2 ranks.py NAME``."""
+"""What `test_ranks.py` runs on every rank: ``torchrun --nproc-per-node 2 ranks.py NAME...``."""
 
 import sys
 from typing import Any
@@ -183,6 +183,7 @@ class Alone(nn.Module):
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    globals()[sys.argv[1]]()
-    dist.barrier()
+    for name in sys.argv[1:]:
+        globals()[name]()
+        dist.barrier()
     dist.destroy_process_group()
