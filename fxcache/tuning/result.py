@@ -53,8 +53,8 @@ class TuneResult:
     """The tuned policy, its measured point, and the frontier (by computed steps).
 
     The number of computed steps is guaranteed by a schedule, and follows from the trajectory with a
-    tolerance. PSNR is what was measured with the
-    seeds that are named; with others it will be another.
+    tolerance. PSNR is what was measured with the seeds that are named; with others it will be
+    another.
     """
 
     policy: StepSchedule | AdaptiveCache
