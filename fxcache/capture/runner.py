@@ -23,7 +23,7 @@ from fxcache.pipelines import hooks
 from fxcache.policy import Policy
 from fxcache.policy.reasons import Reason
 from fxcache.runtime.session import NewTrajectory, Session
-from fxcache.runtime.shortcut import NOT_TAKEN, Shortcut
+from fxcache.runtime.shortcut import NOT_TAKEN, Guards, Shortcut
 from fxcache.runtime.steps import Call
 from fxcache.runtime.training import goes_around, is_recomputation, trains
 
@@ -202,9 +202,14 @@ class Runner:
         if outputs is NOT_TAKEN:
             outputs = self._evaluate_checked(args, kwargs)
             if self.shortcut.learns:
-                guards = internals.guards_of(self.function, given) if self.shortcut.checks else None
-                self.shortcut.learn(given, outputs, guards)
+                self.shortcut.learn(given, outputs, self._guards(given))
         return outputs
+
+    def _guards(self, given: dict[str, Any]) -> Guards | None:
+        last = self.session.last_call.get()
+        if last is None or not self.shortcut.checks:
+            return None
+        return internals.guards_of(self.function, given, last[2])
 
     def _locals(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `_evaluate`, by name."""
