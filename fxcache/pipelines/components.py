@@ -71,7 +71,10 @@ def _policy(pipe: Any, models: Mapping[str, nn.Module], policy: Any) -> Policy |
     if policy == "auto":
         return None  # the default
     if isinstance(policy, str):
-        return published(pipe, models, policy)
+        try:
+            return published(pipe, models, policy)
+        except PolicyError as error:
+            raise PolicyError(f'{error}. "auto" needs no settings: AdaptiveCache()') from None
     if policy is not None:
         check_policy(policy)
     return policy  # type: ignore[no-any-return]

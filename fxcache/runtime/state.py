@@ -256,8 +256,13 @@ class Slot:
 
     @property
     def is_over(self) -> bool:
-        """Whether the last step was seen, as far as somebody said which that is."""
-        return self.num_steps is not None and self.step >= self.num_steps - 1
+        """Whether every branch that is still called had its last step, as far as somebody said which
+        that is.
+        """
+        if self.num_steps is None or self.step < self.num_steps - 1:
+            return False
+        before = self.num_steps - 2  # a branch that ended earlier (guidance) does not come again
+        return not any(s.is_running and s.step == before for s in self.branches.values())
 
     def new_branch(self, name: Hashable, number: int) -> BranchState:
         """The `number`-th branch that goes by `name`."""
