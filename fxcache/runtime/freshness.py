@@ -10,7 +10,7 @@ whoever does that says so, by `denoiser.reset()`.
 import functools
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from itertools import compress
 from operator import attrgetter
 from typing import Any
 
@@ -20,20 +20,29 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from fxcache.policy.reasons import Reason
 from fxcache.runtime.regions import picker
 
-_version = attrgetter("_version")
 _stamps: "weakref.WeakSet[Stamp]" = weakref.WeakSet()
 
 
-@dataclass(eq=False)
 class Stamp:
-    """What the weights of a graph were. None of them is kept alive."""
+    """What the weights among `inputs` are now. None of them is kept alive."""
 
-    weights: "Weights"
-    ids: list[int]
-    versions: list[int]
-    values: dict[str, Any]
-    is_void: bool = False
-    references: list[Any] = field(default_factory=list)
+    def __init__(self, weights: "Weights", inputs: Sequence[Any]) -> None:
+        tensors = weights.pick(inputs)
+        self.weights, self.is_void, self.versions = weights, False, _versions(tensors)
+        held = list(zip(map(id, tensors), self.versions, strict=True))
+        #: Each with its count; and those that other graphs of the model have, too.
+        self.held, self.shared = dict(held), dict(compress(held, weights.registered))
+        #: A constant that became an input has changed: this is why it is one.
+        numbers = {name: ("input", inputs[at].item()) for name, at in weights.numbers.items()}
+        self.values = {**weights.constants(), **numbers}
+
+    def keep(self, tensors: Sequence[torch.Tensor]) -> "Stamp":
+        """This stamp, which is void once one of `tensors` is gone or stepped by an optimizer."""
+        _watch_optimizers()
+        void = functools.partial(_void, weakref.ref(self))
+        self.references = [weakref.ref(tensor, void) for tensor in tensors]
+        _stamps.add(self)
+        return self
 
 
 class Weights:
@@ -46,74 +55,40 @@ class Weights:
         constants: gives the model's numbers that are constant in the graph, by name.
     """
 
-    def __init__(
-        self,
-        tensors: Sequence[int],
-        registered: Sequence[bool],
-        numbers: Mapping[str, int],
-        constants: Callable[[], Mapping[str, Hashable]],
-    ) -> None:
-        self.tensors, self.registered = tuple(tensors), tuple(registered)
-        self.numbers = dict(numbers)
-        self.pick = picker(self.tensors)
-        self.constants = functools.cache(constants)
+    def __init__(self, tensors: Sequence[int], registered: Sequence[bool],
+                 numbers: Mapping[str, int], constants: Callable[[], Mapping[str, Hashable]],
+                 ) -> None:  # fmt: skip
+        self.pick, self.registered, self.numbers = picker(tensors), tuple(registered), dict(numbers)
+        self.constants = functools.cache(constants)  # what they are read from need not be kept
 
     def stamp(self, inputs: Sequence[Any]) -> Stamp:
         """What the weights among `inputs` are now."""
-        self.constants()  # what they are read from need not be kept
-        _watch_optimizers()
-        stamp = Stamp(self, *self._now(inputs))
-        gone = functools.partial(_void, weakref.ref(stamp))
-        stamp.references = [weakref.ref(inputs[place], gone) for place in self.tensors]
-        _stamps.add(stamp)
-        return stamp
+        return Stamp(self, inputs).keep(self.pick(inputs))
 
     def check(
-        self, stamp: Stamp, inputs: Sequence[Any], *, are_same: bool = False
+        self, then: Stamp, inputs: Sequence[Any], *, are_same: bool = False
     ) -> tuple[Stamp, Reason | None]:
-        """Why what is of `stamp` must be forgotten (None: nothing changed), and a stamp for next
-        time: this one, or if it is of another graph, one of this graph. With `are_same`, it is
-        known that the weights are the same tensors.
+        """Why what is of the stamp `then` must be forgotten (None: nothing changed), and a stamp
+        for next time. With `are_same`, it is known that the weights are the same tensors.
         """
-        is_own = stamp.weights is self and not stamp.is_void
-        if are_same and is_own and _versions(self.pick(inputs)) == stamp.versions:
-            return stamp, None
-        ids, versions, values = self._now(inputs)
-        if stamp.weights is self:
-            is_same = (stamp.ids, stamp.versions) == (ids, versions)
-            reason = None if stamp.values == values else Reason.NUMBER_CHANGED
-        else:
-            then = {**stamp.weights.constants(), **_tagged(stamp.values)}
-            own = {**self.constants(), **_tagged(values)}
-            is_same = stamp.weights._held(stamp.ids, stamp.versions) == self._held(ids, versions)
-            changed = any(then[name] != own[name] for name in then.keys() & own.keys())
-            reason = Reason.NUMBER_CHANGED if changed else None
-        if stamp.is_void or not is_same:
+        is_own = then.weights is self and not then.is_void
+        if are_same and is_own and _versions(self.pick(inputs)) == then.versions:
+            return then, None
+        now = Stamp(self, inputs)
+        is_same = then.held == now.held if is_own else then.shared == now.shared
+        reason = None
+        if then.is_void or not is_same:
             reason = Reason.WEIGHTS_CHANGED
-        keeps = reason is None and stamp.weights is self
-        return (stamp if keeps else self.stamp(inputs)), reason
-
-    def _held(self, ids: list[int], versions: list[int]) -> dict[int, int]:
-        each = zip(ids, versions, self.registered, strict=True)
-        return {identity: version for identity, version, is_registered in each if is_registered}
-
-    def _now(self, inputs: Sequence[Any]) -> tuple[list[int], list[int], dict[str, Any]]:
-        tensors = self.pick(inputs)
-        versions = _versions(tensors)
-        values = {name: inputs[place].item() for name, place in self.numbers.items()}
-        return list(map(id, tensors)), versions, values
+        elif any(then.values[name] != now.values[name] for name in then.values.keys() & now.values):
+            reason = Reason.NUMBER_CHANGED
+        return (then if is_own and reason is None else now.keep(self.pick(inputs))), reason
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
     try:
-        return list(map(_version, tensors))
+        return list(map(attrgetter("_version"), tensors))
     except RuntimeError:  # of inference tensors no writes are counted
         return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-
-
-def _tagged(values: Mapping[str, Any]) -> dict[str, Hashable]:
-    """Numbers that are inputs. A constant that became one has changed: this is why it is one."""
-    return {name: ("input", value) for name, value in values.items()}
 
 
 def _void(stamp: "weakref.ref[Stamp]", _: Any) -> None:
@@ -127,6 +102,6 @@ def _watch_optimizers() -> None:
         if not torch.compiler.is_compiling():  # torch counts what compiled code writes
             stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
             for stamp in list(_stamps):
-                stamp.is_void |= not stepped.isdisjoint(stamp.ids)
+                stamp.is_void |= not stepped.isdisjoint(stamp.held)
 
     register_optimizer_step_post_hook(note)

@@ -256,9 +256,7 @@ class Slot:
 
     @property
     def is_over(self) -> bool:
-        """Whether every branch that is still called had its last step, as far as somebody said which
-        that is.
-        """
+        """Whether all branches that are still called had the last step, if it is known which."""
         if self.num_steps is None or self.step < self.num_steps - 1:
             return False
         before = self.num_steps - 2  # a branch that ended earlier (guidance) does not come again
