@@ -52,13 +52,6 @@ class Signature:
     inputs: tuple[tuple[str, Hashable], ...]
     kept: Hashable
 
-    def is_same_solve(self, other: "Signature") -> bool:
-        """Whether only other inputs are given: a control's residuals, say, came or went."""
-        own, others = dict(self.inputs), dict(other.inputs)
-        if self.kept != other.kept or own.keys() == others.keys():
-            return False
-        return all(own[name] == others[name] for name in own.keys() & others.keys())
-
 
 @dataclass
 class Pairs:
