@@ -2,18 +2,19 @@
 
 import math
 import threading
+from itertools import product
 
 import pytest
 import torch
-from helpers import hits
-from policy_cases import STEPS, case
+from helpers import adopt, hits, plain, sample, seeded
+from helpers import times as times_at
+from opened import Small
+from policy_cases import STEPS, moving
 from torch import nn
-from zoo import SequentialDiT
 
-import fxcache
 from fxcache import AdaptiveCache, FirstBlockCache, PolicyError
+from fxcache.demo import sampler
 from fxcache.demo.metrics import psnr
-from fxcache.demo.sampler import load_denoiser, sample
 from fxcache.policy import History
 from fxcache.policy.base import ForecastError
 
@@ -83,65 +84,60 @@ def residual_of(model, x, t):
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
-@pytest.mark.parametrize("announced", [True, False])
-@pytest.mark.parametrize("tolerance", [0.003, 0.02, 0.08])
-def test_decisions_are_those_of_the_definition(order, announced, tolerance):
+def test_decisions_are_those_of_the_definition(order):
+    """Whether the number of steps is announced or not."""
     model, x = Moving().eval(), torch.randn(1, 6, 4)
-    policy = AdaptiveCache(order=order, tolerance=tolerance)
     times = [1 + 0.3 * math.sin(0.2 * i) + 0.01 * (i % 5 == 4) for i in range(20)]
     residuals = [residual_of(model, x, t) for t in times]
-    denoiser = fxcache.transform(model, policy, backend="eager")
-    with denoiser.trajectory(num_steps=20 if announced else None):
-        for t in times:
-            denoiser(x, torch.tensor(t))
-    steps = [r.is_hit for r in denoiser.report().records]
-    assert steps == expected(residuals, policy, 20 if announced else None)
-    assert order == 0 or tolerance < 0.02 or any(steps)
+    denoiser = plain(model, AdaptiveCache(order=order))
+    for tolerance, num_steps in product((0.003, 0.02, 0.08), (20, None)):
+        policy = AdaptiveCache(order=order, tolerance=tolerance)
+        adopt(denoiser, policy)
+        with denoiser.trajectory(num_steps=num_steps):
+            for t in times:
+                denoiser(x, torch.tensor(t))
+        made = hits(denoiser)
+        assert made == expected(residuals, policy, num_steps), (tolerance, num_steps)
+        assert order == 0 or tolerance < 0.02 or any(made)
 
 
-def run(denoiser, at, steps=STEPS, num_steps=STEPS):
-    with denoiser.trajectory(num_steps=num_steps):
-        return [denoiser(**at(i)) for i in range(steps)]
+def run(denoiser, steps=STEPS, given=lambda i: moving(sample(), i)):
+    with denoiser.trajectory(num_steps=steps):
+        return [denoiser(given(i), times_at(1 - i / STEPS)) for i in range(steps)]
 
 
-@pytest.mark.parametrize("name", [SequentialDiT, "flux", "sd3"])
-def test_tolerance_0_is_the_model(name):
-    model, at, _ = case(name)
-    expect = [model(**at(i)) for i in range(STEPS)]
-    denoiser = fxcache.transform(model, AdaptiveCache(tolerance=0), backend="eager")
-    for ours, plain in zip(run(denoiser, at), expect, strict=True):
-        ours, plain = (v if isinstance(v, torch.Tensor) else v[0] for v in (ours, plain))
-        assert torch.equal(ours, plain)
-    assert not any(hits(denoiser))
-
-
-def test_what_is_computed():
-    model, at, _ = case(SequentialDiT)
-    policy = AdaptiveCache(tolerance=math.inf, max_consecutive_hits=2, warmup_steps=4)
-    denoiser = fxcache.transform(model, policy, backend="eager")
-    run(denoiser, at)
+def test_what_is_computed(caplog):
+    """The rule's limits, a residual that is not finite, fresh noise, few steps: one capture."""
+    loose = AdaptiveCache(tolerance=math.inf, max_consecutive_hits=2, warmup_steps=4)
+    denoiser = plain(seeded(Small), loose)
+    run(denoiser)
     reasons = [record.reason for record in denoiser.report().records]
     assert reasons[:4] == ["nothing cached", "warm-up", "warm-up", "warm-up"]
     assert reasons[4:8] == [None, None, "max_consecutive_hits", None]
     assert reasons[-1] == "final step"
     assert denoiser.report().cached_bytes == 0  # nothing outlives its trajectory
 
+    adopt(denoiser, AdaptiveCache(tolerance=math.inf, max_consecutive_hits=1))
+    outputs = run(denoiser, given=lambda i: moving(sample(), i) * (math.nan if i == 4 else 1))
+    assert [bool(out.isfinite().all()) for out in outputs] == [i != 4 for i in range(STEPS)]
+    made = hits(denoiser)
+    assert made[3]
+    assert not any(made[4:8])
+    assert any(made[8:])
 
-def test_a_residual_that_is_not_finite():
-    model, at, _ = case(SequentialDiT)
-    policy = AdaptiveCache(tolerance=math.inf, max_consecutive_hits=1)
-    denoiser = fxcache.transform(model, policy, backend="eager")
-    with denoiser.trajectory(num_steps=STEPS):
-        for i in range(STEPS):
-            given = at(i)
-            if i == 4:
-                given["x"] = given["x"] * math.nan
-            output = denoiser(**given)
-            assert output.isfinite().all() == (i != 4)
-    seen = [record.is_hit for record in denoiser.report().records]
-    assert seen[3]
-    assert not any(seen[4:8])
-    assert any(seen[8:])
+    adopt(denoiser, AdaptiveCache(tolerance=0.01))
+    run(denoiser, given=lambda i: torch.randn(2, 8, 4))
+    assert not any(hits(denoiser))
+
+    adopt(denoiser, AdaptiveCache())
+    caplog.clear()
+    for _ in range(2):
+        run(denoiser, 4)
+    said = [r.getMessage() for r in caplog.records if "AdaptiveCache" in r.getMessage()]
+    assert len(said) == 1
+    assert "4 evaluations" in said[0]
+    assert "first 3 computed steps" in said[0]
+    assert denoiser.report().graphs == 1
 
 
 def test_second_evaluations_of_a_step():
@@ -151,55 +147,23 @@ def test_second_evaluations_of_a_step():
     assert policy.rule(math.nan, history).reason == "its step was computed"
 
 
-def test_fresh_noise_is_never_reused():
-    model, at, _ = case(SequentialDiT)
-    denoiser = fxcache.transform(model, AdaptiveCache(tolerance=0.01), backend="eager")
-    run(denoiser, lambda i: {**at(i), "x": torch.randn(at(i)["x"].shape)})
-    assert not any(hits(denoiser))
-
-
-def test_few_steps_are_said_once(caplog):
-    model, at, _ = case(SequentialDiT)
-    denoiser = fxcache.transform(model, AdaptiveCache(), backend="eager")
-    for _ in range(2):
-        run(denoiser, at, 4, 4)
-    said = [r.getMessage() for r in caplog.records if "AdaptiveCache" in r.getMessage()]
-    assert len(said) == 1
-    assert "4 evaluations" in said[0]
-    assert "first 3 computed steps" in said[0]
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"tolerance": -1}, {"tolerance": math.nan}, {"order": 4}, {"order": -1}, {"slope": 2},
-        {"max_consecutive_hits": 0}, {"warmup_steps": -1}, {"final_steps": -1}, {"decide": "all"},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_bad_values(wrong):
-    (name,) = wrong
-    with pytest.raises(PolicyError, match=name):
-        AdaptiveCache(**wrong)
-
-
 def test_it_beats_fewer_steps_on_the_trained_model():
-    model, classes = load_denoiser()
+    model, classes = sampler.load_denoiser()
     labels = torch.arange(4) % len(classes)
-    denoiser = fxcache.transform(model, AdaptiveCache(), backend="eager")
-    plain = sample(model, labels, steps=30, seed=1000)
-    ours = sample(denoiser, labels, steps=30, seed=1000)
+    denoiser = plain(model, AdaptiveCache())
+    computed_all = sampler.sample(model, labels, steps=30, seed=1000)
+    ours = sampler.sample(denoiser, labels, steps=30, seed=1000)
     computed = denoiser.report().misses
     assert computed <= 19
-    fewer = sample(model, labels, steps=computed, seed=1000)
-    assert psnr(ours, plain) > 46
-    assert psnr(ours, plain) > psnr(fewer, plain) + 8
+    fewer = sampler.sample(model, labels, steps=computed, seed=1000)
+    assert psnr(ours, computed_all) > 46
+    assert psnr(ours, computed_all) > psnr(fewer, computed_all) + 8
 
 
 def test_a_report_shows_the_predicted_and_the_measured_error(tmp_path):
     model = Moving().eval()
     policy, x = AdaptiveCache(tolerance=0.1), torch.randn(2, 4)
-    denoiser = fxcache.transform(model, policy, backend="eager", audit=False)
+    denoiser = plain(model, policy, audit=False)
     with denoiser.trajectory(num_steps=16):
         for i in range(16):
             denoiser(x, torch.tensor(1 + 0.3 * math.sin(0.2 * i)))
@@ -218,7 +182,7 @@ def test_a_report_shows_the_predicted_and_the_measured_error(tmp_path):
 
 def test_reports_of_what_is_not_finite_and_of_two_policies(tmp_path):
     model = Moving().eval()
-    denoiser = fxcache.transform(model, FirstBlockCache(threshold=0.0), backend="eager")
+    denoiser = plain(model, FirstBlockCache(threshold=0.0))
     x = torch.randn(2, 4)
     for policy in (FirstBlockCache(threshold=0.0), AdaptiveCache()):
         denoiser.policy = policy
@@ -236,7 +200,7 @@ def test_reports_of_what_is_not_finite_and_of_two_policies(tmp_path):
 
 def test_a_report_may_be_asked_for_in_another_thread():
     model, x = Moving().eval(), torch.randn(1, 4)
-    denoiser = fxcache.transform(model, AdaptiveCache(), backend="eager")
+    denoiser = plain(model, AdaptiveCache())
     done, failed = threading.Event(), []
 
     def poll():

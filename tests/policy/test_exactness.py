@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, plain
+from helpers import adopt, assert_close, plain
 from torch import nn
 
 pytest.importorskip("diffusers", minversion="0.42")
@@ -31,13 +31,10 @@ from fxcache import FirstBlockCache, MagCache, Reuse, SeaCache, Taylor
 from fxcache.pipelines.tiny import tiny_model
 
 STEPS = 14
-#: The models, four blocks each, and what a timestep is of sigma.
+#: The models, and what a timestep is of sigma: two kinds of blocks on packed tokens, and video.
 MODELS = {
     "Flux": ("FluxTransformer2DModel", {"num_layers": 2, "num_single_layers": 2}, 1),
-    "Wan": ("WanTransformer3DModel", {"num_layers": 4}, 1000),
-    "Qwen": ("QwenImageTransformer2DModel", {"num_layers": 4}, 1),
-    "LTX": ("LTXVideoTransformer3DModel", {"num_layers": 4}, 1000),
-    "Hunyuan": ("HunyuanVideoTransformer3DModel", {"num_layers": 2, "num_single_layers": 2}, 1000),
+    "Wan": ("WanTransformer3DModel", {"num_layers": 2}, 1000),
 }
 BOTH = ("cond", "uncond")
 
@@ -96,9 +93,8 @@ class Peer:
 
 def compare(case: Case, denoiser: Any, policy: Any, peer: Peer, solves: int = 1) -> Any:
     """Solve with both, `policy` in the place of the denoiser's; the hits by branch."""
-    denoiser._fxcache.session.policy = policy  # of the same probe, span and forecast
     for _ in range(solves):
-        denoiser.reset()
+        adopt(denoiser, policy)
         peer.hits = {name: [] for name in BOTH}
         peer.model._reset_stateful_cache()
         with denoiser.trajectory(num_steps=STEPS):
@@ -118,8 +114,7 @@ def compare(case: Case, denoiser: Any, policy: Any, peer: Peer, solves: int = 1)
 
 def metrics(case: Case, denoiser: Any) -> torch.Tensor:
     """What the policy measures as long as it never hits, sorted."""
-    session = denoiser._fxcache.session
-    session.policy = replace(session.policy, threshold=0.0)
+    adopt(denoiser, replace(denoiser.policy, threshold=0.0))
     with denoiser.trajectory(num_steps=STEPS):
         for step in range(STEPS):
             denoiser(**case.at(step))
@@ -134,10 +129,11 @@ def check_patterns(patterns: list[dict[str, list[bool]]]) -> None:
     assert len({tuple(pattern["cond"]) for pattern in patterns}) == len(patterns)
 
 
+@pytest.mark.parametrize("case", ["Flux"], indirect=True)
 def test_first_block_cache(case):
     found, denoiser = [], plain(case.model, FirstBlockCache())
     scale = metrics(case, denoiser)
-    for rank in (3, 6, 9):
+    for rank in (3, 6):
         threshold = scale[rank : rank + 2].mean().item()  # between two of them
         peer = Peer(case.model, apply_first_block_cache, FirstBlockCacheConfig(threshold))
         policy = FirstBlockCache(threshold=threshold)
@@ -157,10 +153,9 @@ MAG = [
     (RATIOS, 0.0, 3, 0.2),
     (RATIOS, 9.0, 0, 0.2),
 ]
-THREE = pytest.mark.parametrize("case", ["Flux", "Wan", "Hunyuan"], indirect=True)
 
 
-@THREE
+@pytest.mark.parametrize("case", ["Flux"], indirect=True)
 def test_mag_cache(case):
     found, denoiser = [], plain(case.model, MagCache(ratios=RATIOS))
     for ratios, threshold, limit, retention in MAG:
@@ -179,8 +174,7 @@ def latents(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> list[torch.T
     return [sample if x.ndim == 5 else sample.T[:, None, None] for sample in x]
 
 
-@THREE
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize(("case", "order"), [("Flux", 1), ("Wan", 0)], indirect=["case"])
 def test_sea_cache(case, order):
     found, power = [], 3.0 if order else 1.5
     policy = SeaCache(power=power, forecast=Taylor(order=1) if order else Reuse())

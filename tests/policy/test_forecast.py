@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers.hooks.taylorseer_cache import TaylorSeerState
-from helpers import plain, sample, seeded, solve, times
+from helpers import adopt, hits, plain, sample, seeded, solve, times
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.polynomial import Polynomial, chebyshev, hermite
-from zoo import SequentialDiT
+from opened import Small
 
 from fxcache import PolicyError, StepSchedule
 from fxcache.policy.forecast import (
@@ -119,13 +119,6 @@ def combined(forecast, step, past, values):
     return weights @ values, 1e-8 * np.abs(weights).sum()
 
 
-def polynomial_values(degree, steps):
-    """A polynomial of that degree at `steps`: [n, 1]."""
-    return Polynomial(np.arange(1.0, degree + 2) / 10.0 ** np.arange(degree + 1))(
-        np.array(steps, dtype=float)
-    )[:, None]
-
-
 # --- all of them ---------------------------------------------------------------------------------
 
 
@@ -137,36 +130,6 @@ def test_forecasts_are_the_oracles(forecast, situation, seed):
     values = np.random.default_rng(seed).standard_normal((len(past), 3))
     made, rounding = combined(forecast, step, past, values)
     np.testing.assert_allclose(made, expected(forecast, step, past, values), 0, max(rounding, 1e-8))
-
-
-@pytest.mark.parametrize("forecast", [Reuse(), *ORDERED], ids=repr)
-@SETTINGS
-@given(situation=situations())
-def test_weights_sum_to_one(forecast, situation):
-    step, past = situation
-    weights = forecast.weights(step, past[: forecast.ring])
-    assert [type(weight) for weight in weights] == [float] * len(past[: forecast.ring])
-    assert sum(weights) == pytest.approx(1, abs=1e-14 * sum(map(abs, weights)))
-
-
-@pytest.mark.parametrize("forecast", ORDERED, ids=repr)
-@SETTINGS
-@given(situation=situations(), shift=st.integers(0, 1000))
-def test_only_distances_count(forecast, situation, shift):
-    step, past = situation
-    shifted = forecast.weights(step + shift, [at + shift for at in past])
-    # Gauss nodes are floats: they round with the steps.
-    assert shifted == pytest.approx(forecast.weights(step, past), rel=1e-7, abs=1e-9)
-
-
-@pytest.mark.parametrize("forecast", ORDERED, ids=repr)
-def test_while_little_is_known_the_order_is_lower(forecast):
-    assert forecast.weights(20, UNEVEN[:1]) == [1.0]
-    for known in range(2, forecast.order + 1):
-        options = {name: getattr(forecast, name) for name in ("scale", "ridge")
-                   if hasattr(forecast, name)}  # fmt: skip
-        lower = type(forecast)(order=known - 1, **options)
-        assert forecast.weights(20, UNEVEN[:known]) == lower.weights(20, UNEVEN[:known])
 
 
 @pytest.mark.parametrize("forecast", ORDERED, ids=repr)
@@ -184,19 +147,6 @@ def test_of_several_evaluations_of_a_step_the_newest_counts(forecast, situation,
 
 
 @pytest.mark.parametrize("forecast", ORDERED, ids=repr)
-def test_what_the_ring_does_not_hold_weighs_nothing(forecast):
-    past = [*UNEVEN, 2, 0]
-    weights = forecast.weights(20, past)
-    assert weights[: forecast.ring] == forecast.weights(20, past[: forecast.ring])
-    assert weights[forecast.ring :] == [0.0] * (7 - forecast.ring)
-
-
-@pytest.mark.parametrize("forecast", ORDERED, ids=repr)
-def test_a_second_evaluation_of_the_newest_step_reuses_it(forecast):
-    assert forecast.weights(17, UNEVEN) == [1.0, 0.0, 0.0, 0.0, 0.0]
-
-
-@pytest.mark.parametrize("forecast", ORDERED, ids=repr)
 @pytest.mark.parametrize("past", [UNEVEN, [4, 3, 2, 1, 0]], ids=["uneven", "even"])
 def test_large_gaps_stay_finite(forecast, past):
     for step, known in itertools.product((100, 1000, 10**6, 3 * 10**9), range(1, 6)):
@@ -206,7 +156,10 @@ def test_large_gaps_stay_finite(forecast, past):
 
 
 @pytest.mark.parametrize("forecast", ORDERED, ids=repr)
-def test_forecasters_are_frozen_values(forecast):
+def test_forecasters_are_frozen_values_with_a_ring(forecast):
+    """Of little that is known a lower order is made; what the ring does not hold weighs nothing; a
+    second evaluation of the newest step reuses it.
+    """
     check_forecast(forecast)
     assert 1 <= forecast.ring <= 5
     assert forecast == copy.deepcopy(forecast)
@@ -215,6 +168,18 @@ def test_forecasters_are_frozen_values(forecast):
     with pytest.raises(AttributeError):
         forecast.order = 2
     assert type(forecast)(2) == type(forecast)(order=2)
+
+    assert forecast.weights(20, UNEVEN[:1]) == [1.0]
+    options = {name: getattr(forecast, name) for name in ("scale", "ridge")
+               if hasattr(forecast, name)}  # fmt: skip
+    for known in range(2, forecast.order + 1):
+        lower = type(forecast)(order=known - 1, **options)
+        assert forecast.weights(20, UNEVEN[:known]) == lower.weights(20, UNEVEN[:known])
+    past = [*UNEVEN, 2, 0]
+    weights = forecast.weights(20, past)
+    assert weights[: forecast.ring] == forecast.weights(20, past[: forecast.ring])
+    assert weights[forecast.ring :] == [0.0] * (7 - forecast.ring)
+    assert forecast.weights(17, UNEVEN) == [1.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_defaults():
@@ -257,51 +222,12 @@ def test_numbers_of_numpy_are_numbers():
 # --- each of them --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(
-    ("make", "degree"),
-    [
-        (lambda order: Taylor(order=order), lambda order: order),
-        (lambda order: Chebyshev(order=order, ridge=0), lambda order: order),
-        (lambda order: Hermite(order=order), lambda order: 0),
-        (lambda order: Hermite(order=order, scale=EXACT_LINES), lambda order: 1),
-        (lambda order: AdamsBashforth(order=order), lambda order: 1),
-    ],
-    ids=["Taylor", "Chebyshev", "Hermite", "Hermite at sqrt(1/2)", "AdamsBashforth"],
-)
-@SETTINGS
-@given(situation=situations())
-def test_polynomials_are_exact_up_to_a_degree(make, degree, order, situation):
-    step, past = situation
-    forecast = make(order)
-    for below in range(min(degree(order), len(past) - 1) + 1):
-        made, _ = combined(forecast, step, past, polynomial_values(below, past))
-        np.testing.assert_allclose(made, polynomial_values(below, [step])[0], 1e-6)
-
-
 def test_hermite_has_the_published_series():
     """Half the slope at 0.5; the second term is ((x / 2)^2 - 1 / 2) times half the second."""
     value = np.array([4.0, 1.0, 0.0])  # steps 2, 1, 0: slope 3, second derivative 2
     for x in (1, 2, 5):
         made = np.dot(Hermite(order=2).weights(2 + x, [2, 1, 0]), value)
         assert made == pytest.approx(4 + 3 * x / 2 + (x * x / 4 - 1 / 2))
-
-
-def test_hermite_extrapolates_forwards():
-    """A growing residual goes on growing: evaluated at -x, odd orders would turn back."""
-    assert Hermite(order=1).weights(3, [2, 1]) == [1.5, -0.5]
-    assert Hermite(order=1).weights(6, [2, 1]) == [3.0, -2.0]
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_small_scale_is_reuse(order):
-    weights = Hermite(order=order, scale=1e-9).weights(20, UNEVEN)
-    assert weights == pytest.approx([1, 0, 0, 0, 0], abs=1e-15)
-
-
-def test_hermite_at_root_one_half_is_taylor_of_order_one():
-    line = Hermite(order=1, scale=EXACT_LINES).weights(20, UNEVEN[:2])
-    assert line == pytest.approx(Taylor(order=1).weights(20, UNEVEN[:2]))
 
 
 @pytest.mark.parametrize(
@@ -314,51 +240,6 @@ def test_adams_bashforth_has_the_textbooks_coefficients(coefficients):
     wanted = np.eye(order + 1)[0] - coefficients @ slopes
     made = AdamsBashforth(order=order).weights(order + 1, range(order, -1, -1))
     np.testing.assert_allclose(made, wanted, atol=1e-14)
-
-
-@SETTINGS
-@given(situation=situations())
-def test_the_first_orders_are_the_same_line(situation):
-    step, past = situation
-    line = Taylor(order=1).weights(step, past)
-    assert AdamsBashforth(order=1).weights(step, past) == pytest.approx(line)
-
-
-@SETTINGS
-@given(situation=situations())
-def test_bdf_reduces_to_taylor(situation):
-    """Its polynomial takes the slope at the new step from that of the past, so it is that one."""
-    step, past = situation
-    values = np.random.default_rng(0).standard_normal((len(past), 1))
-    at = np.subtract(past, step)
-    slope = fit(at, values)[0].deriv()(0)
-    # Unknown: the coefficients of a polynomial that takes the past values and has this slope at 0.
-    powers = np.arange(len(past) + 1)
-    conditions = np.vstack([at[:, None].astype(float) ** powers, powers == 1])
-    new = np.linalg.solve(conditions, [*values[:, 0], slope])[0]
-    made, rounding = combined(Taylor(order=max(len(past) - 1, 1)), step, past, values)
-    assert made[0] == pytest.approx(new, rel=1e-5, abs=max(rounding, 1e-6))
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@SETTINGS
-@given(situation=situations())
-def test_chebyshev_without_ridge_interpolates_what_it_can(order, situation):
-    step, past = situation
-    past = past[: order + 1]
-    made = Chebyshev(order=order, ridge=0).weights(step, past)
-    weights = Taylor(order=order).weights(step, past)
-    assert made == pytest.approx(weights, abs=1e-8 * max(map(abs, weights)))
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_chebyshev_without_ridge_is_least_squares_through_the_newest(order):
-    values = np.random.default_rng(0).standard_normal(5)
-    powers = np.subtract(UNEVEN, UNEVEN[0])[:, None].astype(float) ** np.arange(1, order + 1)
-    fitted = np.linalg.lstsq(powers, values - values[0], rcond=None)[0]
-    wanted = values[0] + (20 - UNEVEN[0]) ** np.arange(1, order + 1) @ fitted
-    made = np.dot(Chebyshev(order=order, ridge=0).weights(20, UNEVEN), values)
-    assert made == pytest.approx(wanted, rel=1e-8)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -407,50 +288,6 @@ def test_taylorseer_of_order_two_is_adams_bashforth(situation):
     np.testing.assert_allclose(made, theirs, 1e-4, 1e4 * rounding)
 
 
-@SETTINGS
-@given(gap=st.integers(1, 6), ahead=st.integers(1, 6))
-def test_taylorseer_of_order_two_misses_parabolas_for_even_gaps(gap, ahead):
-    """Its slope is that in the middle of the last gap, its terms are x^2 and not x (x + gap)."""
-    past = [2 * gap, gap, 0]
-    step = past[0] + ahead
-    values = np.square(past)[:, None].astype(float)
-    made, _ = combined(Taylor(order=2), step, past, values)
-    assert made[0] == pytest.approx(step**2)
-    theirs = predict(taylorseer(2, past, values), step)
-    assert theirs[0] == pytest.approx(step**2 - ahead * gap)
-
-
-def test_taylorseers_differences_are_no_derivatives_for_uneven_gaps():
-    """It divides a difference of slopes by the last gap, though they lie (s_0 - s_2) / 2 apart."""
-    past = [10, 9, 1]
-    values = np.square(past)[:, None].astype(float)
-    theirs = taylorseer(2, past, values).taylor_factors[0][2].item()
-    assert theirs == pytest.approx(9)  # the second derivative of a parabola is 2 everywhere
-    zero, made = (np.dot(Hermite(order=2, scale=s).weights(11, past), values) for s in (1e-9, 0.5))
-    assert made - zero == pytest.approx(19 / 2 + (1 / 4 - 1 / 2) * 2 / 2)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@SETTINGS
-@given(gap=st.integers(1, 6), ahead=st.integers(1, 6), known=st.integers(1, 5))
-def test_hermite_on_taylorseers_derivatives(order, gap, ahead, known):
-    """For even gaps, HiCache is Hermite polynomials on the factors that TaylorSeer keeps."""
-    past = [gap * i for i in range(known)][::-1]
-    values = np.random.default_rng(0).standard_normal((known, 3))
-    factors = taylorseer(order, past, values).taylor_factors[0]
-    theirs = sum(
-        factor.double().numpy()
-        / math.factorial(i)
-        * 0.6**i
-        * hermite.hermval(0.6 * ahead, [0] * i + [1])
-        for i, factor in factors.items()
-    )
-    made, _ = combined(
-        Hermite(order=order, scale=0.6), past[0] + ahead, past[: order + 1], values[: order + 1]
-    )
-    np.testing.assert_allclose(made, theirs, 1e-4, 1e-4)
-
-
 # --- a model -------------------------------------------------------------------------------------
 
 MASK = [i in (2, 5, 7, 8, 10, 11) for i in range(12)]  # hits; the gaps between misses are uneven
@@ -472,15 +309,20 @@ def forecasted(model, forecast):
     return outputs
 
 
-@pytest.mark.parametrize("forecast", [Reuse(), *ORDERED[1:16:2]], ids=repr)
-@torch.no_grad()
-def test_hits_of_a_model_are_forecast(forecast):
-    model = seeded(SequentialDiT)
-    denoiser = plain(model, StepSchedule(mask=MASK, forecast=forecast))
-    with denoiser.trajectory():
-        outputs = solve(denoiser, steps=len(MASK))
-    assert [record.is_hit for record in denoiser.report().records] == MASK
-    for step, (made, wanted) in enumerate(zip(outputs, forecasted(model, forecast), strict=True)):
-        torch.testing.assert_close(
-            made.double(), wanted, rtol=1e-4, atol=1e-4, msg=lambda text, i=step: f"{i}: {text}"
-        )
+def test_hits_of_a_model_are_forecast():
+    """One capture a size of the ring."""
+    model = seeded(Small)
+    denoiser = plain(model, StepSchedule(mask=MASK))
+    for forecast in sorted([Reuse(), *ORDERED[1:16:2]], key=lambda each: each.ring):
+        adopt(denoiser, StepSchedule(mask=MASK, forecast=forecast))
+        with denoiser.trajectory():
+            outputs = solve(denoiser, steps=len(MASK))
+        assert hits(denoiser) == MASK, forecast
+        for step, (made, wanted) in enumerate(
+            zip(outputs, forecasted(model, forecast), strict=True)
+        ):
+            torch.testing.assert_close(
+                made.double(), wanted, rtol=1e-4, atol=1e-4,
+                msg=lambda text, at=(forecast, step): f"{at}: {text}",
+            )  # fmt: skip
+    assert denoiser.report().graphs == 3

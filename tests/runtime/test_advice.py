@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from helpers import NEVER, hits, plain, sample, seeded, times
+from helpers import NEVER, hits, sample, seeded, times
+from opened import opened
 from torch import nn
 from zoo import Denoiser
 
@@ -41,10 +42,10 @@ class Moving(Denoiser):
         return self.out(h)
 
 
-def run(policy, curve, steps=9, **options):
+def run(policy, curve, steps=9):
     model = seeded(Moving)
     model.curve = curve
-    denoiser = plain(model, policy, audit=False, **options)
+    denoiser = opened(model, policy, audit=False)
     with torch.no_grad(), denoiser.trajectory(num_steps=steps):
         for step in range(steps):
             denoiser(sample(), times(steps - step))
@@ -92,10 +93,9 @@ def test_no_advice_where_the_own_is_as_good(policy):
 
 def test_only_the_first_trajectory_is_looked_at():
     denoiser = run(StepSchedule(mask=EVERY_THIRD, forecast=Reuse()), lambda t: t)
-    session = denoiser._fxcache.session
-    assert session.advice is None  # and with it the copies
+    assert denoiser.session.advice is None  # and with it the copies
     before = denoiser.report().advice
-    denoiser._fxcache.model.curve = lambda t: 0 * t
+    denoiser.model.curve = lambda t: 0 * t
     with torch.no_grad(), denoiser.trajectory(num_steps=9):
         for step in range(9):
             denoiser(sample(), times(9 - step))

@@ -5,11 +5,17 @@ import logging
 import pytest
 import torch
 from helpers import ALWAYS, NEVER, assert_identical, hits, plain, sample, seeded, solve, times
+from opened import Small
 from zoo import SequentialDiT
 
 import fxcache
 from fxcache import FirstBlockCache, Taylor
 from fxcache.runtime import audit
+
+
+@pytest.fixture
+def model():
+    return seeded(Small)
 
 
 class Against(SequentialDiT):

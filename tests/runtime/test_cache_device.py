@@ -13,9 +13,7 @@ from helpers import (
     FORECAST,
     MASK,
     NEVER,
-    TAYLOR,
     assert_identical,
-    cached_residuals,
     hits,
     plain,
     sample,
@@ -23,11 +21,14 @@ from helpers import (
     solve,
     times,
 )
+from opened import Small, opened
 from policy_cases import EASY, EVERY, SCHEDULE, name_of
-from zoo import SequentialDiT, make
+from zoo import SequentialDiT
 
 import fxcache
+from fxcache.capture.compile import Compilers
 from fxcache.errors import OptionError
+from fxcache.options import Options
 from fxcache.report import Report
 from fxcache.runtime.host import HostedRegions
 from fxcache.runtime.state import Buffers
@@ -39,8 +40,7 @@ E4M3 = torch.float8_e4m3fn
 
 @pytest.fixture
 def model():
-    """A head block and one that is skipped: the fewest that there can be."""
-    return seeded(lambda: SequentialDiT(depth=2))
+    return seeded(Small)
 
 
 @pytest.fixture
@@ -139,54 +139,33 @@ def test_pieces_run_where_the_model_is():
     assert own.device.type == "cpu"
 
 
-@pytest.mark.parametrize("policy", [ALTERNATE, SCHEDULE, EASY], ids=name_of)
-def test_the_host_path_computes_the_same(model, away, policy):
-    hosted, without = plain(model, policy, **HOST), plain(model, policy)
-    assert_identical(solve(hosted, 8), solve(without, 8))
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        (SCHEDULE, {}),
+        (EASY, {}),
+        (FORECAST, {"guards": "trajectory", "kernel": "triton", "cache_dtype": E4M3}),
+    ],
+    ids=name_of,
+)
+def test_the_host_path_computes_the_same(model, away, policy, options):
+    """And misses between hits are exact, whatever is kept, and wherever."""
+    dtype = {"cache_dtype": options.get("cache_dtype")}
+    hosted, without = plain(model, policy, **options, **HOST), plain(model, policy, **dtype)
+    outputs = solve(hosted, 8)
+    assert_identical(outputs, solve(without, 8))
     assert hosted.report() == without.report()
     assert len(away) == 8
-
-
-@pytest.mark.parametrize(
-    "options", [{"guards": "trajectory", "kernel": "triton", "cache_dtype": E4M3}]
-)
-def test_the_host_path_with_other_options(model, away, options):
-    dtype = {"cache_dtype": options.get("cache_dtype")}
-    hosted, without = plain(model, FORECAST, **options, **HOST), plain(model, FORECAST, **dtype)
-    assert_identical(solve(hosted, 8), solve(without, 8))
-    assert any(hits(hosted))
-    assert len(away) >= 8
-
-
-def test_where_the_model_is_on_the_host_nothing_changes(model, monkeypatch):
-    monkeypatch.setattr(HostedRegions, "begin", None)
-    assert_identical(solve(plain(model, ALTERNATE, **HOST)), solve(plain(model, ALTERNATE)))
-
-
-# --- misses are exact, whatever is kept, and wherever ---
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("sd15_unet", E4M3), ("uvit", None)],
-    ids=str,
-)
-def test_threshold_0_is_the_model_itself(away, name, dtype):
-    model, inputs = make(name)
-    never = plain(model, NEVER, cache_dtype=dtype, **HOST)
-    assert_identical([never(**inputs) for _ in range(2)], [model(**inputs)] * 2)
-    assert len(away) == 2
-
-
-@pytest.mark.parametrize(
-    ("policy", "dtype"), [(TAYLOR, torch.float16), (EASY, E4M3), (MASK, E4M3)], ids=name_of
-)
-def test_misses_between_hits_are_exact(model, away, policy, dtype):
-    denoiser = plain(model, policy, cache_dtype=dtype, **HOST)
-    outputs = solve(denoiser, 8)
-    for step, (output, is_hit) in enumerate(zip(outputs, hits(denoiser), strict=True)):
+    for step, (output, is_hit) in enumerate(zip(outputs, hits(hosted), strict=True)):
         if not is_hit:
             assert_identical(output, model(sample() + 0.05 * step, times(1 - step / 8)))
+    assert any(hits(hosted))
+
+
+def test_where_the_model_is_on_the_host_nothing_is_hosted(model, monkeypatch):
+    monkeypatch.setattr(HostedRegions, "begin", None)
+    denoiser = plain(model, ALTERNATE, **HOST)
+    solve(denoiser)
     assert any(hits(denoiser))
 
 
@@ -217,8 +196,8 @@ def test_other_devices_are_refused(model, device):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu"), None])
-def test_the_host_by_any_spelling(model, device):
-    options = fxcache.transform(model, cache_device=device)._fxcache.options
+def test_the_host_by_any_spelling(device):
+    options = Options(cache_device=device)
     assert options.host == (None if device is None else torch.device(device))
 
 
@@ -228,14 +207,15 @@ def test_the_host_by_any_spelling(model, device):
 def test_host_memory_and_cuda_graphs_exclude_each_other(model, options):
     with pytest.raises(OptionError, match=r"cache_device='cpu' cannot be had with CUDA graphs"):
         fxcache.transform(model, cache_device="cpu", **options)
-    assert fxcache.transform(model, cache_dtype=torch.bfloat16, **options)._fxcache.compilers.graphs
+    assert Compilers(Options(cache_dtype=torch.bfloat16, **options)).graphs
 
 
-def test_options_survive_copies(model):
-    again = copy.deepcopy(plain(model, ALTERNATE, cache_dtype=E4M3, **HOST))
+def test_options_survive_copies(model, away):
+    denoiser = plain(model, MASK, cache_dtype=E4M3, **HOST)
+    again = copy.deepcopy(denoiser)
     solve(again)
-    assert cached_residuals(again)[0].dtype == E4M3
-    assert again._fxcache.options.host == torch.device("cpu")
+    assert len(away) == 4
+    assert again.report().cached_bytes == 2 * 8 * 16 * E4M3.itemsize
 
 
 # --- on a GPU ---
@@ -247,18 +227,18 @@ def test_options_survive_copies(model):
 @pytest.mark.parametrize("policy", EVERY, ids=name_of)
 def test_residuals_of_a_gpu_in_pinned_memory(policy, options):
     model = seeded(SequentialDiT).cuda()
-    hosted = fxcache.transform(model, policy, **options, **HOST)
-    without = fxcache.transform(model, policy, **options)
+    hosted, without = (opened(model, policy, **{"backend": "inductor", **options, **where})
+                       for where in (HOST, {}))  # fmt: skip
     outputs = []
     for denoiser in (hosted, without):
         inputs = [(sample() + 0.05 * i, times(1 - i / 8)) for i in range(8)]
         outputs.append([denoiser(x.cuda(), t.cuda()) for x, t in inputs])
     assert_identical(*outputs)
-    assert all(residual.is_pinned() for residual in cached_residuals(hosted))
+    assert all(residual.is_pinned() for residual in hosted.residuals())
     report = hosted.report()
     assert report.records == without.report().records
     assert report.cached_bytes == without.report().cached_bytes
-    residuals = sum(residual.nbytes for residual in cached_residuals(hosted))
+    residuals = sum(residual.nbytes for residual in hosted.residuals())
     assert report.cached_by_device["cpu"] == residuals
 
 
@@ -269,8 +249,8 @@ def test_a_recorder_sees_residuals_that_have_arrived():
     model = seeded(lambda: SequentialDiT(width=512)).cuda()
     recorded = []
     for options in (HOST, {}):
-        denoiser = plain(model, NEVER, **options)
-        recorder = denoiser._fxcache.session.observe = Recorder()
+        denoiser = opened(model, NEVER, **options)
+        recorder = denoiser.session.observe = Recorder()
         for i in range(4):
             denoiser(sample(8, 512).cuda(), times(1 - i / 4, 8).cuda())
         (trajectory,) = recorder.trajectories.values()

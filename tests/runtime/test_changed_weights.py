@@ -18,26 +18,17 @@ from helpers import (
     hits,
     plain,
     sample,
+    seeded,
     short,
     times,
 )
-from policy_cases import EASY, MAG, STEPS, TEA, case, name_of
+from opened import Small, at
+from policy_cases import EASY, MAG, STEPS, TEA, moving, name_of
 from torch import nn
-from zoo import SequentialDiT
 
 import fxcache
 
 CHANGED = "weights changed"
-
-
-def small(cls=SequentialDiT, **options):
-    torch.manual_seed(0)
-    return cls(2, **options).eval()
-
-
-def at(denoiser, i, seed=0):
-    """Evaluation `i` of at most 40, on a slowly moving sample."""
-    return denoiser(sample(seed=seed) + 0.02 * i, times(1 - i / 40))
 
 
 def train(model, optimizer, **forward):
@@ -73,7 +64,7 @@ def assign(model):
 
 
 def replace(model):
-    model.blocks[1].proj = nn.Linear(16, 16)
+    model.blocks[1].proj = nn.Linear(32, 16)
 
 
 CHANGES = {
@@ -86,28 +77,29 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("announced", [True, False])
-def test_no_residual_meets_changed_weights(announced):
-    model = small()
+def test_no_residual_meets_changed_weights():
+    model = seeded(Small)
     denoiser = plain(model)
-    step = 0
-    with denoiser.trajectory() if announced else contextlib.nullcontext():
-        at(denoiser, step)
-        for name, change in CHANGES.items():
+    for announced in (True, False):
+        denoiser.reset()
+        step = 0
+        with denoiser.trajectory() if announced else contextlib.nullcontext():
+            at(denoiser, step)
+            for name, change in CHANGES.items():
+                at(denoiser, step + 1)
+                assert last(denoiser) == (True, None), name
+                change(model)
+                out = at(denoiser, step + 2)
+                assert last(denoiser) == (False, CHANGED), name
+                assert_identical(out, at(model, step + 2))
+                step += 2
             at(denoiser, step + 1)
-            assert last(denoiser) == (True, None), name
-            change(model)
-            out = at(denoiser, step + 2)
-            assert last(denoiser) == (False, CHANGED), name
-            assert_identical(out, at(model, step + 2))
-            step += 2
-        at(denoiser, step + 1)
-    assert hits(denoiser)[-1]
+        assert hits(denoiser)[-1]
     assert denoiser.report().graphs == 1
 
 
 def test_a_forecast_takes_no_residual_of_old_weights():
-    model = small()
+    model = seeded(Small)
     denoiser = plain(model, TAYLOR)
     with denoiser.trajectory(num_steps=12):
         for i in range(5):
@@ -122,8 +114,12 @@ def test_a_forecast_takes_no_residual_of_old_weights():
 @pytest.mark.parametrize("policy", [MASK, EASY, TEA, MAG], ids=name_of)
 def test_no_policy_hits_on_changed_weights(policy):
     """Amid a trajectory, on the step that would be the first hit. The same policy then goes on."""
-    model, at_step, _ = case(SequentialDiT)
+    model = seeded(Small)
     denoiser = plain(model, policy)
+
+    def at_step(i):
+        return {"x": moving(sample(), i), "t": times(1 - i / STEPS)}
+
     with denoiser.trajectory(num_steps=STEPS):
         for i in range(STEPS):
             denoiser(**at_step(i))
@@ -144,7 +140,7 @@ def test_no_policy_hits_on_changed_weights(policy):
 
 
 def test_an_aborted_preview_then_training_then_one_from_a_lower_timestep():
-    model = small()
+    model = seeded(Small)
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     denoiser, fresh = plain(model), plain(model)
     for branch in ("cond", "uncond"):
@@ -161,7 +157,7 @@ def test_an_aborted_preview_then_training_then_one_from_a_lower_timestep():
 
 
 def test_whoever_trusts_trajectories_is_not_asked():
-    model = small()
+    model = seeded(Small)
     denoiser = short(model)
     with denoiser.trajectory():
         for i in range(3):
@@ -175,11 +171,11 @@ def test_whoever_trusts_trajectories_is_not_asked():
 # --- what is no weight, and numbers that are like weights ---
 
 
-class Counting(SequentialDiT):
+class Counting(Small):
     """Counts its calls, and makes a table at the first one."""
 
-    def __init__(self, depth):
-        super().__init__(depth)
+    def __init__(self):
+        super().__init__()
         self.register_buffer("calls", torch.zeros(()))
         self.register_buffer("seen", torch.zeros(3))
         self.table = None
@@ -193,7 +189,7 @@ class Counting(SequentialDiT):
 
 
 def test_counters_and_tables_of_the_model_change_nothing():
-    model = small(Counting)
+    model = seeded(Counting)
     denoiser = plain(model)
     for i in range(4):
         at(denoiser, i)
@@ -212,9 +208,9 @@ class Gain(nn.Module):
         return h + self.gain["default"] * (self.block(h) - h)
 
 
-class Gained(SequentialDiT):
-    def __init__(self, depth):
-        super().__init__(depth)
+class Gained(Small):
+    def __init__(self):
+        super().__init__()
         self.blocks = nn.Sequential(*map(Gain, self.blocks))
         self.shift = 0.0
         self.scale = nn.Parameter(torch.ones(()))
@@ -231,7 +227,7 @@ def set_gain(model, value):
 @pytest.mark.parametrize("make_denoiser", [plain, graphed])
 def test_numbers_of_the_model_are_like_weights(make_denoiser, device):
     """At their second change Dynamo makes floats inputs of the graph, and recompiles no more."""
-    model = small(Gained)
+    model = seeded(Gained)
     denoiser = make_denoiser(model, ALWAYS)
     changes = [(set_gain, value) for value in (0.5, 0.25, 0.125)]
     changes += [(lambda m, v: setattr(m, "shift", v), value) for value in (0.5, 0.25, 0.125)]
@@ -256,8 +252,8 @@ def test_numbers_of_the_model_are_like_weights(make_denoiser, device):
 
 def test_adapters_that_come_and_go():
     peft = pytest.importorskip("peft")
-    model = small()
-    config = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
+    model = seeded(Small)
+    config = peft.LoraConfig(r=2, target_modules=["up"], init_lora_weights=False)
     adapted = peft.inject_adapter_in_model(config, model)
     layers = [m for m in adapted.modules() if hasattr(m, "set_scale")]
     denoiser = plain(adapted)

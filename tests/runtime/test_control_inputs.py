@@ -1,15 +1,14 @@
 """Conditioning inputs that come and go, which inputs they are, and what keeping them costs."""
 
-import gc
 import math
+from itertools import product
 
 import pytest
 import torch
 from controlled import Controlled, control, looking, run
-from helpers import ALWAYS, NEVER, assert_identical, hits, plain, sample, seeded, times
-from zoo import at_step, make
+from helpers import ALWAYS, NEVER, adopt, assert_identical, hits, plain, sample, seeded, times
+from opened import Small, opened
 
-import fxcache
 from fxcache.runtime.conditions import Conditions
 
 
@@ -21,12 +20,12 @@ def model():
 # --- inputs that come and go ---
 
 
-@pytest.mark.parametrize("policy", [ALWAYS, looking(ALWAYS)], ids=["plain", "looking"])
-def test_residuals_that_end_are_no_new_trajectory(model, policy):
+def test_residuals_that_end_are_no_new_trajectory(model):
     """T2I adapters work for a fraction of the steps: a miss, and the steps go on."""
-    denoiser, steps = plain(model, policy), [control()] * 3 + [{}] * 3
-    for announced in (True, False):
-        for given in (steps, steps[::-1]):
+    steps = [control()] * 3 + [{}] * 3
+    for policy in (ALWAYS, looking(ALWAYS)):
+        denoiser = plain(model, policy)
+        for announced, given in product((True, False), (steps, steps[::-1])):
             denoiser.reset()
             outputs, reasons = run(denoiser, given, announced)
             assert reasons == ["nothing cached", None, None, "control changed", None, None]
@@ -37,19 +36,26 @@ def test_residuals_that_end_are_no_new_trajectory(model, policy):
             assert_identical(outputs[3], model(sample() + 0.03, times(0.5), residual))
 
 
-@pytest.mark.slow
+class Adapted(Small):
+    """Empties the list of features that it is given, as diffusers' UNets do."""
+
+    def forward(self, x, t, residuals=None):
+        h = self.embed(x) + self.time(t[:, None])[:, None]
+        for block in self.blocks:
+            h = block(h)
+            if residuals:
+                h = h + residuals.pop(0)
+        return self.out(self.norm(h))
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_adapter_features_of_a_unet_end(dynamic):
+def test_adapter_features_that_end(dynamic):
     """What diffusers' T2I adapter pipelines do, without an announcement."""
-    model, inputs = make("sd15_unet")
-    features = {
-        "down_intrablock_additional_residuals": [torch.ones(2, 4, 8, 8), torch.ones(2, 8, 8, 8)]
-    }
-    denoiser = plain(model, looking(ALWAYS), dynamic=dynamic)
+    denoiser = plain(seeded(Adapted), looking(ALWAYS), dynamic=dynamic)
     for i in range(6):
-        # The UNet empties the list that it is given.
-        given = {name: list(each) for name, each in features.items()} if i < 3 else {}
-        denoiser(**at_step("sd15_unet", inputs, i), **given)
+        given = {"residuals": [control(), control(seed=4)]} if i < 3 else {}
+        denoiser(sample() + 0.01 * i, times(1 - i / 6), **given)
+        assert given.get("residuals", []) == []
     records = denoiser.report().records
     reasons = ["nothing cached", None, None, "control changed", None, None]
     assert [record.reason for record in records] == reasons
@@ -66,17 +72,6 @@ def test_one_input_in_the_place_of_another(model):
     assert_identical(outputs[2], model(sample() + 0.02, times(0.5), None, control()))
 
 
-def test_with_a_new_trajectory_it_is_no_change(model):
-    denoiser = plain(model, ALWAYS)
-    for announced in (True, False):
-        for given in (control(), {}):
-            _, reasons = run(denoiser, [given] * 3, announced)
-            assert reasons == ["nothing cached", None, None]
-    records = denoiser.report().records
-    assert [record.step for record in records] == [0, 1, 2] * 4
-    assert len({record.trajectory for record in records}) == 4
-
-
 def test_another_shape_is_a_new_trajectory(model):
     denoiser = plain(model, looking(ALWAYS))
     wide = {"features": torch.randn(2, 5, 16)}
@@ -90,23 +85,17 @@ def test_another_shape_is_a_new_trajectory(model):
 # --- what it costs, and what is left ---
 
 
-def executors(denoiser):
-    """The step executors of `denoiser`'s graphs (which live as long as compiled code does)."""
-    session = denoiser._fxcache.session
-    kind = fxcache.runtime.executor.StepExecutor
-    return [o for o in gc.get_objects() if type(o) is kind and o.session is session]
-
-
 def test_none_costs_nothing_and_the_rest_is_counted(model, monkeypatch):
     asked = []
     change = Conditions.change
     monkeypatch.setattr(Conditions, "change", lambda *a: asked.append(1) or change(*a))
-    without, never = plain(model, ALWAYS), plain(model, looking(NEVER))
+    without = opened(model, ALWAYS)
     run(without, [control()] * 4, announced=False)
-    assert [executor.conditions for executor in executors(without)] == [None]
-    run(never, [control()] * 4, announced=False)
+    assert [executor.conditions for executor in without.executors()] == [None]
+    denoiser = plain(model, looking(NEVER))
+    run(denoiser, [control()] * 4, announced=False)
     assert not asked  # no hit was to be had: no read-back
-    denoiser = plain(model, looking(ALWAYS))
+    adopt(denoiser, looking(ALWAYS))
     given = {"control": control(), "features": control(), "strength": torch.ones(1)}
     run(denoiser, [given] * 4, announced=False)
     assert len(asked) == 3
@@ -118,11 +107,9 @@ def test_none_costs_nothing_and_the_rest_is_counted(model, monkeypatch):
 
 def test_another_set_of_inputs_is_a_change(model):
     """Whoever shares the state of another graph."""
-    denoiser = plain(model, looking(ALWAYS))
+    denoiser = opened(model, looking(ALWAYS))
     run(denoiser, [control()], announced=False)
-    (executor,) = executors(denoiser)
-    (slot,) = denoiser._fxcache.session.slots.values()
-    buffers = slot.branches[None].allocated
+    (executor,), (buffers,) = denoiser.executors(), denoiser.buffers()
     inputs = {place: control() for place in executor.conditions.places.values()}
     assert executor.conditions.change(inputs, buffers) == 0
     buffers.conditions["another"] = control()
@@ -137,11 +124,11 @@ def test_the_sample_and_the_time_are_no_conditioning():
             y = super().forward(x, timestep, control)
             return y, sound * sound_timestep[:, None]
 
-    denoiser = plain(seeded(TwoSamples), looking(ALWAYS))
+    denoiser = opened(seeded(TwoSamples), looking(ALWAYS))
     for i in range(4):
         t = times(1 - i / 4)
         denoiser(sample(seed=i), t, torch.randn(2, 5), t.clone(), control())
-    (executor,) = executors(denoiser)
+    (executor,) = denoiser.executors()
     assert len(executor.conditions.places) == 1
     assert hits(denoiser) == [False, True, True, True]
 

@@ -4,6 +4,7 @@ A pointer that is no longer the right one, or an input that was not staged, show
 """
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,12 +20,13 @@ from helpers import (
     hits,
     plain,
     sample,
+    seeded,
     solve,
     times,
 )
+from opened import Small
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
-from zoo import SequentialDiT
 
 import fxcache
 from fxcache import FirstBlockCache, StepSchedule, Taylor
@@ -32,6 +34,12 @@ from fxcache.capture.compile import Compilers
 from fxcache.options import Options
 from fxcache.runtime.device import CudaDevice, graph_device
 from fxcache.runtime.graphs import MAX_QUIET_RESTARTS
+
+
+@pytest.fixture
+def model():
+    return seeded(Small)
+
 
 # --- the same numbers ---
 
@@ -48,27 +56,26 @@ from fxcache.runtime.graphs import MAX_QUIET_RESTARTS
     ],
     ids=["never", "reuse", "taylor", "tail", "schedule", "schedule-taylor"],
 )
-@pytest.mark.parametrize("announced", [False, True])
-def test_the_same_numbers_as_without_graphs(model, device, policy, announced):
+def test_the_same_numbers_as_without_graphs(device, policy):
+    """Announced or not."""
+    model = seeded(lambda: Small(3))
     a, b = graphed(model, policy), plain(model, policy)
-    for seed in (0, 1):
-        if announced:
-            with a.trajectory(), b.trajectory():
-                got, expected = solve(a, 8, seed), solve(b, 8, seed)
-        else:
-            got, expected = solve(a, 8, seed), solve(b, 8, seed)
-        assert_close(got, expected)
-    assert a.report().records == b.report().records
-    assert device.captures > 0
+    for announced in (False, True):
+        a.reset(), b.reset()
+        for seed in (0, 1):
+            with a.trajectory() if announced else nullcontext():
+                got = solve(a, 8, seed)
+            with b.trajectory() if announced else nullcontext():
+                assert_close(got, solve(b, 8, seed))
+        assert a.report().records == b.report().records
+        assert device.counts()[0] > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"mode": "reduce-overhead"},
-                                     {"options": {"triton.cudagraphs": True}}])  # fmt: skip
-def test_inductor_pieces(model, monkeypatch, options):
+def test_inductor_pieces(model, monkeypatch):
     device = CountingDevice()
     monkeypatch.setattr("fxcache.capture.backend.graph_device", lambda _: device)
-    a, b = fxcache.transform(model, ALTERNATE, **options), plain(model, ALTERNATE)
+    a, b = fxcache.transform(model, ALTERNATE, mode="reduce-overhead"), plain(model, ALTERNATE)
     for seed in (0, 1):
         assert_close(solve(a, 6, seed), solve(b, 6, seed))
     assert device.captures == 3
@@ -79,9 +86,10 @@ def test_inductor_pieces(model, monkeypatch, options):
     assert device.captures == 6
 
 
-def test_modes_that_ask_for_graphs():
-    for mode in ("reduce-overhead", "max-autotune"):
-        assert Compilers(Options(mode=mode)).graphs
+def test_options_that_ask_for_graphs():
+    for options in ({"mode": "reduce-overhead"}, {"mode": "max-autotune"},
+                    {"options": {"triton.cudagraphs": True}}):  # fmt: skip
+        assert Compilers(Options(**options)).graphs
     for mode in (None, "max-autotune-no-cudagraphs"):
         assert not Compilers(Options(mode=mode)).graphs
     assert graph_device(torch.device("cpu")) is None
@@ -91,38 +99,27 @@ def test_modes_that_ask_for_graphs():
 # --- what is captured, replayed and read ---
 
 
-@pytest.mark.parametrize(("policy", "pieces"), [(ALTERNATE, 3), (TAYLOR, 5), (MASK, 2)])
-def test_every_piece_is_captured_once(model, device, policy, pieces):
-    """Head, hit, and a miss for each ring slot; then nothing is captured any more."""
+@pytest.mark.parametrize(
+    ("policy", "pieces", "step"),
+    [(ALTERNATE, 3, (0, 2, 1)), (TAYLOR, 5, (0, 2, 1)), (MASK, 2, (0, 1, 0))],
+    ids=["reuse", "taylor", "schedule"],
+)
+def test_every_piece_is_captured_once(model, device, policy, pieces, step):
+    """Head, hit, and a miss for each ring slot; then nothing is captured any more. A step is two
+    replays and one read, or one replay if nothing is measured.
+    """
     denoiser = graphed(model, policy)
     for _ in range(2):
         solve(denoiser, 8)
-    assert device.captures == pieces
+    assert device.counts()[0] == pieces
     for seed in range(3):
         solve(denoiser, 8, seed)
-    assert device.captures == pieces
-
-
-def test_one_read_a_step_and_two_replays(model, device):
-    denoiser = graphed(model, ALTERNATE)
-    with denoiser.trajectory():
-        solve(denoiser, 8)
-    device.counts()
-    with denoiser.trajectory():
-        for i in range(6):
-            denoiser(sample(), times(1 - i / 6))
-            assert device.counts() == (0, 2, 1)
-
-
-def test_a_schedule_is_one_replay_a_step(model, device):
-    denoiser = graphed(model, MASK)
-    solve(denoiser, 8)
-    device.counts()
+    device.reads = device.replays = 0
     with denoiser.trajectory():
         for i in range(8):
             denoiser(sample(), times(1 - i / 8))
-            assert device.counts() == (0, 1, 0)
-    assert hits(denoiser)[-8:] == list(MASK.mask)
+            assert device.counts() == step
+    assert policy is not MASK or hits(denoiser)[-8:] == list(MASK.mask)
 
 
 # --- what callers hold ---
@@ -170,30 +167,23 @@ def test_slices_and_expanded_inputs_keep_their_strides(model, device, policy):
     assert not any((32, 4, 1) in given or (1,) in given for given in strides)
 
 
-def test_new_shapes_capture_anew_and_old_ones_work_again(model, device):
-    a, b = graphed(model, ALTERNATE), plain(model, ALTERNATE)
-    for shape in ({}, {"batch": 3}, {"tokens": 5}, {}):
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_new_shapes_capture_anew_and_old_ones_work_again(model, device, dynamic):
+    a, b = (make(model, ALTERNATE, dynamic=dynamic) for make in (graphed, plain))
+    for shape in ({}, {"batch": 3, "tokens": 5}, {}):
         device.counts()
         for seed in (0, 1):
             assert_close(solve(a, 6, seed, **shape), solve(b, 6, seed, **shape))
         assert device.counts()[0] == 3
-
-
-def test_dynamic_shapes(model, device):
-    a = graphed(model, ALTERNATE, dynamic=True)
-    b = plain(model, ALTERNATE, dynamic=True)
-    for shape in ({}, {"batch": 3}, {"tokens": 5}, {}):
-        for seed in (0, 1):
-            assert_close(solve(a, 6, seed, **shape), solve(b, 6, seed, **shape))
-    assert a.report().graphs == 1
+    assert dynamic is None or a.report().graphs == 1
 
 
 def test_a_number_that_changes_is_pointed_out(device, caplog):
-    class Timed(SequentialDiT):
+    class Timed(Small):
         def forward(self, x, timestep):
             return super().forward(x, torch.full((x.shape[0],), 1.0) * timestep)
 
-    model = Timed().eval()
+    model = seeded(Timed)
     denoiser = graphed(model, NEVER)
     for i in range(2 * MAX_QUIET_RESTARTS):
         x = sample(seed=i)
@@ -219,7 +209,7 @@ class LoRA(nn.Module):
 
 
 def replace_parameter(model):
-    model.blocks[2].proj.weight = nn.Parameter(torch.randn_like(model.blocks[2].proj.weight))
+    model.blocks[1].proj.weight = nn.Parameter(torch.randn_like(model.blocks[1].proj.weight))
 
 
 def swap_data(model):
@@ -227,7 +217,7 @@ def swap_data(model):
 
 
 def swap_in_place(model):
-    model.blocks[1].qkv.weight.mul_(0.5)
+    model.blocks[1].up.weight.mul_(0.5)
 
 
 def round_trip(model):
@@ -244,26 +234,26 @@ def assign(model):
 
 
 def adapt(model):
-    model.blocks[3].proj = LoRA(model.blocks[3].proj)
+    model.blocks[1].proj = LoRA(model.blocks[1].proj)
 
 
 CHANGES = [replace_parameter, swap_data, swap_in_place, round_trip, load, assign, adapt]
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("policy", [NEVER, StepSchedule(mask=[False])])
-def test_changed_weights_are_used_at_once(model, device, change, policy):
+@pytest.mark.parametrize("policy", [NEVER, StepSchedule(mask=[False])], ids=["head", "none"])
+def test_changed_weights_are_used_at_once(model, device, policy):
     denoiser = graphed(model, policy)
-    with denoiser.trajectory():
-        for i in range(9):
-            if i in (4, 7):
-                change(model)
-            x, t = sample(seed=i), times(1 - i / 9)
-            assert_close(denoiser(x, t), model(x, t))
-        replayed = device.replays
-        denoiser(sample(), times(0))
-        denoiser(sample(), times(0))
-    assert device.replays > replayed
+    for change in CHANGES:
+        with denoiser.trajectory():
+            for i in range(9):
+                if i in (4, 7):
+                    change(model)
+                x, t = sample(seed=i), times(1 - i / 9)
+                assert_close(denoiser(x, t), model(x, t))
+            replayed = device.replays
+            denoiser(sample(), times(0))
+            denoiser(sample(), times(0))
+        assert device.replays > replayed, change
 
 
 def test_replaced_weights_inside_of_a_subclass_are_seen(device):
@@ -272,8 +262,7 @@ def test_replaced_weights_inside_of_a_subclass_are_seen(device):
     def wrapped(value):
         return nn.Parameter(TwoTensor(value.clone(), value.clone()), requires_grad=False)
 
-    torch.manual_seed(0)
-    model = SequentialDiT().eval()
+    model = seeded(Small)
     model.out.weight = wrapped(model.out.weight.data)
     denoiser = graphed(model, NEVER)
     for i in range(6):

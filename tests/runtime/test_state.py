@@ -1,121 +1,94 @@
-"""Trajectories, branches, slots, reset, exceptions, memory: the five guarantees."""
+"""Trajectories, branches, slots, modes: what is remembered, and for how long.
 
-import copy
-import gc
+What holds for every model and policy is in tests/test_guarantees.py, memory in test_memory.py.
+"""
+
 import logging
-import math
-import threading
 
 import pytest
 import torch
-from helpers import ALWAYS, NEVER, assert_close, assert_identical, hits
+from helpers import (
+    ALTERNATE,
+    ALWAYS,
+    assert_close,
+    assert_identical,
+    hits,
+    plain,
+    sample,
+    seeded,
+    solve,
+    times,
+)
+from opened import Small, served_by_threads
 from torch import nn
 from zoo import SequentialDiT
 
 import fxcache
-from fxcache import FirstBlockCache, Taylor
+from fxcache import FirstBlockCache, MagCache, PolicyError
 
 
-def sample(batch=2, tokens=8, seed=0):
-    return torch.randn(batch, tokens, 4, generator=torch.Generator().manual_seed(seed))
+@pytest.fixture
+def model():
+    return seeded(Small)
 
 
-def times(t, batch=2):
-    return torch.full((batch,), float(t))
-
-
-def trajectory(denoiser, steps=4, seed=0, first=1.0, batch=2, tokens=8):
-    """Outputs of a trajectory with falling timesteps."""
-    x = sample(batch, tokens, seed)
-    ts = [first - first * i / steps for i in range(steps)]
-    return [denoiser(x + 0.05 * i, times(t, batch)) for i, t in enumerate(ts)]
+def call(denoiser, *ts, batch=2, tokens=8, seed=0):
+    """Evaluations of one sample at the timesteps `ts`; the outputs."""
+    return [denoiser(sample(batch, tokens, seed), times(t, batch)) for t in ts]
 
 
 # --- trajectories ---
 
 
-def test_a_timestep_that_goes_up_starts_a_new_trajectory(model, denoiser):
-    trajectory(denoiser, seed=0)
-    second = trajectory(denoiser, seed=1)
-    assert hits(denoiser) == [False, True, True, True] * 2
-    fresh = trajectory(fxcache.transform(model, ALWAYS, backend="eager"), seed=1)
-    assert_identical(second, fresh)
+def test_where_a_trajectory_begins(denoiser):
+    """Where the timestep goes up, or where the caller says so, and only there."""
+    with pytest.raises(fxcache.FxCacheError, match="num_steps"), denoiser.trajectory(num_steps=0):
+        pass
+    call(denoiser, 1.0, 0.75, 0.5, 1.0, 0.75)
+    assert hits(denoiser) == [False, True, True, False, True]
 
-
-@pytest.mark.parametrize(
-    "other", [{"batch": 3}, {"tokens": 5}, {"steps": 7}, {"first": 0.4}, {"batch": 1, "steps": 2}]
-)
-def test_second_runs_are_as_good_as_first_ones(model, denoiser, other):
-    trajectory(denoiser, seed=0)
-    with denoiser.trajectory():
-        second = trajectory(denoiser, seed=1, **other)
-    assert_identical(
-        second, trajectory(fxcache.transform(model, ALWAYS, backend="eager"), seed=1, **other)
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_another_shape_or_dtype_is_another_trajectory(denoiser, dtype):
-    denoiser(sample(), times(1.0))
-    denoiser(sample(batch=3), times(0.9, 3))
-    denoiser(sample(tokens=6), times(0.8))
-    denoiser.to(dtype)
-    out = denoiser(sample(tokens=6).to(dtype), times(0.7).to(dtype))
-    assert out.dtype == dtype
-    assert hits(denoiser) == [False] * 4
-    denoiser(sample(tokens=6).to(dtype), times(0.6).to(dtype))
-    assert hits(denoiser)[-1]
-
-
-def test_an_announced_trajectory_starts_clean_and_leaves_nothing(denoiser):
-    denoiser(sample(), times(0.9))
-    with denoiser.trajectory(num_steps=3):
-        denoiser(sample(), times(0.8))
-        denoiser(
-            sample(), times(0.85)
-        )  # inside, going up is no new trajectory (stochastic samplers)
-    denoiser(sample(), times(0.7))
+    denoiser.reset()
+    call(denoiser, 0.9)
+    with denoiser.trajectory(num_steps=3):  # inside, going up is none (stochastic samplers)
+        call(denoiser, 0.8, 0.85)
+    call(denoiser, 0.7)
     assert hits(denoiser) == [False, False, True, False]
+
+    denoiser.reset()  # the batch halves when guidance ends: the steps go on counting
+    with denoiser.trajectory(num_steps=4):
+        call(denoiser, 1.0, 0.75)
+        call(denoiser, 0.5, 0.25, batch=1)
+    assert [r.step for r in denoiser.report().records] == [0, 1, 2, 3]
+    assert hits(denoiser) == [False, True, False, True]
+
+
+def test_another_shape_or_dtype_is_another_trajectory(model):
+    denoiser = plain(model)
+    call(denoiser, 1.0)
+    call(denoiser, 0.9, batch=3)
+    denoiser.to(torch.bfloat16)
+    for t in (0.8, 0.7):
+        out = denoiser(sample(3).bfloat16(), times(t, 3).bfloat16())
+        assert out.dtype == torch.bfloat16
+    assert hits(denoiser) == [False, False, False, True]
 
 
 def test_timesteps_that_rise_are_understood(denoiser, caplog):
     """Some models count t from 0 to 1. Two steps are lost until that is seen, once."""
     with caplog.at_level(logging.INFO, "fxcache"):
-        for t in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5):
-            denoiser(sample(), times(t))
+        call(denoiser, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
     assert hits(denoiser) == [False, False, False, True, True, True]
     assert "rise" in caplog.text
-    for t in (0.0, 0.1, 0.2):
-        denoiser(sample(), times(t))
+    call(denoiser, 0.0, 0.1, 0.2)
     assert hits(denoiser)[6:] == [False, True, True]
 
 
-def test_steps_are_counted_by_timestep_not_by_calls(model):
-    """Heun calls twice a step: the second evaluation and the next step's first share a timestep."""
-    denoiser = fxcache.transform(model, FirstBlockCache(threshold=math.inf, warmup_steps=3),
-                                 backend="eager")  # fmt: skip
-    for t in (1.0, 0.9, 0.9, 0.8, 0.8, 0.7, 0.7):
-        denoiser(sample(), times(t))
-    assert [r.step for r in denoiser.report().records] == [0, 1, 1, 2, 2, 3, 3]
-    assert hits(denoiser) == [False] * 5 + [True] * 2
-
-
-def test_steps_go_on_when_guidance_ends(denoiser):
-    """The batch halves in the middle of an announced trajectory: its steps go on counting."""
-    with denoiser.trajectory(num_steps=4):
-        for i in range(4):
-            batch = 2 if i < 2 else 1
-            denoiser(sample(batch), times(1 - i / 4, batch))
-    assert [r.step for r in denoiser.report().records] == [0, 1, 2, 3]
-    assert hits(denoiser) == [False, True, False, True]
-
-
 def test_a_model_without_a_time_input_says_so(caplog):
-    class Timeless(SequentialDiT):
+    class Timeless(Small):
         def forward(self, x):
             return super().forward(x, torch.ones(x.shape[0]))
 
-    denoiser = fxcache.transform(Timeless().eval(), ALWAYS, backend="eager")
+    denoiser = plain(seeded(Timeless))
     for _ in range(3):
         denoiser(sample())
     assert [r.step for r in denoiser.report().records] == [0, 1, 2]
@@ -123,178 +96,75 @@ def test_a_model_without_a_time_input_says_so(caplog):
 
 
 def test_an_integer_time_input_is_found_without_its_name():
-    class Indexed(SequentialDiT):
+    class Indexed(Small):
         def forward(self, x, noise_index):
             return super().forward(x, noise_index.float())
 
-    denoiser = fxcache.transform(Indexed().eval(), ALWAYS, backend="eager")
+    denoiser = plain(seeded(Indexed))
     for index in (900, 800, 900):
         denoiser(sample(), torch.full((2,), index))
     assert hits(denoiser) == [False, True, False]
 
 
-def test_num_steps_reaches_the_policy(model):
-    policy = FirstBlockCache(threshold=math.inf, start=0.5)
-    denoiser = fxcache.transform(model, policy, backend="eager")
-    with pytest.raises(fxcache.PolicyError, match="num_steps"):
-        trajectory(denoiser, steps=2)
-    with denoiser.trajectory(num_steps=4):
-        trajectory(denoiser, steps=4)
-    assert hits(denoiser)[-4:] == [False, False, True, True]
-    with pytest.raises(fxcache.FxCacheError, match="num_steps"), denoiser.trajectory(num_steps=0):
-        pass
-
-
 @pytest.mark.parametrize("t", [0.5, 500])
 def test_timesteps_may_be_python_numbers(t):
-    class Timed(SequentialDiT):
+    class Timed(Small):
         def forward(self, x, timestep):
             return super().forward(x, torch.full((x.shape[0],), float(timestep)))
 
-    denoiser = fxcache.transform(Timed().eval(), ALWAYS, backend="eager")
+    denoiser = plain(seeded(Timed))
     for share in (1.0, 0.8, 0.6, 0.4):  # an int becomes dynamic: it is no part of the layout
         denoiser(sample(), type(t)(t * share))
     denoiser(sample(), t)
-    first, *others, last = hits(denoiser)
-    assert not first
-    assert not last
-    assert all(others)
+    assert hits(denoiser) == [False, True, True, True, False]
     assert denoiser.report().records[-1].timestep == float(t)
 
 
 # --- branches and slots ---
 
 
-def test_branches_never_mix(model, denoiser):
+def test_slots_never_mix(denoiser):
+    """Each is what it is alone, also if its requests are served by threads."""
     alone = {}
-    for seed in (1, 2):
-        alone[seed] = trajectory(fxcache.transform(model, ALWAYS, backend="eager"), seed=seed)
-    mixed = {1: [], 2: []}
-    for i in range(4):
-        for seed, name in ((1, "cond"), (2, "uncond")):
-            with denoiser.branch(name):
-                mixed[seed].append(denoiser(sample(seed=seed) + 0.05 * i, times(1.0 - i / 4)))
-    assert_identical(mixed[1], alone[1])
-    assert_identical(mixed[2], alone[2])
-    assert [r.branch for r in denoiser.report().records[:2]] == ["cond", "uncond"]
+    for seed in range(3):
+        denoiser.reset()
+        alone[seed] = solve(denoiser, 8, seed)
+    denoiser.reset()
+    mixed = {seed: [] for seed in alone}
+    for i in range(8):
+        for seed, outputs in mixed.items():
+            with denoiser.slot(seed):
+                outputs.append(denoiser(sample(seed=seed) + 0.05 * i, times(1 - i / 8)))
+    served = served_by_threads(denoiser, range(3))
+    for seed, outputs in alone.items():
+        assert_identical(mixed[seed], outputs)
+        assert_identical(served[seed], outputs)
 
 
-def test_cache_context_names_a_branch(denoiser):
-    with denoiser.cache_context("cond"):
-        denoiser(sample(), times(1.0))
-    with denoiser.cache_context("uncond"):
-        denoiser(sample(), times(1.0))
-    assert hits(denoiser) == [False, False]
-
-
-def test_a_new_trajectory_resets_every_branch(denoiser):
+def test_branches_of_a_trajectory(denoiser, caplog):
     """Guidance may leave a branch out for many steps; its old residual must not come back."""
     for t in (1.0, 0.9):
         for name in ("cond", "uncond"):
-            with denoiser.branch(name):
-                denoiser(sample(), times(t))
+            with denoiser.cache_context(name):  # diffusers' name for it
+                call(denoiser, t)
+    assert [r.branch for r in denoiser.report().records] == ["cond", "uncond"] * 2
+    assert hits(denoiser) == [False, False, True, True]
     with denoiser.branch("cond"):
-        denoiser(sample(seed=5), times(1.0))
+        call(denoiser, 1.0, seed=5)
     with denoiser.branch("uncond"):
-        denoiser(sample(seed=5), times(0.5))
+        call(denoiser, 0.5, seed=5)
     assert hits(denoiser)[-2:] == [False, False]
 
-
-def test_unnamed_branches_are_pointed_out(denoiser, caplog):
-    for _ in range(3):
-        denoiser(sample(), times(1.0))
+    denoiser.reset()
+    assert not caplog.text
+    call(denoiser, 1.0, 1.0, 1.0)
     assert caplog.text.count("denoiser.branch") == 1
 
 
-def test_slots_keep_their_own_trajectories(model, denoiser):
-    expected = {
-        s: trajectory(fxcache.transform(model, ALWAYS, backend="eager"), seed=s) for s in (1, 2)
-    }
-    got = {1: [], 2: []}
-    for i in range(4):
-        for request in (1, 2):
-            with denoiser.slot(request):
-                got[request].append(denoiser(sample(seed=request) + 0.05 * i, times(1.0 - i / 4)))
-    assert_identical(got[1], expected[1])
-    assert_identical(got[2], expected[2])
+# --- what is broken ---
 
 
-def test_threads_may_serve_slots(model, denoiser):
-    expected = {
-        s: trajectory(fxcache.transform(model, ALWAYS, backend="eager"), seed=s) for s in range(3)
-    }
-    trajectory(denoiser)  # compiled before the threads start
-    got = {}
-
-    def serve(request):
-        with torch.no_grad(), denoiser.slot(request):
-            got[request] = trajectory(denoiser, seed=request)
-
-    threads = [threading.Thread(target=serve, args=(s,)) for s in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for request, outputs in expected.items():
-        assert_identical(got[request], outputs)
-
-
-# --- guarantees ---
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_nan_and_inf_are_misses_and_leave_no_trace(model, denoiser, bad):
-    denoiser(sample(), times(1.0))
-    broken = sample()
-    broken[0, 0, 0] = bad
-    denoiser(broken, times(0.9))
-    assert hits(denoiser) == [False, False]
-    assert denoiser.report().records[-1].reason == "not finite"
-    good = denoiser(sample(), times(0.8))  # the reference is NaN now: a miss again
-    assert_identical(good, model(sample(), times(0.8)))
-    denoiser(sample(), times(0.7))
-    assert hits(denoiser) == [False, False, False, True]
-
-
-def test_nan_of_an_old_trajectory_does_not_reach_a_forecast(model):
-    policy = FirstBlockCache(threshold=math.inf, forecast=Taylor(order=1))
-    denoiser = fxcache.transform(model, policy, backend="eager")
-    for t in (1.0, 0.9):
-        denoiser(sample() * math.nan, times(t))
-    denoiser(sample(), times(1.0))
-    assert denoiser(sample(), times(0.9)).isfinite().all()
-
-
-def test_nan_within_a_trajectory_does_not_reach_a_forecast(model):
-    policy = FirstBlockCache(threshold=math.inf, forecast=Taylor(order=1))
-    denoiser = fxcache.transform(model, policy, backend="eager")
-    for x, t in ((sample(), 1.0), (sample() * math.nan, 0.9), (sample(), 0.8)):
-        denoiser(x, times(t))
-    assert denoiser(sample(), times(0.7)).isfinite().all()
-    assert hits(denoiser) == [False, False, False, True]
-
-
-def test_inputs_are_not_written_and_outputs_are_nobodys_view(denoiser):
-    x, t = sample(), times(1.0)
-    x_before, t_before = x.clone(), t.clone()
-    outputs = []
-    for _ in range(3):
-        outputs.append(denoiser(x, t))
-        outputs[-1].mul_(0)  # a caller may do what it likes with what it was given
-    assert torch.equal(x, x_before)
-    assert torch.equal(t, t_before)
-    again = denoiser(x, t)
-    assert again.abs().sum() > 0
-    cached = [
-        tensor.untyped_storage().data_ptr()
-        for slot in denoiser._fxcache.session.slots.values()
-        for state in slot.branches.values()
-        for tensor in state.buffers.tensors()
-    ]
-    assert again.untyped_storage().data_ptr() not in cached
-
-
-class Headless(SequentialDiT):
+class Headless(Small):
     """Returns the stack's own output: nothing runs after the span."""
 
     def forward(self, x, t):
@@ -302,15 +172,15 @@ class Headless(SequentialDiT):
 
 
 def test_the_span_may_be_the_end_of_the_model():
-    torch.manual_seed(0)
-    model = Headless().eval()
-    denoiser = fxcache.transform(model, ALWAYS, backend="eager")
-    first = denoiser(sample(), times(1.0))
+    model = seeded(Headless)
+    denoiser = plain(model)
+    (first,) = call(denoiser, 1.0)
     assert_identical(first, model(sample(), times(1.0)))
-    hit = denoiser(sample(), times(1.0))
+    (hit,) = call(denoiser, 1.0)
     assert_close(hit, first)
-    hit.zero_()
-    assert_close(denoiser(sample(), times(1.0)), first)
+    hit.zero_()  # no view of what is cached
+    assert_close(call(denoiser, 1.0)[0], first)
+    assert hits(denoiser) == [False, True, True]
 
 
 class Fails(SequentialDiT):
@@ -340,172 +210,80 @@ def _(x):
 
 
 def test_an_exception_leaves_no_half_written_state(monkeypatch):
-    torch.manual_seed(0)
-    model = Fails().eval()
-    denoiser = fxcache.transform(model, FirstBlockCache(threshold=1e-9), backend="eager")
+    model = seeded(Fails)
+    denoiser = plain(model, FirstBlockCache(threshold=1e-9))
     with denoiser.trajectory():
-        denoiser(sample(), times(1.0))
+        call(denoiser, 1.0)
         monkeypatch.setitem(globals(), "FAIL", True)
         with pytest.raises(RuntimeError, match="out of memory"):
-            denoiser(sample(seed=1), times(0.9))
+            call(denoiser, 0.9, seed=1)
         monkeypatch.setitem(globals(), "FAIL", False)
         # What was cached fits this call exactly: only the exception makes it a miss.
-        out = denoiser(sample(), times(1.0))
+        assert_identical(call(denoiser, 1.0), [model(sample(), times(1.0))])
         assert hits(denoiser) == [False, False]
-        assert_identical(out, model(sample(), times(1.0)))
-        denoiser(sample(), times(1.0))
+        call(denoiser, 1.0)
         assert hits(denoiser)[-1]
 
 
-# --- gradients and training ---
+# --- modes ---
 
 
-def test_with_gradients_nothing_is_cached(model, denoiser, caplog):
-    with torch.enable_grad():
-        for _ in range(2):
-            x = sample().requires_grad_()
-            denoiser(x, times(1.0)).square().sum().backward()
-            y = sample().requires_grad_()
-            got = [p.grad.clone() for p in model.parameters()]
-            model.zero_grad()
-            model(y, times(1.0)).square().sum().backward()
-            assert_identical(x.grad, y.grad)
-            assert_identical(got, [p.grad for p in model.parameters()])
-            model.zero_grad()
-    assert hits(denoiser) == []
-    assert caplog.text.count("gradients are enabled") == 1
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_model_in_training_mode_is_cached_without_gradients(model, denoiser, mode):
-    """As ComfyUI leaves its models."""
+def test_modes_without_gradients_take_turns(model, denoiser):
+    """A model in training mode is cached, as ComfyUI leaves its models."""
     denoiser.train()
     assert model.training
-    with mode():
-        assert_identical(denoiser(sample(), times(1.0)), model(sample(), times(1.0)))
-        denoiser(sample(), times(0.9))
-    assert hits(denoiser) == [False, True]
+    for first, second in ((torch.no_grad, torch.inference_mode),
+                          (torch.inference_mode, torch.no_grad)):  # fmt: skip
+        with first():
+            assert_identical(call(denoiser, 1.0), [model(sample(), times(1.0))])
+        with second():
+            call(denoiser, 0.9)
+            call(denoiser, 0.8, batch=3)
+        with first():
+            call(denoiser, 0.7, batch=3)
+    assert hits(denoiser) == [False, True, False, True] * 2
 
 
-class Dropping(SequentialDiT):
+class Dropping(Small):
     def stack(self, h):
         return super().stack(nn.functional.dropout(h, 0.5, self.training))
 
 
-def test_a_dropout_that_is_on_is_not_cached(caplog):
-    torch.manual_seed(0)
-    model = Dropping()
-    denoiser = fxcache.transform(model.train(), ALWAYS, backend="eager", fallback=True)
+def test_a_dropout_that_is_on_is_not_cached():
+    model = seeded(Dropping)
+    denoiser = plain(model.train(), fallback=True)
     with pytest.warns(UserWarning, match="dropout"):
-        denoiser(sample(), times(1.0))
+        call(denoiser, 1.0)
     model.eval()
-    denoiser = fxcache.transform(model, ALWAYS, backend="eager")
-    trajectory(denoiser)
-    assert hits(denoiser) == [False, True, True, True]
+    denoiser = plain(model, ALWAYS)
+    call(denoiser, 1.0, 0.9, 0.8)
+    assert hits(denoiser) == [False, True, True]
 
 
-def test_inference_mode_and_no_grad_may_take_turns(denoiser):
-    with torch.inference_mode():
-        denoiser(sample(), times(1.0))
-    denoiser(sample(), times(0.9))
-    denoiser(sample(batch=3), times(0.8, 3))
-    with torch.inference_mode():
-        denoiser(sample(batch=3), times(0.7, 3))
-    assert hits(denoiser) == [False, True, False, True]
+# --- the policy ---
 
 
-# --- memory ---
+def test_a_policy_holds_from_the_next_trajectory_on(model):
+    denoiser = plain(model, ALWAYS)
 
+    def run():
+        solve(denoiser)
+        return hits(denoiser)[-4:]
 
-def test_finished_requests_and_dead_denoisers_give_their_memory_back(model):
-    denoiser = fxcache.transform(model, ALWAYS, backend="eager")
-    for request in range(3):
-        with denoiser.slot(request), denoiser.trajectory():
-            denoiser(sample(), times(1.0))
-            assert denoiser.report().cached_bytes > 0
-    assert denoiser.report().cached_bytes == 0
+    assert run() == [False, True, True, True]
     denoiser(sample(), times(1.0))
-    slots = denoiser._fxcache.session.slots
-    assert slots
-    del denoiser
-    gc.collect()
-    assert not slots
-
-
-def count_tensors():
-    return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-
-
-def test_memory_does_not_grow_and_is_given_back(denoiser):
-    trajectory(denoiser)
-    cached = denoiser.report().cached_bytes
-    gc.collect()
-    before = count_tensors()
-    for seed in range(50):
-        trajectory(denoiser, seed=seed)
-    gc.collect()
-    after = count_tensors()
-    assert denoiser.report().cached_bytes == cached > 0
-    assert after <= before
-    denoiser.reset()
-    gc.collect()
-    report = denoiser.report()
-    assert report.cached_bytes == 0
-    assert report.records == ()
-    assert count_tensors() < after
-
-
-# --- forecasts ---
-
-
-def test_taylor_extrapolates_the_residual():
-    """A model whose residual is linear in the step is forecast exactly, reused ones are not."""
-
-    class LinearBlock(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.proj = nn.Linear(16, 16)
-
-        def forward(self, h, base, t):
-            return h + t[:, None, None] * self.proj(base + 0 * h)
-
-    class Linear(SequentialDiT):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList(LinearBlock() for _ in range(3))
-
-        def forward(self, x, t):
-            h = base = self.embed(x)
-            for block in self.blocks:
-                h = block(h, base, t)
-            return h
-
-    torch.manual_seed(0)
-    model = Linear().eval()
-    steps = [1.0, 0.9, 0.8, 0.7, 0.6]
-
-    def errors(forecast):
-        policy = FirstBlockCache(threshold=math.inf, warmup_steps=2, forecast=forecast)
-        denoiser = fxcache.transform(model, policy, backend="eager")
-        return [float((denoiser(sample(), times(t)) - model(sample(), times(t))).abs().max())
-                for t in steps]  # fmt: skip
-
-    assert max(errors(Taylor(order=1))) < 1e-5
-    assert max(errors(fxcache.Reuse())) > 1e-2
-
-
-def test_copies_have_their_own_state(denoiser):
-    trajectory(denoiser)
-    twin = copy.deepcopy(denoiser)
-    assert twin.report().records == ()
-    assert type(twin) is type(denoiser)
-    assert twin.embed.weight is not denoiser.embed.weight
-    twin(sample(), times(0.1))
-    assert hits(twin) == [False]
-
-
-def test_never_hits_equals_the_model(model):
-    denoiser = fxcache.transform(model, NEVER, backend="eager")
-    for i in range(4):
-        x, t = sample(seed=i), times(1 - i / 4)
-        assert_identical(denoiser(x, t), model(x, t))
+    denoiser.policy = ALTERNATE
+    assert denoiser.policy == ALTERNATE
+    denoiser(sample(), times(0.9))
+    assert hits(denoiser)[-1]
+    assert run() == [False, True, False, True]
+    assert denoiser.report().graphs == 1  # the same pieces serve both
+    denoiser.policy = MagCache(ratios=[1.0] * 4, retention_ratio=0.0)
+    assert run() == [False, True, True, False]
+    assert denoiser.report().graphs == 2
+    fresh = plain(model, MagCache(ratios=[1.0] * 4, retention_ratio=0.0))
+    x = sample(seed=5)
+    for t in (1.0, 0.5):
+        assert_identical(denoiser(x * t, times(t)), fresh(x * t, times(t)))
+    with pytest.raises(PolicyError, match="policy must be a policy"):
+        denoiser.policy = "magcache"

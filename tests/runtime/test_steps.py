@@ -4,18 +4,18 @@ import threading
 
 import pytest
 import torch
-from helpers import ALTERNATE, ALWAYS, MASK, assert_identical, hits, plain, sample, times
+from helpers import ALTERNATE, ALWAYS, MASK, assert_identical, hits, plain, sample, seeded, times
 from loops import Flow, Pipe
+from opened import Small, opened
 from torch import nn
-from zoo import SequentialDiT
 
 import fxcache
-from fxcache import MagCache, OptionError, PolicyError, StepSchedule
+from fxcache import OptionError, StepSchedule
 
 diffusers = pytest.importorskip("diffusers")
 
 
-class Guided(SequentialDiT):
+class Guided(Small):
     """A denoiser with a text input, added to the time embedding."""
 
     def __init__(self):
@@ -27,12 +27,16 @@ class Guided(SequentialDiT):
 
 
 def guided():
-    torch.manual_seed(0)
-    return Guided().eval()
+    return seeded(Guided)
 
 
-def shown(denoiser):
-    return [(r.step, r.branch, r.is_hit) for r in denoiser.report().records]
+def pipe_of(scheduler=None):
+    return Pipe(scheduler, seeded(Small))
+
+
+@pytest.fixture
+def model():
+    return seeded(Small)
 
 
 class Listed:
@@ -75,54 +79,50 @@ def test_a_second_call_of_another_batch_is_a_branch_of_its_own():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("end", [5, 8])
-def test_guidance_that_ends_leaves_each_branch_its_own_residual(end):
+def test_guidance_that_ends_leaves_each_branch_its_own_residual():
     """The negative call comes first: when it ends, the other must not take its place."""
-    model = guided()
     pos, neg = torch.ones(1, 4), -3 * torch.ones(1, 4)
+    unnamed, named = Listed(guided()), Listed(guided())
+    for end in (5, 8):
+        seen, expected = [], []
 
-    def calls(denoiser, seen):
-        def call(i, x, t):
+        def call(i, x, t, end=end, seen=seen):
             if i < end:
-                denoiser(x, t[None], neg)
-            seen.append(denoiser(x, t[None], pos))
+                unnamed.transformer(x, t[None], neg)
+            seen.append(unnamed.transformer(x, t[None], pos))
             return seen[-1:]
 
-        return call
+        def call_by_name(i, x, t, end=end, expected=expected):
+            if i < end:
+                with named.transformer.branch("uncond"):
+                    named.transformer(x, t[None], neg)
+            with named.transformer.branch("cond"):
+                expected.append(named.transformer(x, t[None], pos))
+            return expected[-1:]
 
-    pipe, seen = Listed(model), []
-    pipe.run(calls(pipe.transformer, seen))
-    named, expected = Listed(model), []
-
-    def call(i, x, t):
-        if i < end:
-            with named.transformer.branch("uncond"):
-                named.transformer(x, t[None], neg)
-        with named.transformer.branch("cond"):
-            expected.append(named.transformer(x, t[None], pos))
-        return expected[-1:]
-
-    named.run(call)
-    assert_identical(seen, expected)
-    assert pipe.handle.report().hits == named.handle.report().hits > 4
+        unnamed.run(call), named.run(call_by_name)
+        assert_identical(seen, expected)
+        assert unnamed.handle.report().hits == named.handle.report().hits > 4
+        unnamed.handle.reset(), named.handle.reset()
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler"])
-@pytest.mark.parametrize("is_made_anew", [False, True])
-def test_tiles_of_one_step_are_branches(scheduler, is_made_anew):
+def test_tiles_of_one_step_are_branches(scheduler):
     """Nine views with one prompt: none takes another's residual, and all hit later."""
     pipe = Listed(guided(), ALWAYS, getattr(diffusers, scheduler)())
     model, text = pipe.transformer, torch.ones(1, 4)
+    for is_made_anew in (False, True):
 
-    def calls(i, x, t):
-        given = text.clone() if is_made_anew else text
-        return [model(x + view, t[None].float(), given) for view in range(4)]
+        def calls(i, x, t, anew=is_made_anew):
+            given = text.clone() if anew else text
+            return [model(x + view, t[None].float(), given) for view in range(4)]
 
-    pipe.run(calls, steps=5)
-    records = pipe.handle.report().records
-    assert [r.is_hit for r in records[:4]] == [False] * 4
-    assert sum(r.is_hit for r in records[4:]) >= 4 * 4 - is_made_anew
-    assert [r.branch for r in records[:4]] == [None, "call 2", "call 3", "call 4"]
+        pipe.run(calls, steps=5)
+        records = pipe.handle.report().records
+        assert [r.is_hit for r in records[:4]] == [False] * 4
+        assert sum(r.is_hit for r in records[4:]) >= 4 * 4 - is_made_anew
+        assert [r.branch for r in records[:4]] == [None, "call 2", "call 3", "call 4"]
+        pipe.handle.reset()
 
 
 def test_a_new_prompt_in_a_branch_without_a_name_is_a_miss():
@@ -143,10 +143,10 @@ def test_two_conditionings_at_one_timestep_do_not_share_a_residual():
     denoiser = plain(model, ALWAYS)
     alone = {}
     for text in (pos, neg):
-        single = plain(model, ALWAYS)
         alone[id(text)] = [
-            single(torch.ones(1, 8, 4) * (1 - i / 9), times(1 - i / 5, 1), text) for i in range(5)
+            denoiser(torch.ones(1, 8, 4) * (1 - i / 9), times(1 - i / 5, 1), text) for i in range(5)
         ]
+        denoiser.reset()
     for i in range(5):
         x = torch.ones(1, 8, 4) * (1 - i / 9)
         for text in (neg, pos):
@@ -158,10 +158,10 @@ def test_two_conditionings_at_one_timestep_do_not_share_a_residual():
 
 def test_the_place_in_the_list_counts_where_the_scheduler_does_not_move():
     """Diffusion forcing: each frame has a scheduler of its own, and the pipeline's stands still."""
+    pipe = pipe_of()
+    handle = fxcache.apply(pipe, StepSchedule.every(2, num_steps=8), backend="eager")
     for lag in (0, 3):
-        pipe = Pipe()
-        policy = StepSchedule.every(2, num_steps=8)
-        handle = fxcache.apply(pipe, policy, backend="eager")
+        handle.reset()
         for _ in range(2):
             pipe.scheduler.set_timesteps(8)
             listed = pipe.scheduler.timesteps
@@ -176,7 +176,7 @@ def test_the_place_in_the_list_counts_where_the_scheduler_does_not_move():
 def test_timesteps_that_rounding_made_equal_are_steps():
     """Karras' spacing repeats timesteps; Heun's list is longer than its steps."""
     scheduler = diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True)
-    pipe = Pipe(scheduler)
+    pipe = pipe_of(scheduler)
     with fxcache.apply(pipe, ALTERNATE, backend="eager") as handle:
         pipe(80)
         assert len(set(scheduler.timesteps.tolist())) < 80
@@ -187,7 +187,7 @@ def test_timesteps_that_rounding_made_equal_are_steps():
 
 
 def test_a_list_that_is_copied_and_put_back_is_the_same_run():
-    pipe = Pipe()
+    pipe = pipe_of()
     with torch.no_grad(), fxcache.apply(pipe, ALTERNATE, backend="eager") as handle:
         pipe.scheduler.set_timesteps(6)
         for t in pipe.scheduler.timesteps.clone():
@@ -201,11 +201,16 @@ def test_a_list_that_is_copied_and_put_back_is_the_same_run():
 # --- announced ---
 
 
-def test_equal_timesteps_of_an_announced_trajectory_are_steps(denoiser):
-    with denoiser.trajectory(num_steps=5):
-        for _ in range(5):
-            denoiser(sample(), times(1.0))
-    assert [r.step for r in denoiser.report().records] == [*range(5)]
+@pytest.mark.parametrize(
+    ("ts", "steps"),
+    [([1.0] * 5, [*range(5)]), ([1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25], [0, 1, 1, 2, 2, 3, 3])],
+    ids=["equal", "heun"],
+)
+def test_announced_timesteps(denoiser, ts, steps):
+    with denoiser.trajectory(num_steps=steps[-1] + 1):
+        for t in ts:
+            denoiser(sample(), times(t))
+    assert [r.step for r in denoiser.report().records] == steps
 
 
 def test_rounded_timesteps_do_not_shift_a_schedule(model):
@@ -217,14 +222,6 @@ def test_rounded_timesteps_do_not_shift_a_schedule(model):
             denoiser(sample(), t.expand(2).bfloat16().float() / 1000)
     assert denoiser.report().records[-1].step == 49
     assert denoiser.report().hits == 25
-
-
-def test_heun_announced(model):
-    denoiser = plain(model, ALTERNATE)
-    with denoiser.trajectory(num_steps=4):
-        for t in (1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25):
-            denoiser(sample(), times(t))
-    assert [r.step for r in denoiser.report().records] == [0, 1, 1, 2, 2, 3, 3]
 
 
 # --- said ---
@@ -241,16 +238,13 @@ def test_at_says_the_step(model):
     assert {r.branch for r in records} == {"cond"}
 
 
-@pytest.mark.parametrize("step", [-1, 1.5, True, "3"])
-def test_at_refuses_what_is_no_step(denoiser, step):
-    with (
-        pytest.raises(OptionError, match="step must be an integer from 0 on"),
-        denoiser.at(step=step),
-    ):
-        pass
-
-
-def test_at_nests(denoiser):
+def test_at_refuses_what_is_no_step_and_nests(denoiser):
+    for step in (-1, 1.5, True, "3"):
+        with (
+            pytest.raises(OptionError, match="step must be an integer from 0 on"),
+            denoiser.at(step=step),
+        ):
+            pass
     with denoiser.at(slot="a", branch="cond"), denoiser.branch("uncond"), denoiser.at(step=3):
         denoiser(sample(), times(0.5))
     (record,) = denoiser.report().records
@@ -261,13 +255,30 @@ def test_at_nests(denoiser):
 
 
 def test_a_finished_request_gives_its_memory_back():
-    pipe = Pipe()
+    pipe = pipe_of()
     handle = fxcache.apply(pipe, ALTERNATE, backend="eager")
     for request in range(5):
         with pipe.transformer.slot(request):
             pipe(4)
         assert handle.report().cached_bytes == 0
     assert handle.report().hits == 10
+
+
+def test_a_request_that_is_named_call_by_call_ends_with_its_last_branch(model):
+    """Guidance ends after five steps: a branch that does not come is not waited for."""
+    listed = Listed(model)
+    denoiser, order = listed.transformer, []
+
+    def call(name, step, x, t):
+        order.append((name, step, step % 2 == 1))
+        with denoiser.slot("r"), denoiser.branch(name):
+            return denoiser(x, t.expand(1) / 1000)
+
+    for steps in (4, 6):
+        listed.run(lambda *at: [call(name, *at) for name in ("cond", "uncond")[: 6 - at[0]]], steps)
+        report = listed.handle.report()
+        assert [(r.branch, r.step, r.is_hit) for r in report.records] == order
+        assert report.cached_bytes == 0
 
 
 def test_requests_that_never_end_are_bounded(denoiser):
@@ -285,26 +296,13 @@ def test_requests_that_never_end_are_bounded(denoiser):
     assert denoiser.report().cached_bytes == 63 * one
 
 
-def test_an_announced_trajectory_leaves_no_memory(denoiser):
-    with denoiser.trajectory():
-        denoiser(sample(), times(1.0))
-        assert denoiser.report().cached_bytes > 0
-    assert denoiser.report().cached_bytes == 0
-    denoiser(sample(), times(1.0))
-    denoiser.reset(records=False)
-    assert denoiser.report().cached_bytes == 0
-    assert len(denoiser.report().records) == 2
-
-
-def test_two_threads_in_one_slot_are_pointed_out(denoiser, caplog):
+def test_two_threads_in_one_slot_are_pointed_out(model, caplog):
+    denoiser = opened(model)
     denoiser(sample(), times(1.0))
     inside, go_on = threading.Event(), threading.Event()
-    handle = denoiser.register_forward_pre_hook(lambda *_: None)
-    handle.remove()
-    session = denoiser._fxcache.session
 
     def hold():
-        with torch.no_grad(), session.settled({}, None):
+        with torch.no_grad(), denoiser.session.settled({}, None):
             inside.set()
             go_on.wait(10)
 
@@ -317,42 +315,14 @@ def test_two_threads_in_one_slot_are_pointed_out(denoiser, caplog):
     assert caplog.text.count("denoiser.slot(...)") == 1
 
 
-# --- the policy ---
-
-
-def test_a_policy_holds_from_the_next_trajectory_on(model):
-    denoiser = plain(model, ALWAYS)
-
-    def run():
-        start = len(denoiser.report().records)
-        for i in range(4):
-            denoiser(sample() * (1 - i / 20), times(1 - i / 4))
-        return [record.is_hit for record in denoiser.report().records[start:]]
-
-    assert run() == [False, True, True, True]
-    denoiser(sample(), times(1.0))
-    denoiser.policy = ALTERNATE
-    assert denoiser.policy == ALTERNATE
-    denoiser(sample(), times(0.9))
-    assert hits(denoiser)[-1]
-    assert run() == [False, True, False, True]
-    assert denoiser.report().graphs == 1  # the same pieces serve both
-    denoiser.policy = MagCache(ratios=[1.0] * 4, retention_ratio=0.0)
-    assert run() == [False, True, True, False]
-    assert denoiser.report().graphs == 2
-    fresh = plain(model, MagCache(ratios=[1.0] * 4, retention_ratio=0.0))
-    x = sample(seed=5)
-    for t in (1.0, 0.5):
-        assert_identical(denoiser(x * t, times(t)), fresh(x * t, times(t)))
-    with pytest.raises(PolicyError, match="policy must be a policy"):
-        denoiser.policy = "magcache"
+# --- timesteps that nobody reads ---
 
 
 @pytest.mark.parametrize("scheduler", ["FlowMatchEulerDiscreteScheduler", "DDIMScheduler"])
 def test_timesteps_that_nobody_reads(monkeypatch, scheduler):
     """As on a GPU: the list tells the steps, or the one read-back does."""
     monkeypatch.setattr("fxcache.runtime.steps.number_of", lambda timestep: None)
-    pipe = Pipe(getattr(diffusers, scheduler)())
+    pipe = pipe_of(getattr(diffusers, scheduler)())
     handle = fxcache.apply(pipe, ALTERNATE, backend="eager")
     for _ in range(2):
         pipe(4)
@@ -369,10 +339,9 @@ def test_an_evaluation_that_comes_again_is_one_step(monkeypatch):
     """Its timestep is not read, it goes past Dynamo, and then a guard fails."""
     monkeypatch.setattr("fxcache.runtime.steps.number_of", lambda timestep: None)
     monkeypatch.setattr("fxcache.runtime.executor.number_of", lambda timestep: None)
-    torch.manual_seed(0)
-    model = SequentialDiT().eval()
+    model = seeded(Small)
     model.stack_scale = 1.0
-    model.forward = lambda x, t: SequentialDiT.forward(model, x, t) * model.stack_scale
+    model.forward = lambda x, t: Small.forward(model, x, t) * model.stack_scale
     denoiser = plain(model, MASK)
     with denoiser.trajectory(num_steps=8):
         for step in range(8):

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import torch
 from helpers import sample, times
-from zoo import SequentialDiT
+from opened import Small
 
 
-class Controlled(SequentialDiT):
+class Controlled(Small):
     """Adds a control residual inside each block, as ControlNet's are, and features before them."""
 
     def forward(self, x, t, control=None, features=None, strength=None):

@@ -48,12 +48,14 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
         assert ((a - b).abs().max() / scale) < tolerance
 
 
-def follow(denoiser: Any, policy: Any) -> Any:
-    """`denoiser`, anew and with another policy of the same probe, span and forecast: it need not be
-    captured again.
+def adopt(denoiser: Any, policy: Any) -> Any:
+    """`denoiser`, anew and with any other policy: it holds from the next trajectory on, so one is
+    begun. It is captured anew only if probe, span, ring or checks differ.
     """
+    denoiser.policy = policy
+    with denoiser.trajectory():
+        pass
     denoiser.reset()
-    denoiser._fxcache.session.policy = policy
     return denoiser
 
 
@@ -189,31 +191,7 @@ def short(model: nn.Module, policy: Any = ALWAYS, **options: Any) -> Any:
     return plain(model, policy, guards="trajectory", **options)
 
 
-def count_complete(denoiser: Any) -> list[int]:
-    """A list that grows with each call of `denoiser` that goes through Dynamo."""
-    runner, calls = denoiser._fxcache, []
-    original = runner.cached
-
-    def counted(*args: Any) -> Any:
-        calls.append(len(runner.session.records))
-        return original(*args)
-
-    runner.cached = counted
-    return calls
-
-
 def seeded(cls: Any) -> Any:
     """An instance in eval mode with seeded weights."""
     torch.manual_seed(0)
     return cls().eval()
-
-
-def all_buffers(denoiser: Any) -> list[Any]:
-    """The buffers that `denoiser` holds, of all slots and branches."""
-    slots = denoiser._fxcache.session.slots.values()
-    return [state.buffers for slot in slots for state in slot.branches.values()]
-
-
-def cached_residuals(denoiser: Any) -> list[torch.Tensor]:
-    """All residuals that `denoiser` has memory for."""
-    return [slot for own in all_buffers(denoiser) for ring in own.rings for slot in ring]

@@ -18,7 +18,7 @@ class Parallel(nn.Module):
     def __init__(self, against: float) -> None:
         super().__init__()
         self.embed, self.out = nn.Linear(4, 16), nn.Linear(16, 4)
-        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(5))
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
         self.against = against
 
     def forward(
@@ -113,6 +113,8 @@ def metrics() -> None:
         dist.all_gather_object(together, decisions(model, policy))
         assert together[0] == together[1], (name, together)
         assert any(together[0]), (name, together)
+        if name != "first block":  # whatever was measured, a vote is one
+            continue
         dist.all_gather_object(voted, decisions(Alone(model), policy, sync=dist.group.WORLD))
         assert voted[0] == voted[1], (name, voted)
         # A vote of others leaves those together whose collectives are in the graph.
@@ -121,20 +123,20 @@ def metrics() -> None:
 
 
 def compiled() -> None:
-    """The collective of a measurement is compiled into the head, that of an error is not."""
+    """The collective of a measurement is compiled into the head (that of an error is not)."""
     torch.manual_seed(0)
     model, rank = Parallel(against=0.0).eval(), dist.get_rank()
     x = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(rank))
-    for policy in (FirstBlockCache(threshold=0.13), AdaptiveCache(tolerance=0.2, slope=0.0)):
-        outputs = []
-        for backend in ("eager", "inductor"):
-            denoiser = fxcache.transform(model, policy, backend=backend, audit=False)
-            with torch.no_grad(), denoiser.trajectory(num_steps=10):
-                times = [torch.full((2,), 1.0 - 0.02 * step) for step in range(10)]
-                outputs.append([denoiser(x * (1 + 0.03 * i), t) for i, t in enumerate(times)])
-            outputs[-1].append(torch.tensor([r.is_hit for r in denoiser.report().records]))
-        assert outputs[0][-1].any(), policy
-        torch.testing.assert_close(outputs[0], outputs[1])
+    outputs = []
+    for backend in ("eager", "inductor"):
+        policy = FirstBlockCache(threshold=0.13)
+        denoiser = fxcache.transform(model, policy, backend=backend, audit=False)
+        with torch.no_grad(), denoiser.trajectory(num_steps=10):
+            times = [torch.full((2,), 1.0 - 0.02 * step) for step in range(10)]
+            outputs.append([denoiser(x * (1 + 0.03 * i), t) for i, t in enumerate(times)])
+        outputs[-1].append(torch.tensor([r.is_hit for r in denoiser.report().records]))
+    assert outputs[0][-1].any()
+    torch.testing.assert_close(outputs[0], outputs[1])
 
 
 def nan() -> None:
