@@ -1,5 +1,6 @@
 """One session a denoiser: its policy, its slots, what it recorded."""
 
+import itertools
 import logging
 import math
 import threading
@@ -49,6 +50,7 @@ class Session:
         self.steps = Steps(self.begin, self.say_once)
         self.steps.looks = getattr(policy, "control_threshold", None) is None
         self.slots: OrderedDict[Hashable, Slot] = OrderedDict()
+        self.numbers = itertools.count()
         #: Each with what waits for the error of the forecast at that miss, if it was measured.
         self.records: deque[tuple[Record, Error | None]] = deque(maxlen=MAX_RECORDS)
         self.evaluations = 0
@@ -114,7 +116,7 @@ class Session:
         with self._lock:
             slot = self.slots.get(key)
             if slot is None:
-                slot = self.slots[key] = Slot(num_steps=self.expected_steps)
+                slot = self.slots[key] = Slot(self.numbers, num_steps=self.expected_steps)
             self.slots.move_to_end(key)
             idle = [k for k, s in self.slots.items() if k != key and not s.is_announced]
             for old in idle[: max(0, len(self.slots) - MAX_SLOTS)]:
@@ -212,13 +214,10 @@ class Session:
         if self.observe is not None or "hits" in self._warned:
             return
         branches: dict[Hashable, list[Any]] = {}
-        for record, _ in reversed(self.records):
-            if record.trajectory == slot.trajectory and self.slots.get(record.slot) is slot:
+        for record, _ in list(self.records):  # other threads may add to them
+            if record.trajectory == slot.trajectory:
                 branches.setdefault(record.branch, []).append(record)
-            elif record.slot is None and self.slots.get(None) is slot:
-                break
-        seen = {name: own[::-1] for name, own in branches.items()}
-        message = verdict(self.policy, seen, slot.num_steps) if seen else None
+        message = verdict(self.policy, branches, slot.num_steps) if branches else None
         if message is not None:
             self.say_once("hits", message)
 
@@ -226,6 +225,7 @@ class Session:
         """Forget everything (without `records`, all but what was recorded) and free the memory."""
         self.slots.clear()
         if records:
+            self.numbers = itertools.count()
             self.records.clear()
             self.advice, self.advised = self._new_advice(), None
         self.steps.rising = False

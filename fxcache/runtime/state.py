@@ -5,8 +5,9 @@ Tensors are allocated once a layout and kept from trajectory to trajectory; whet
 anything is decided by `past` alone, which every new trajectory and every exception empties.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -218,8 +219,10 @@ class Verdict:
 class Slot:
     """The state of one request: its trajectory, and its branches by their names in reports."""
 
+    #: Numbers of trajectories; the slots of a session share them.
+    numbers: Iterator[int] = field(default_factory=itertools.count)
     branches: dict[Hashable, BranchState] = field(default_factory=dict)
-    trajectory: int = 0
+    trajectory: int = field(init=False)
     is_announced: bool = False
     num_steps: int | None = None
     first_step: int = 0
@@ -236,6 +239,9 @@ class Slot:
     thread: int | None = None
     #: What the sampler's scheduler says, where there is one.
     timeline: Any = None
+
+    def __post_init__(self) -> None:
+        self.trajectory = next(self.numbers)
 
     @property
     def is_running(self) -> bool:
@@ -273,7 +279,7 @@ class Slot:
         """Start a new trajectory: every branch forgets, so that none meets an old residual."""
         for state in self.branches.values():
             state.begin(first_step)
-        self.trajectory += 1
+        self.trajectory = next(self.numbers)
         self.is_announced, self.num_steps, self.first_step = announced, num_steps, first_step
         self.step, self.place, self.timestep = first_step - 1, -1, None
         self.steps.clear()

@@ -265,17 +265,16 @@ def test_a_finished_request_gives_its_memory_back():
 
 
 def test_a_request_that_is_named_call_by_call_ends_with_its_last_branch(model):
-    """Guidance ends after five steps: a branch that does not come is not waited for."""
-    listed = Listed(model)
-    denoiser, order = listed.transformer, []
+    """Guidance ends after four steps: a branch that does not come is not waited for."""
+    listed, order, names = Listed(model), [], ("cond", "uncond")
 
     def call(name, step, x, t):
         order.append((name, step, step % 2 == 1))
-        with denoiser.slot("r"), denoiser.branch(name):
-            return denoiser(x, t.expand(1) / 1000)
+        with listed.transformer.at(slot="r", branch=name):
+            return listed.transformer(x, t.expand(1) / 1000)
 
     for steps in (4, 6):
-        listed.run(lambda *at: [call(name, *at) for name in ("cond", "uncond")[: 6 - at[0]]], steps)
+        listed.run(lambda i, *at: [call(name, i, *at) for name in names[: 1 + (i < 4)]], steps)
         report = listed.handle.report()
         assert [(r.branch, r.step, r.is_hit) for r in report.records] == order
         assert report.cached_bytes == 0
