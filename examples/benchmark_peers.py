@@ -49,7 +49,7 @@ BASELINE = "uncached compiled"
 
 
 @torch.no_grad()
-def compete(pipe: Connection, name: str, size: str, threads: int) -> None:
+def compete(pipe: Connection, name: str, size: str, blocks: int, threads: int) -> None:
     """A contestant's process: get ready, then run a trajectory whenever the parent says so."""
     try:
         torch.set_num_threads(threads)
@@ -57,7 +57,7 @@ def compete(pipe: Connection, name: str, size: str, threads: int) -> None:
         torch._dynamo.config.recompile_limit = 96
         torch._dynamo.config.accumulated_recompile_limit = 2048
         logging.disable(logging.WARNING)
-        facts, contestant = get_ready(name, size)
+        facts, contestant = get_ready(name, size, blocks)
         pipe.send(facts)
         while (number := pipe.recv()) is not None:
             steps = field.latents(size, number)
@@ -75,10 +75,10 @@ def compete(pipe: Connection, name: str, size: str, threads: int) -> None:
         pipe.send({"status": "failed: " + traceback.format_exc(limit=-2)})
 
 
-def get_ready(name: str, size: str) -> tuple[dict[str, Any], Contestant]:
+def get_ready(name: str, size: str, blocks: int) -> tuple[dict[str, Any], Contestant]:
     """Build the contestant, warm it up until nothing more is compiled, and check what it gives."""
     make, how, _ = CONTESTANTS[name]
-    model, steps = overhead.build(size, overhead.BLOCKS), field.latents(size, 0)
+    model, steps = overhead.build(size, blocks), field.latents(size, 0)
     if make is field.uncached:
         expected = [model(**given).sample for given in steps]
     else:
@@ -133,7 +133,9 @@ def largest_error(outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> 
 # --- in the parent ---
 
 
-def race(names: list[str], size: str, trajectories: int, threads: int) -> dict[str, Any]:
+def race(
+    names: list[str], size: str, trajectories: int, threads: int, blocks: int
+) -> dict[str, Any]:
     """Run all contestants of one size, one trajectory a turn; the figures by name."""
     # No pool of compiler processes beside the contestants, and no threads but those asked for.
     os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": str(threads)}
@@ -146,7 +148,7 @@ def race(names: list[str], size: str, trajectories: int, threads: int) -> dict[s
             if version(CONTESTANTS[name][2]) is None:
                 rows[name] = {"status": f"{CONTESTANTS[name][2]} is not installed"}
             else:
-                rows[name], asks[name] = start_contestant(stack, name, size, threads)
+                rows[name], asks[name] = start_contestant(stack, name, size, blocks, threads)
             print(f"{size}: {name}: {rows[name]['status']}", flush=True)
         running = {name for name in names if rows[name]["status"] == "ok"}
         order = random.Random(0)
@@ -167,7 +169,7 @@ def race(names: list[str], size: str, trajectories: int, threads: int) -> dict[s
 
 
 def start_contestant(
-    stack: contextlib.ExitStack, name: str, size: str, threads: int
+    stack: contextlib.ExitStack, name: str, size: str, blocks: int, threads: int
 ) -> tuple[dict[str, Any], Callable[[int], dict[str, Any]]]:
     """Start a process, wait until it is ready, and return what it says and how to ask it."""
     # A disk cache of its own: nobody's warm-up profits from another's.
@@ -175,7 +177,7 @@ def start_contestant(
     os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    process = context.Process(target=compete, args=(theirs, name, size, threads))
+    process = context.Process(target=compete, args=(theirs, name, size, blocks, threads))
     process.start()
     theirs.close()
     stack.callback(process.join)
@@ -320,6 +322,7 @@ def draw_panel(panel: Any, result: dict[str, Any], order: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--size", choices=(*SIZES, "all"), default="host-bound")
+    parser.add_argument("--blocks", type=int, default=overhead.BLOCKS)
     parser.add_argument("--trajectories", type=int, default=30, help="of each contestant")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the figures")
@@ -338,10 +341,10 @@ def main() -> None:
             "trajectories": args.trajectories,
             "threads": args.threads,
             "versions": {p: version(p) for p in packages} | {"python": platform.python_version()},
-            "contestants": race(names, size, args.trajectories, args.threads),
+            "contestants": race(names, size, args.trajectories, args.threads, args.blocks),
         }
         (args.output / f"peers-{size}.json").write_text(json.dumps(result, indent=2) + "\n")
-        print(f"\n{size}, {overhead.BLOCKS} blocks, {args.threads} thread(s), {result['versions']}")
+        print(f"\n{size}, {args.blocks} blocks, {args.threads} thread(s), {result['versions']}")
         print(table(result) + "\n", flush=True)
     if args.draw or version("matplotlib"):
         print(draw(args.output))

@@ -150,7 +150,7 @@ class DenoiserMethods:
     @policy.setter
     def policy(self, policy: Policy) -> None:
         check_policy(policy)
-        self._fxcache.session.next_policy = policy
+        self._fxcache.session.follow(policy)
 
     def reset(self, *, records: bool = True) -> None:
         """Forget everything and free the memory; with ``records=False``, records are kept."""

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -57,23 +58,18 @@ def test_rooms_are_few():
     assert len(ROOMS) <= 9
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_run_one_way(path):
+def test_imports_run_one_way_and_only_torch_is_needed():
     rank = {name: i for i, names in enumerate(ROOMS) for name in names}
-    own = room(path)
-    for module, _ in imports(path):
-        assert module.split(".")[0] != "kernels", "PyPI's kernels is another project"
-        if module.startswith("fxcache.") and (target := module.split(".")[1]) != own:
-            assert rank[own] < rank[target], module
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_only_torch_is_needed_to_import(path):
-    allowed = {"torch", "fxcache", *sys.stdlib_module_names}
-    if path.name == "triton_kernels.py":  # which is itself imported when it is needed
-        allowed.add("triton")
-    for module, is_lazy in imports(path):
-        assert is_lazy or module.split(".")[0] in allowed, module
+    for path in SOURCES:
+        own, allowed = room(path), {"torch", "fxcache", *sys.stdlib_module_names}
+        if path.name == "triton_kernels.py":  # which is itself imported when it is needed
+            allowed.add("triton")
+        for module, is_lazy in imports(path):
+            root, _, rest = module.partition(".")
+            assert root != "kernels", f"{path}: PyPI's kernels is another project"
+            assert is_lazy or root in allowed, f"{path}: {module}"
+            if root == "fxcache" and rest and (target := rest.split(".")[0]) != own:
+                assert rank[own] < rank[target], f"{path}: {module}"
 
 
 def test_files_stay_small():
@@ -140,23 +136,13 @@ def test_the_table_of_pipelines_is_that_of_the_tests():
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_the_readme_runs():
-    command = [sys.executable, ROOT / "examples" / "benchmark_overhead.py"]
-    command += ["--blocks", "3", "--calls", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(r"^miss / uncached +[\d.]+ median", done.stdout, re.MULTILINE)
-    assert re.search(r"^hit, guards a trajectory / floor", done.stdout, re.MULTILINE)
-
-
-@pytest.mark.slow
 def test_the_wheel_holds_everything(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", tmp_path, ROOT]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     target = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel]
-    subprocess.run(install, check=True, capture_output=True)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
     for name in ("py.typed", "kernels/reference.py", "demo/model/model.safetensors",
                  "demo/model/schedule.json", "pipelines/tiny_models.json",
                  "pipelines/pipelines.json", "policy/presets.json"):  # fmt: skip

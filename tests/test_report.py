@@ -6,18 +6,16 @@ import math
 
 import pytest
 import torch
-from helpers import ALWAYS
+from helpers import plain, seeded
 from zoo import SequentialDiT, token_inputs
 
-import fxcache
 from fxcache import FirstBlockCache
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+@torch.no_grad()
 def report():
-    torch.manual_seed(0)
-    denoiser = fxcache.transform(SequentialDiT().eval(), ALWAYS, backend="eager")
-    given = token_inputs()
+    denoiser, given = plain(seeded(SequentialDiT)), token_inputs()
     for t in (1.0, 0.9):
         for branch in ("cond", "uncond"):
             with denoiser.branch(branch):
@@ -56,18 +54,14 @@ def test_plot_writes_a_picture(report, tmp_path):
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_an_empty_report():
-    denoiser = fxcache.transform(SequentialDiT().eval(), ALWAYS, backend="eager")
+def test_an_empty_report(denoiser):
     report = denoiser.report()
     assert (report.hits, report.misses, report.hit_rate) == (0, 0, 0.0)
     assert "0 hits" in str(report)
 
 
-def test_metrics_are_residual_diffs():
-    torch.manual_seed(0)
-    model = SequentialDiT().eval()
-    policy = FirstBlockCache(threshold=1e-9)
-    denoiser = fxcache.transform(model, policy, backend="eager")
+def test_metrics_are_residual_diffs(model):
+    denoiser = plain(model, FirstBlockCache(threshold=1e-9))
     first, second = torch.randn(2, 8, 4), torch.randn(2, 8, 4)
     t = torch.ones(2)
     residuals = []
@@ -80,7 +74,7 @@ def test_metrics_are_residual_diffs():
     assert denoiser.report().records[1].metric == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_the_log_says_what_was_found(caplog):
+def test_the_log_says_what_was_found(denoiser, caplog):
     with caplog.at_level(logging.INFO, "fxcache"):
-        fxcache.transform(SequentialDiT().eval(), ALWAYS, backend="eager")(**token_inputs())
+        denoiser(**token_inputs())
     assert "blocks (4): a hit skips 74% of the work, 3 of 4 units" in caplog.text

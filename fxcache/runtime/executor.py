@@ -114,7 +114,7 @@ class StepExecutor:
             raise
         self._commit(call, measured, decision, outputs)
         if session.call.get() is not None:  # else nobody asks, and the tensors would live on
-            session.note_call(self, slot, inputs, outputs)
+            session.last_call.set((self, slot, inputs, outputs))
         return outputs
 
     def _settled(self, inputs: Sequence[Any]) -> Call:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from fxcache.errors import OptionError
 from fxcache.policy import Decision, Policy
@@ -95,9 +95,7 @@ class Session:
         return 0 not in limits and not self.observe
 
     def _new_advice(self) -> Advice | None:
-        """None for what was fitted to its steps already or checks itself, and for what never
-        forecasts.
-        """
+        """None for what was fitted to its steps already, checks itself, or never hits."""
         forecast = self.policy.forecast
         has_own = isinstance(forecast, Fitted | Within)
         return None if has_own or not self.may_hit else Advice(forecast)
@@ -192,6 +190,12 @@ class Session:
         listed = None if timeline is None or timeline.has_stopped else timeline.num_steps
         slot.begin(**{"num_steps": listed or self.expected_steps, **announcement})
 
+    def follow(self, policy: Policy) -> None:
+        """Follow `policy` from the next trajectory on: at once, if none is going on."""
+        self.next_policy = policy
+        if not any(slot.is_running for slot in list(self.slots.values())):
+            self._adopt(policy)
+
     def _adopt(self, policy: Policy) -> None:
         """Follow `policy`. Where it needs other pieces, every branch begins anew."""
         needs_capture = _pieces_of(policy) != _pieces_of(self.policy)
@@ -224,6 +228,8 @@ class Session:
     def reset(self, *, records: bool = True) -> None:
         """Forget everything (without `records`, all but what was recorded) and free the memory."""
         self.slots.clear()
+        if self.next_policy is not None:
+            self._adopt(self.next_policy)
         if records:
             self.numbers = itertools.count()
             self.records.clear()
@@ -310,10 +316,6 @@ class Session:
             predicted=(decision.score or None) if is_predicted else None,
         )
         self.records.append((record, None if decision.is_hit else state.error))
-
-    def note_call(self, *call: Any) -> None:
-        """Remember an evaluation (a `LastCall`) for somebody who learns how to repeat it."""
-        self.last_call.set(cast(LastCall, call))
 
     def say_once(self, key: str, message: str) -> None:
         """Log a warning the first time that `key` comes up."""

@@ -1,18 +1,21 @@
 """The page on choosing a policy: its figures, what it concludes from them, and its script."""
 
-import importlib.util
 import json
 import math
 import re
 import statistics
-import sys
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import follow
+from helpers import adopt, seeded
+from scripts import EXAMPLES, load
+from torch import nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from zoo import SequentialDiT
 
 import fxcache
 from fxcache.demo.metrics import psnr
@@ -21,7 +24,6 @@ from fxcache.demo.sampler import load_denoiser, sample
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 PAGE = (EXAMPLES.parent / "docs" / "policies.md").read_text()
 RESULTS = json.loads((EXAMPLES / "results" / "choosing.json").read_text())
 SECTIONS = ("policies", "threshold", "few_steps", "ancestral")
@@ -29,28 +31,35 @@ HEAD = "| policy | setting | hits/steps | blocks computed | PSNR (worst), dB | m
 PNG = b"\x89PNG"
 
 
-def load(name, monkeypatch):
-    """A script of examples/ as a module; it imports its siblings."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@dataclass
+class Output:
+    sample: torch.Tensor
+
+
+class Small(SequentialDiT):
+    """Stands in for the demo's model, with random weights: what it captures is captured often."""
+
+    config = SimpleNamespace(in_channels=3, sample_size=8, num_embeds_ada_norm=4)
+
+    def __init__(self):
+        super().__init__(depth=2)
+        self.transformer_blocks, self.labels = self.blocks, nn.Embedding(5, 16)
+        self.embed, self.out = nn.Linear(12, 16), nn.Linear(16, 12)
+
+    def forward(self, x, timestep, class_labels):
+        known = self.time(timestep[:, None] / 1000) + self.labels(class_labels)
+        h = self.embed(pixel_unshuffle(x, 2).flatten(2).mT) + known[:, None]
+        patches = self.out(self.norm(self.stack(h))).mT.unflatten(2, (4, 4))
+        return Output(pixel_shuffle(patches, 2))
 
 
 @pytest.fixture
 def script(monkeypatch):
-    """The script, on a tiny model with random weights: what it captures is captured often."""
-    torch.manual_seed(0)
-    config = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8,
-              "patch_size": 2, "in_channels": 3, "num_embeds_ada_norm": 4}  # fmt: skip
-    model = diffusers.DiTTransformer2DModel(**config).eval()
+    module, model = load("choosing_a_policy"), seeded(Small)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    module = load("choosing_a_policy", monkeypatch)
+        nn.init.normal_(parameter, std=0.2)
     monkeypatch.setattr(module, "load_denoiser", lambda: (model, tuple("abcd")))
-    yield module
-    sys.modules.pop("custom_loop", None)
+    return module
 
 
 def tables(text):
@@ -61,15 +70,15 @@ def tables(text):
 # --- the page and its figures ---
 
 
-def test_the_table_is_what_the_script_printed(monkeypatch):
-    line = load("choosing_a_policy", monkeypatch).line
+def test_the_table_is_what_the_script_printed():
+    line = load("choosing_a_policy").line
     (printed,) = (rows[2:] for rows in tables(PAGE) if rows[0] == HEAD)
     assert printed == [line(row) for row in RESULTS["policies"]]
     assert RESULTS["settings"] == {"images": 24, "steps": 30}
 
 
-def test_the_forecasters_are_those_of_the_frontier(monkeypatch):
-    figure = load("frontier_figure", monkeypatch)
+def test_the_forecasters_are_those_of_the_frontier():
+    figure = load("frontier_figure")
     rows = json.loads((EXAMPLES / "results" / "frontier.json").read_text())["rows"]
     expected = {}
     for text in figure.forecasters(rows, 0.01):
@@ -275,7 +284,7 @@ def few_captures(monkeypatch):
         key = policy.probe, policy.span, policy.forecast.ring
         if key not in made:
             made[key] = transform(model, policy, **options)
-        return follow(made[key], policy)
+        return adopt(made[key], policy)
 
     monkeypatch.setattr(fxcache, "transform", shared)
 

@@ -5,17 +5,17 @@ Pipelines of diffusers themselves are in test_pipelines.py.
 
 import gc
 import logging
-import weakref
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ALTERNATE, ALWAYS, NEVER, assert_identical, seeded
+from helpers import ALTERNATE, ALWAYS, NEVER, adopt, assert_identical, plain, seeded
 from loops import Flow, Pipe
 from zoo import SequentialDiT
 
 import fxcache
-from fxcache import MagCache, OptionError, PolicyError, StepSchedule
+from fxcache import FirstBlockCache, MagCache, OptionError, PolicyError, StepSchedule
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -26,9 +26,6 @@ def apply(pipe, policy=ALTERNATE):
 
 def steps(handle, branch=None):
     return [r.step for r in handle.report().records if r.branch == branch]
-
-
-# --- steps and trajectories -----------------------------------------------------------------------
 
 
 def test_a_run_is_a_trajectory():
@@ -42,103 +39,94 @@ def test_a_run_is_a_trajectory():
     assert_identical(pipe(4), expected)
 
 
-def test_the_number_of_steps_is_read():
+def test_steps_are_those_of_the_schedule():
+    """Their number, timesteps of the caller, and a run that begins amid the schedule."""
     pipe = Pipe()
-    policy = fxcache.FirstBlockCache(threshold=float("inf"), start=0.5, end=0.8)
-    with apply(pipe, policy) as handle:
+    with apply(pipe, FirstBlockCache(threshold=math.inf, start=0.5, end=0.8)) as handle:
         pipe(10)
         pipe(4)
         is_hit = [r.is_hit for r in handle.report().records]
-    assert [i for i, hit in enumerate(is_hit[:10]) if hit] == [5, 6, 7]
-    assert [i for i, hit in enumerate(is_hit[10:]) if hit] == [2, 3]
+        assert [i for i, hit in enumerate(is_hit[:10]) if hit] == [5, 6, 7]
+        assert [i for i, hit in enumerate(is_hit[10:]) if hit] == [2, 3]
 
+        adopt(pipe.transformer, StepSchedule(mask=[False, True, False]))
+        for custom in ({"sigmas": [1.0, 0.7, 0.3]}, {"timesteps": [900.0, 500.0, 9.0]}):
+            handle.reset()
+            pipe(**custom)
+            decided = [(r.step, r.is_hit) for r in handle.report().records]
+            assert decided == [(0, False), (1, True), (2, False)], custom
 
-@pytest.mark.parametrize(
-    "custom", [{"sigmas": [1.0, 0.7, 0.3]}, {"timesteps": [900.0, 500.0, 9.0]}]
-)
-def test_timesteps_of_the_caller(custom):
-    pipe = Pipe()
-    with apply(pipe, StepSchedule(mask=[False, True, False])) as handle:
-        pipe(**custom)
-        assert [(r.step, r.is_hit) for r in handle.report().records] == [
-            (0, False),
-            (1, True),
-            (2, False),
-        ]
-
-
-def test_a_run_that_begins_amid_the_schedule():
-    pipe = Pipe()
-    mask = [False, True, True, False, False, True, False, True]
-    with apply(pipe, StepSchedule(mask=mask)) as handle:
+        mask = [False, True, True, False, False, True, False, True]
+        adopt(pipe.transformer, StepSchedule(mask=mask))
         pipe(8, begin=3)
         assert steps(handle) == [3, 4, 5, 6, 7]
         assert [r.is_hit for r in handle.report().records] == mask[3:]
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler"])
-def test_schedulers_that_do_not_count(name):
+def test_schedulers_that_do_not_count():
     """They have no step index: the first step is found by its timestep, the others follow."""
-    options = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
-    pipe = Pipe(getattr(diffusers, name)(**options))
-    with apply(pipe, ALWAYS) as handle:
-        pipe(6)
-        assert sorted(set(steps(handle))) == list(range(6))
-        pipe(6, begin=2)
-        records = [r for r in handle.report().records if r.trajectory == 2]
-        assert records[0].step == (2 if name != "PNDMScheduler" else 1)  # its second is repeated
-        assert records[-1].step == 5
-        assert not records[0].is_hit
-
-
-@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
-def test_two_evaluations_at_one_timestep_are_one_step(name):
-    pipe = Pipe(getattr(diffusers, name)())
-    mask = [False, True, False, True, False]
-    with apply(pipe, StepSchedule(mask=mask)) as handle:
-        pipe(5)
-        records = handle.report().records
-        assert [r.step for r in records] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
-        assert [r.is_hit for r in records] == [mask[r.step] for r in records]
-        assert {r.branch for r in records} == {None}
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
-     "EulerAncestralDiscreteScheduler", "LCMScheduler", "EDMEulerScheduler"],
-)  # fmt: skip
-def test_schedulers_that_count(name):
-    pipe = Pipe(getattr(diffusers, name)())
-    with apply(pipe, ALTERNATE) as handle:
-        pipe(5)
-        pipe(5)
-        records = handle.report().records
-        number = len(pipe.scheduler.timesteps)
-        assert [r.step for r in records] == [*range(number)] * 2
-        assert not records[0].is_hit
-        assert not records[number].is_hit
-
-
-def test_the_scheduler_may_be_replaced():
     pipe = Pipe()
-    with apply(pipe) as handle:
-        pipe(4)
-        pipe.scheduler = diffusers.DPMSolverMultistepScheduler()
-        pipe(3)
-        assert steps(handle) == [0, 1, 2, 3, 0, 1, 2]
+    with apply(pipe, ALWAYS) as handle:
+        for scheduler in (
+            diffusers.DDIMScheduler(),
+            diffusers.DDPMScheduler(),
+            diffusers.PNDMScheduler(skip_prk_steps=True),
+        ):
+            handle.reset()
+            pipe.scheduler, name = scheduler, type(scheduler).__name__
+            pipe(6)
+            assert sorted(set(steps(handle))) == list(range(6)), name
+            before = len(handle.report().records)
+            pipe(6, begin=2)
+            records = handle.report().records[before:]
+            assert len({r.trajectory for r in records}) == 1, name
+            assert records[0].step == (2 if name != "PNDMScheduler" else 1)  # a second is repeated
+            assert records[-1].step == 5, name
+            assert not records[0].is_hit, name
+
+
+def test_two_evaluations_at_one_timestep_are_one_step():
+    pipe, mask = Pipe(), [False, True, False, True, False]
+    with apply(pipe, StepSchedule(mask=mask)) as handle:
+        for name in ("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"):
+            handle.reset()
+            pipe.scheduler = getattr(diffusers, name)()
+            pipe(5)
+            records = handle.report().records
+            assert [r.step for r in records] == [0, 1, 1, 2, 2, 3, 3, 4, 4], name
+            assert [r.is_hit for r in records] == [mask[r.step] for r in records], name
+            assert {r.branch for r in records} == {None}, name
+
+
+def test_schedulers_that_count():
+    pipe = Pipe()
+    with apply(pipe, ALTERNATE) as handle:
+        for name in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler",
+                     "UniPCMultistepScheduler", "EulerAncestralDiscreteScheduler",
+                     "EDMEulerScheduler"):  # fmt: skip
+            handle.reset()
+            pipe.scheduler = getattr(diffusers, name)()
+            pipe(5)
+            pipe(5)
+            records = handle.report().records
+            number = len(pipe.scheduler.timesteps)
+            assert [r.step for r in records] == [*range(number)] * 2, name
+            assert not records[0].is_hit, name
+            assert not records[number].is_hit, name
 
 
 def test_an_interrupted_run_leaves_nothing_to_the_next():
-    fresh = Pipe()
-    with apply(fresh):
-        expected = fresh(5, seed=3)
+    """And the scheduler may be replaced."""
     pipe = Pipe()
     with apply(pipe) as handle:
+        expected = pipe(5, seed=3)
+        handle.reset()
         with pytest.raises(KeyboardInterrupt):
             pipe(5, stop=2)
         assert_identical(pipe(5, seed=3), expected)
-        assert steps(handle) == [0, 1, 0, 1, 2, 3, 4]
+        pipe.scheduler = diffusers.DPMSolverMultistepScheduler()
+        pipe(3)
+        assert steps(handle) == [0, 1, 0, 1, 2, 3, 4, 0, 1, 2]
 
 
 def test_other_shapes_within_a_run():
@@ -146,7 +134,7 @@ def test_other_shapes_within_a_run():
     pipe = Pipe()
     pipe.scheduler.set_timesteps(4)
     pipe.scheduler.set_begin_index(0)
-    with torch.no_grad(), apply(pipe, ALWAYS) as handle:
+    with fxcache.apply(pipe, ALWAYS, backend="eager", dynamic=False) as handle:
         for step, t in enumerate(pipe.scheduler.timesteps):
             x = torch.ones(1, 8 if step < 2 else 4, 4)
             pipe.transformer(x, t.expand(1) / 1000)
@@ -156,20 +144,24 @@ def test_other_shapes_within_a_run():
     assert [(r.step, r.is_hit) for r in records] == [(0, False), (1, True), (2, False), (3, True)]
 
 
-# --- branches -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("names", [(), ("cond", "uncond")])
-def test_branches_never_mix(names):
-    """Each call of a step has its own state, whether it has a name or not."""
-    pipe = Pipe()
+def test_branches_never_mix():
+    """Each call of a step gets what it gets if it is the only one, whether it has a name or not."""
+    pipe, calls = Pipe(), []
     with apply(pipe, MagCache(ratios=[1.0] * 6, retention_ratio=0.0)) as handle:
-        pipe(6, calls=2, names=names)
-        first, second = names or (None, "call 2")
-        assert steps(handle, first) == steps(handle, second) == [*range(6)]
-        states = pipe.transformer._fxcache.session.slot.branches
-        residuals = [states[name].buffers.rings[0][0] for name in (first, second)]
-        assert not torch.allclose(*residuals)
+        denoiser = pipe.transformer
+        denoiser.register_forward_hook(lambda _, args, out: calls.append((args, out.clone())))
+        for names in ((), ("cond", "uncond")):
+            handle.reset()
+            calls.clear()
+            pipe(6, calls=2, names=names)
+            first, second = names or (None, "call 2")
+            assert steps(handle, first) == steps(handle, second) == [*range(6)]
+            assert handle.report().hits > 0
+            for number, own in enumerate((calls[:12:2], calls[1:12:2])):
+                with denoiser.slot(number), denoiser.trajectory(6):
+                    for args, output in own:
+                        assert_identical(denoiser(*args), output)
+            assert not torch.equal(calls[10][1], calls[11][1])
 
 
 def test_a_branch_that_comes_and_goes():
@@ -209,38 +201,29 @@ def test_two_denoisers_share_the_steps():
     )
 
 
-# --- another sampler calls ------------------------------------------------------------------------
-
-
-def test_a_scheduler_that_does_not_move_is_not_believed(caplog):
-    """A pipeline made of another's parts with a scheduler of its own, or a loop without one."""
+def test_a_scheduler_that_does_not_move_is_not_believed():
+    """A pipeline made of another's parts with a scheduler of its own, or a loop without one; also
+    after an interrupted run.
+    """
     pipe = Pipe()
-    with apply(pipe) as handle:
+    other = Pipe()
+    with apply(pipe, MagCache(ratios=[1.0] * 6, retention_ratio=0.0)) as handle:
+        expected = pipe(6, seed=5)
+        assert handle.report().hits > 0
+        handle.reset()
         pipe(6)
-        other = Pipe(transformer=pipe.transformer)
+        other.transformer = pipe.transformer
         for _ in range(2):
             other(6, seed=5)
-        records = handle.report().records[6:]
-        assert [r.step for r in records] == [*range(6)] * 2
-        fresh = Pipe()
-        with apply(fresh):
-            expected = fresh(6, seed=5)
+        assert [r.step for r in handle.report().records[6:]] == [*range(6)] * 2
         assert_identical(other(6, seed=5), expected)
         assert_identical(pipe(6, seed=5), expected)
-
-
-@pytest.mark.parametrize("stop", [0, 1, 3])
-def test_another_sampler_after_an_interrupted_run(stop):
-    fresh = Pipe()
-    with apply(fresh, MagCache(ratios=[1.0] * 6, retention_ratio=0.0)):
-        expected = fresh(6, seed=5)
-    pipe = Pipe()
-    with apply(pipe, MagCache(ratios=[1.0] * 6, retention_ratio=0.0)):
-        with pytest.raises(KeyboardInterrupt):
-            pipe(6, stop=stop)
-        other = Pipe(transformer=pipe.transformer)
-        other(6, seed=1)
-        assert_identical(other(6, seed=5), expected)
+        for stop in (0, 1, 3):
+            handle.reset()
+            with pytest.raises(KeyboardInterrupt):
+                pipe(6, stop=stop)
+            other(6, seed=1)
+            assert_identical(other(6, seed=5), expected)
 
 
 def test_a_trajectory_that_is_announced_goes_before():
@@ -251,9 +234,6 @@ def test_a_trajectory_that_is_announced_goes_before():
             for t in (0.7, 0.2):
                 pipe.transformer(torch.ones(1, 8, 4), torch.tensor([t]))
         assert steps(handle) == [1, 2]
-
-
-# --- what is applied to, and removal --------------------------------------------------------------
 
 
 def test_only_the_denoiser_is_replaced_and_given_back():
@@ -274,16 +254,17 @@ def test_only_the_denoiser_is_replaced_and_given_back():
 
 
 def test_removal_frees_the_memory():
+    def residuals():
+        return [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == (1, 8, 16)]
+
     pipe = Pipe()
     handle = apply(pipe)
     pipe(4)
-    state = pipe.transformer._fxcache.session.slot.branches[None]
-    residual = weakref.ref(state.buffers.rings[0][0])
     assert handle.report().cached_bytes > 0
-    del state
+    assert residuals()
     handle.remove()
     gc.collect()
-    assert residual() is None
+    assert not residuals()
     assert handle.report().cached_bytes == 0
 
 
@@ -312,6 +293,11 @@ def test_refusals():
     with pytest.raises(OptionError, match=r"denoiser already: call remove\(\)"):
         apply(pipe)
     handle.remove()
+    model, pipe.transformer_2 = pipe.transformer, plain(seeded(SequentialDiT))
+    with pytest.raises(OptionError, match="transformer_2 of this Pipe is a denoiser already"):
+        apply(pipe)
+    assert pipe.transformer is model  # nothing is half applied
+    del pipe.transformer_2
     for bad in (3, MagCache):
         with pytest.raises(PolicyError, match="policy must be a policy"):
             apply(pipe, bad)
@@ -321,15 +307,6 @@ def test_refusals():
         fxcache.apply(pipe, backend="nope")
     assert type(pipe.transformer) is SequentialDiT
     assert not isinstance(pipe.transformer, fxcache.denoiser.DenoiserMethods)
-
-
-def test_nothing_is_half_applied():
-    pipe = Pipe()
-    pipe.transformer_2 = fxcache.transform(seeded(SequentialDiT), ALWAYS, backend="eager")
-    model = pipe.transformer
-    with pytest.raises(OptionError, match="transformer_2 of this Pipe is a denoiser already"):
-        apply(pipe)
-    assert pipe.transformer is model
 
 
 def test_one_policy_for_each_denoiser():

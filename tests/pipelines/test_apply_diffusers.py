@@ -2,10 +2,11 @@
 
 import copy
 import json
+import logging
 
 import pytest
 import torch
-from helpers import ALTERNATE, NEVER, assert_identical
+from helpers import ALTERNATE, NEVER, adopt, assert_identical
 
 import fxcache
 
@@ -34,24 +35,46 @@ def test_components_config_and_attributes(pipe):
     assert dict(config) == written
     assert isinstance(pipe.transformer, type(model))
     assert type(pipe.transformer).__name__ == "FluxTransformer2DModel"
+    made = type(pipe.transformer).from_config(pipe.transformer.config)  # a plain model
+    copied = copy.deepcopy(made)
+    assert copied.state_dict().keys() == made.state_dict().keys()
+    assert copied.proj_out.weight is not made.proj_out.weight
+    assert torch.equal(copied.proj_out.weight, made.proj_out.weight)
     handle.remove()
     assert pipe.components["transformer"] is model
     assert dict(pipe.config) == written
 
 
 def test_save_pretrained(pipe, tmp_path):
+    expected = run(pipe)
     with fxcache.apply(pipe, ALTERNATE, backend="eager"):
         pipe.save_pretrained(tmp_path)
+        before = pipe.transformer.state_dict()
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["transformer"] == ["diffusers", "FluxTransformer2DModel"]
     loaded = diffusers.FluxPipeline.from_pretrained(tmp_path, local_files_only=True)
     loaded.set_progress_bar_config(disable=True)
-    before, after = pipe.transformer.state_dict(), loaded.transformer.state_dict()
+    after = loaded.transformer.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    expected = run(loaded)
-    with fxcache.apply(loaded, NEVER, backend="eager"):
-        assert_identical(run(loaded), expected)
+    assert_identical(run(loaded), expected)
+
+
+def test_a_denoiser_that_was_put_in_a_pipeline_by_hand(pipe, caplog):
+    """Without `apply`: a pipeline takes it and names its branches; timesteps tell trajectories."""
+    expected = run(pipe)
+    pipe.transformer = denoiser = fxcache.transform(pipe.transformer, NEVER, backend="eager")
+    assert_identical(run(pipe), expected)
+    assert denoiser.report().misses == 8
+    assert {r.branch for r in denoiser.report().records} == {"cond", "uncond"}
+    caplog.clear()
+    adopt(denoiser, fxcache.FirstBlockCache(threshold=0.5))
+    first = run(pipe)
+    assert 0 < denoiser.report().hits < 6
+    run(pipe, seed=1)
+    assert_identical(run(pipe), first)
+    assert len({r.trajectory for r in denoiser.report().records}) == 3
+    assert not [r for r in caplog.records if r.name == "fxcache" and r.levelno >= logging.WARNING]
 
 
 def test_to_another_dtype(pipe):
@@ -89,53 +112,15 @@ def test_from_pipe_shares_the_denoiser(pipe):
     assert_identical(run(pipe), run(FLUX.build()))
 
 
-def test_two_pipelines_of_one_class(pipe):
+def test_pipelines_of_one_class_and_copies_have_caches_of_their_own(pipe):
+    """Hooks of diffusers make the model refer to the denoiser, in the copy as well."""
     other = FLUX.build()
-    expected = run(other)
-    handle = fxcache.apply(pipe, ALTERNATE, backend="eager")
-    first = run(pipe)
-    assert_identical(run(other), expected)
-    assert type(other.transformer) is diffusers.FluxTransformer2DModel
-    with fxcache.apply(other, ALTERNATE, backend="eager") as own:
-        assert_identical(run(other), first)
-        assert own.report().hits == handle.report().hits > 0
-
-
-def test_an_exception_in_a_callback_leaves_nothing(pipe):
-    """The next run is as good as a first one, whatever the last one was stopped by."""
-
-    def stop(pipe, step, timestep, kwargs):
-        if step == 1:
-            raise RuntimeError("stopped")
-        return kwargs
-
-    fresh = FLUX.build()
-    with fxcache.apply(fresh, ALTERNATE, backend="eager"):
-        expected = run(fresh, seed=2)
-    with fxcache.apply(pipe, ALTERNATE, backend="eager"):
-        with pytest.raises(RuntimeError, match="stopped"):
-            pipe("a fox", num_inference_steps=4, height=32, width=32, callback_on_step_end=stop,
-                 max_sequence_length=16)  # fmt: skip
-        assert_identical(run(pipe, seed=2), expected)
-
-
-def test_interrupting_a_run(pipe):
-    def interrupt(pipe, step, timestep, kwargs):
-        pipe._interrupt = step == 1
-        return kwargs
-
-    with fxcache.apply(pipe, ALTERNATE, backend="eager") as handle:
-        pipe("a fox", num_inference_steps=4, height=32, width=32, callback_on_step_end=interrupt,
-             max_sequence_length=16)  # fmt: skip
-        first = run(pipe)
-        assert_identical(run(pipe), first)
-        assert max(r.step for r in handle.report().records) == 3
-
-
-def test_a_copied_pipeline_has_a_cache_of_its_own(pipe):
-    """Hooks of diffusers make the model refer to the denoiser."""
+    uncached = run(other)
     handle = fxcache.apply(pipe, ALTERNATE, backend="eager")
     expected, records = run(pipe), handle.report().records
+    assert not torch.equal(expected, uncached)
+    assert_identical(run(other), uncached)
+    assert type(other.transformer) is diffusers.FluxTransformer2DModel
     assert vars(pipe.transformer)["_diffusers_hook"]._module_ref is pipe.transformer
     copied = copy.deepcopy(pipe)
     assert vars(copied.transformer)["_diffusers_hook"]._module_ref is copied.transformer
@@ -146,23 +131,50 @@ def test_a_copied_pipeline_has_a_cache_of_its_own(pipe):
     assert type(model) is diffusers.FluxTransformer2DModel
 
 
-def test_a_model_made_by_a_denoisers_class_can_be_copied(pipe):
-    fxcache.apply(pipe, ALTERNATE, backend="eager")
-    model = type(pipe.transformer).from_config(pipe.transformer.config)
-    copied = copy.deepcopy(model)
-    assert copied.state_dict().keys() == model.state_dict().keys()
-    assert copied.proj_out.weight is not model.proj_out.weight
-    assert torch.equal(copied.proj_out.weight, model.proj_out.weight)
+def test_runs_that_are_stopped_leave_nothing(pipe):
+    """By an exception in a callback, or as pipelines are interrupted: the next run is as good as a
+    first one.
+    """
+
+    def stop(pipe, step, timestep, kwargs):
+        if step == 1:
+            raise RuntimeError("stopped")
+        return kwargs
+
+    def interrupt(pipe, step, timestep, kwargs):
+        pipe._interrupt = step == 1
+        return kwargs
+
+    def stopped(callback):
+        pipe("a hen", negative_prompt="dull", num_inference_steps=4,
+             callback_on_step_end=callback, **FLUX.arguments(32, 1))  # fmt: skip
+
+    with fxcache.apply(pipe, ALTERNATE, backend="eager") as handle:
+        expected = run(pipe, seed=2)
+        with pytest.raises(RuntimeError, match="stopped"):
+            stopped(stop)
+        assert_identical(run(pipe, seed=2), expected)
+        before = len(handle.report().records)
+        stopped(interrupt)
+        assert {r.step for r in handle.report().records[before:]} == {0, 1}
+        assert_identical(run(pipe, seed=2), expected)
+        assert max(r.step for r in handle.report().records) == 3
+        assert handle.report().graphs == 1
 
 
-@pytest.mark.parametrize("policy", [NEVER, ALTERNATE])
-def test_compiling_around_it(pipe, policy):
+def test_compiling_around_it(pipe):
     """``torch.compile`` cuts at the denoiser, which goes on as it was."""
-    handle = fxcache.apply(pipe, policy, backend="eager")
-    expected, records = run(pipe), handle.report().records
-    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
-    assert_identical(run(pipe), expected)
-    assert [r.is_hit for r in handle.report().records] == 2 * [r.is_hit for r in records]
+    handle, expected = fxcache.apply(pipe, NEVER, backend="eager"), []
+    denoiser = pipe.transformer
+    for policy in (NEVER, ALTERNATE):
+        adopt(denoiser, policy)
+        sampled = run(pipe)
+        expected.append((policy, sampled, [r.is_hit for r in handle.report().records]))
+    pipe.transformer = torch.compile(denoiser, backend="eager")
+    for policy, sampled, decisions in expected:
+        adopt(denoiser, policy)
+        assert_identical(run(pipe), sampled)
+        assert [r.is_hit for r in handle.report().records] == decisions
     assert handle.report().graphs == 1
 
 
@@ -186,9 +198,9 @@ def test_guidance_that_ends_amid_a_run():
 
     pipe = family.build()
     expected = guided(pipe)
-    with fxcache.apply(pipe, NEVER, backend="eager"):
+    with fxcache.apply(pipe, NEVER, backend="eager", dynamic=False) as handle:
         assert_identical(guided(pipe), expected)
-    with fxcache.apply(pipe, ALTERNATE, backend="eager") as handle:
+        adopt(pipe.unet, ALTERNATE)
         guided(pipe)
         records = handle.report().records
     assert [r.is_hit for r in records] == [False, True, False] + [False, True] * 2 + [False]
@@ -210,9 +222,9 @@ def test_a_modular_pipeline(pipe):
                       generator=generator, output="images", output_type="pt")  # fmt: skip
 
     expected = sample()
-    with fxcache.apply(blocks, NEVER, backend="eager"):
+    with fxcache.apply(blocks, NEVER, backend="eager") as handle:
         assert_identical(sample(), expected)
-    with fxcache.apply(blocks, ALTERNATE, backend="eager") as handle:
+        adopt(blocks.transformer, ALTERNATE)
         sample()
         assert [(r.step, r.is_hit) for r in handle.report().records] == [
             (0, False), (1, True), (2, False), (3, True)

@@ -52,47 +52,40 @@ FLUX, WAN = "FluxTransformer2DModel", "WanTransformer3DModel"
 LTX = "LTXVideoTransformer3DModel"
 
 
-@pytest.mark.parametrize(
-    ("pipeline", "model", "options", "expected"),
-    [
-        ("FluxPipeline", FLUX, {"guidance_embeds": True}, "flux-dev"),
-        ("FluxControlNetPipeline", FLUX, {"guidance_embeds": True}, "flux-dev"),
-        ("FluxPipeline", FLUX, {"guidance_embeds": False}, "flux-schnell"),
-        ("FluxKontextPipeline", FLUX, {"guidance_embeds": True}, "flux-kontext"),
-        ("WanPipeline", WAN, {"num_layers": 30}, "wan2.1-t2v-1.3b"),
-        ("WanPipeline", WAN, {"num_layers": 40}, "wan2.1-t2v-14b"),
-        ("WanPipeline", WAN, {"num_layers": 40, "denoisers": 2}, "wan2.2-t2v-a14b"),
-        ("WanPipeline", WAN, {"own": {"expand_timesteps": True}}, "wan2.2-ti2v-5b"),
-        ("WanImageToVideoPipeline", WAN, {"denoisers": 2}, "wan2.2-i2v-a14b"),
-        ("HunyuanVideoPipeline", "HunyuanVideoTransformer3DModel", {}, "hunyuan-video"),
-    ],
-)
-def test_the_model_is_told_by_its_pipeline_and_config(pipeline, model, options, expected, caplog):
-    policy = chosen(pipeline, model, **options)
-    assert isinstance(policy, MagCache)
-    assert policy == preset(expected, "magcache")
+TOLD = [
+    ("FluxPipeline", FLUX, {"guidance_embeds": True}, "flux-dev"),
+    ("FluxControlNetPipeline", FLUX, {"guidance_embeds": True}, "flux-dev"),
+    ("FluxPipeline", FLUX, {"guidance_embeds": False}, "flux-schnell"),
+    ("FluxKontextPipeline", FLUX, {"guidance_embeds": True}, "flux-kontext"),
+    ("WanPipeline", WAN, {"num_layers": 30}, "wan2.1-t2v-1.3b"),
+    ("WanPipeline", WAN, {"num_layers": 40}, "wan2.1-t2v-14b"),
+    ("WanPipeline", WAN, {"num_layers": 40, "denoisers": 2}, "wan2.2-t2v-a14b"),
+    ("WanPipeline", WAN, {"own": {"expand_timesteps": True}}, "wan2.2-ti2v-5b"),
+    ("WanImageToVideoPipeline", WAN, {"denoisers": 2}, "wan2.2-i2v-a14b"),
+    ("HunyuanVideoPipeline", "HunyuanVideoTransformer3DModel", {}, "hunyuan-video"),
+]
+
+
+def test_the_model_is_told_by_its_pipeline_and_config(caplog):
+    for pipeline, model, options, expected in TOLD:
+        policy = chosen(pipeline, model, **options)
+        assert isinstance(policy, MagCache)
+        assert policy == preset(expected, "magcache"), (pipeline, options)
     assert not caplog.records
-
-
-def test_a_guess_says_so(caplog):
     with caplog.at_level(logging.WARNING, "fxcache"):
-        policy = chosen("WanPipeline", WAN, num_layers=2)
+        policy = chosen("WanPipeline", WAN, num_layers=2)  # a guess says so
     assert policy == preset("wan2.1-t2v-1.3b", "magcache")
     assert "cannot be told: its settings are those of wan2.1-t2v-1.3b" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
+def test_the_name_that_was_loaded_goes_first():
+    for name, expected in (
         ("black-forest-labs/FLUX.1-dev", "flux-dev"),
         ("/models/FLUX.1-schnell", "flux-schnell"),
-        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", None),  # the name of another class of model
-    ],
-)
-def test_the_name_that_was_loaded_goes_first(name, expected):
-    pipe = {"own": {"_name_or_path": name}, "guidance_embeds": True}
-    policy = chosen("FluxPipeline", FLUX, method="magcache", **pipe)
-    assert policy == preset(expected or "flux-dev", "magcache")
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "flux-dev"),  # the name of another class of model
+    ):
+        pipe = {"own": {"_name_or_path": name}, "guidance_embeds": True}
+        assert chosen("FluxPipeline", FLUX, **pipe) == preset(expected, "magcache"), name
 
 
 def test_auto_is_the_default_whatever_was_published():

@@ -285,5 +285,12 @@ def test_a_policy_holds_from_the_next_trajectory_on(model):
     x = sample(seed=5)
     for t in (1.0, 0.5):
         assert_identical(denoiser(x * t, times(t)), fresh(x * t, times(t)))
+    for _ in range(2):  # where nothing goes on, it holds at once
+        denoiser.policy = ALTERNATE
+        denoiser.reset()
+        assert run() == [False, True, False, True]
+        denoiser.reset()
+        denoiser.policy = ALWAYS
+        assert run() == [False, True, True, True]
     with pytest.raises(PolicyError, match="policy must be a policy"):
         denoiser.policy = "magcache"

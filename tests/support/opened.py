@@ -50,7 +50,7 @@ class Opened(Runner):
 
     @policy.setter
     def policy(self, policy: Any) -> None:
-        self.session.next_policy = policy
+        self.session.follow(policy)
 
     def trajectory(
         self, num_steps: int | None = None, first_step: int = 0

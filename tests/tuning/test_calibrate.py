@@ -5,7 +5,6 @@ import gc
 import json
 import math
 import pickle
-import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -16,21 +15,11 @@ from torch import nn
 from zoo import SequentialDiT
 
 import fxcache
-from fxcache import (
-    EasyCache,
-    FirstBlockCache,
-    MagCache,
-    PolicyError,
-    ProfileError,
-    SeaCache,
-    StepSchedule,
-    Taylor,
-    TeaCache,
-    calibrate,
-)
+from fxcache import FirstBlockCache, MagCache, PolicyError, ProfileError, Taylor, TeaCache
+from fxcache.tuning.record import Recorder
 
 STEPS = 6
-calibrate = functools.partial(calibrate, progress=False)
+calibrate = functools.partial(fxcache.calibrate, progress=False)
 
 
 @torch.no_grad()
@@ -96,9 +85,6 @@ def ratios_of(residuals):
     for before, now in pairwise(residuals):
         ratios.append(float((now.norm(dim=-1) / (before.norm(dim=-1) + 1e-8)).mean()))
     return ratios
-
-
-# --- what is recorded -----------------------------------------------------------------------------
 
 
 def test_ratios_are_those_of_the_residual_of_all_blocks(model):
@@ -204,22 +190,13 @@ def test_an_instance_is_recorded_as_it_is(model):
         profile.policy()
 
 
-@pytest.mark.parametrize("policy", [EasyCache, SeaCache, StepSchedule])
-def test_other_policies_are_recorded(model, policy):
-    profile = calibrate(model, euler, policy, runs=1)
-    assert profile.metadata["method"] == policy.__name__
-    first = {StepSchedule: STEPS, EasyCache: 2}.get(policy, 1)  # steps that have no metric
-    assert len(profile.pairs) == STEPS - first
-    assert all(error > 0 for error in profile.errors["Reuse"][1:])
-
-
-@pytest.mark.parametrize("policy", ["MagCache", int, None, 3])
-def test_what_cannot_be_calibrated(model, policy):
-    with pytest.raises(PolicyError, match="policy must be one of EasyCache, FirstBlockCache, Mag"):
-        calibrate(model, euler, policy)
-
-
-# --- trajectories ---------------------------------------------------------------------------------
+def test_other_policies_are_recorded(model):
+    kinds = {fxcache.EasyCache: 2, fxcache.SeaCache: 1, fxcache.StepSchedule: STEPS}
+    for policy, first in kinds.items():
+        profile = calibrate(model, euler, policy, runs=1)
+        assert profile.metadata["method"] == policy.__name__
+        assert len(profile.pairs) == STEPS - first  # not of steps that have no metric
+        assert all(error > 0 for error in profile.errors["Reuse"][1:])
 
 
 def test_trajectories_that_rise_or_are_announced_or_show_no_time(model):
@@ -262,30 +239,24 @@ def test_heun(model):
     np.testing.assert_allclose(profile.ratios["cond"], ratios_of(residuals[::2]), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("run", "message"),
-    [
+def test_trajectories_that_do_not_fit(model):
+    denoiser = plain(model)
+    for run, message in (
         (lambda m, seed: euler(m, seed, steps=5 + seed), "5 of steps 0 to 4', '6 of steps 0 to 5"),
         (lambda m, seed: euler(m, seed, steps=1), "at least 2"),
         (lambda m, seed: guided(m, seed, last=3), "'uncond': .'3 of steps 0 to 2'"),
         (lambda m, seed: sample(), "did not call the denoiser"),
         (lambda m, seed: torch.enable_grad()(euler.__wrapped__)(m), "under torch.no_grad()"),
-    ],
-)
-def test_trajectories_that_do_not_fit(model, run, message):
-    with pytest.raises(ProfileError, match=message):
-        calibrate(model, run)
+    ):
+        with pytest.raises(ProfileError, match=message):
+            calibrate(denoiser, run)
 
-
-def test_a_trajectory_that_does_not_begin_at_its_first_step(model):
-    denoiser = plain(model)
-
-    def run():
+    def late():
         with denoiser.trajectory(10, first_step=4):
             euler(denoiser)
 
     with pytest.raises(ProfileError, match="6 of steps 4 to 9"):
-        calibrate(denoiser, run)
+        calibrate(denoiser, late)
 
 
 @pytest.mark.parametrize(("value", "message"), [(math.nan, "finite"), (0.0, "in .0, inf.")])
@@ -298,70 +269,76 @@ def test_residuals_that_make_no_table(model, value, message):
         calibrate(model, euler)
 
 
-# --- errors, and what is left --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_bad_options_are_named(model):
+    for policy in ("MagCache", int, None, 3):
+        with pytest.raises(PolicyError, match="policy must be one of EasyCache, FirstBlockCache"):
+            calibrate(model, euler, policy)
+    for options, message in (
         ({"runs": 0}, "runs must be an integer at least 1, got 0"),
         ({"runs": 1.5}, "runs must be an integer"),
         ({"seeds": []}, "seeds must hold one"),
         ({"seeds": [1, "a"]}, "seeds must be an integer at least 0, got 'a'"),
-    ],
-)
-def test_bad_options_are_named(model, options, message):
-    with pytest.raises(PolicyError, match=message):
-        calibrate(model, euler, **options)
+    ):
+        with pytest.raises(PolicyError, match=message):
+            calibrate(model, euler, **options)
 
 
-@pytest.mark.parametrize("call", [0, 2, STEPS + 2])
-def test_a_run_that_raises_changes_nothing(model, call):
+def test_a_run_that_raises_changes_nothing(model):
     denoiser = plain(model)
     euler(denoiser)
-    before = str(denoiser.report()), denoiser._fxcache, torch.get_rng_state()
-    calls = []
+    before = denoiser.report(), denoiser.policy
+    state = torch.get_rng_state()
+    for call in (0, 2, STEPS + 2):
+        calls = []
 
-    def run(d, seed):
-        def failing(*args):
-            calls.append(args)
-            if len(calls) > call:
-                raise KeyError("no picture")
-            return d(*args)
+        def run(d, seed, call=call, calls=calls):
+            def failing(*args):
+                calls.append(args)
+                if len(calls) > call:
+                    raise KeyError("no picture")
+                return d(*args)
 
-        return euler(failing, seed)
+            return euler(failing, seed)
 
-    with pytest.raises(ProfileError, match=r"run raised KeyError with seed.*no picture") as raised:
-        calibrate(denoiser, run)
-    assert isinstance(raised.value.__cause__, KeyError)
-    assert (str(denoiser.report()), denoiser._fxcache) == before[:2]
-    assert torch.equal(torch.get_rng_state(), before[2])
+        with pytest.raises(ProfileError, match=r"run raised KeyError with seed.*no pict") as raised:
+            calibrate(denoiser, run)
+        assert isinstance(raised.value.__cause__, KeyError)
+        assert (denoiser.report(), denoiser.policy) == before
+        assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(KeyboardInterrupt):
         calibrate(denoiser, lambda d: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert denoiser._fxcache is before[1]
-    assert torch.equal(torch.get_rng_state(), before[2])
+    assert (denoiser.report(), denoiser.policy) == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def made():
+    """How many recorders there are, and tensors of a residual's shape."""
+    return sum(
+        type(it) is Recorder or (type(it) is torch.Tensor and it.shape == (2, 8, 16))
+        for it in gc.get_objects()
+    )
 
 
 def test_nothing_is_left_behind(model):
     denoiser = plain(model)
     euler(denoiser)
-    before = denoiser.report().to_dict()
-    found = []
+    before, keys, seen = denoiser.report(), set(model.__dict__), []
 
     def run(d, seed):
-        out, session = euler(d, seed), d._fxcache.session
-        buffers = session.slots[None].branches[None].buffers
-        found.extend(map(weakref.ref, (session.observe, buffers, buffers.rings[0][0])))
+        out = euler(d, seed)
+        seen.append(made())
         return out
 
-    keys = set(model.__dict__)
+    gc.collect()
+    number = made()
     for target in (denoiser, model):
         with torch.enable_grad():
             calibrate(target, run, TeaCache, progress=True)
+    assert len(seen) == 4
+    assert min(seen) > number
     gc.collect()
-    assert denoiser.report().to_dict() == before
-    assert len(found) == 12
-    assert all(kept() is None for kept in found)
+    assert made() == number
+    assert denoiser.report() == before
     assert set(model.__dict__) == keys
     assert not model._forward_hooks
     assert not model.blocks[0]._forward_pre_hooks

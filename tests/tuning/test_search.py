@@ -96,9 +96,6 @@ def test_the_path_over_real_errors_is_the_best(forecast):
         assert found[number][0] == pytest.approx(best, rel=1e-9, abs=1e-9)
 
 
-# --- errors and weights ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "forecast",
     [Reuse(), Taylor(order=2), Hermite(order=2), AdamsBashforth(order=3), Chebyshev(order=2)],
@@ -168,9 +165,8 @@ def test_fitted_falls_back_on_what_is_not_in_its_table():
     assert fitted.weights(5, [3]) == [1]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_bad_tables_are_named():
+    for arguments, message in (
         ({"table": {(2, (1, 0)): [1.0]}}, "one weight for each past step.*got 1 at step 2"),
         ({"table": {(4, (3, 2)): [1, 0]}, "ring": 1}, "at most 1|ring of at most 1"),
         ({"table": {(2, (1,)): [math.nan]}}, "finite weights.*nan.*step 2"),
@@ -178,14 +174,9 @@ def test_fitted_falls_back_on_what_is_not_in_its_table():
         ({"table": {}, "ring": 6}, r"Fitted.ring must be an integer in \[1, 5\], got 6"),
         ({"table": {}, "ring": 2, "fallback": Taylor(order=2)}, "ring of at most 2"),
         ({"table": {}, "fallback": "Taylor"}, "forecast must be a forecaster"),
-    ],
-)
-def test_bad_tables_are_named(arguments, message):
-    with pytest.raises(PolicyError, match=message):
-        Fitted(**arguments)
-
-
-# --- sensitivity ----------------------------------------------------------------------------------
+    ):
+        with pytest.raises(PolicyError, match=message):
+            Fitted(**arguments)
 
 
 def test_sensitivity_is_interpolated_in_the_logarithm():
@@ -203,9 +194,6 @@ def test_errors_that_say_nothing_are_left_out(error):
     expected = torch.full((4,), 2, dtype=torch.float64)
     torch.testing.assert_close(interpolated_sensitivity(gram, {1: 2.0, 3: error}), expected)
     assert interpolated_sensitivity(gram, {2: error}).tolist() == [1, 1, 1, 1]
-
-
-# --- recording ------------------------------------------------------------------------------------
 
 
 def observe(recorder, slot, state, residuals, step):
