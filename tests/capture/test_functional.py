@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from controlled import Controlled, control
 from helpers import assert_identical, sample, seeded, times
 from torch import nn
-from zoo import SequentialDiT, make, token_inputs
+from zoo import SequentialDiT, token_inputs
 
 import fxcache
 from fxcache.capture import torch_internals as internals
@@ -84,32 +85,30 @@ class Writing(SequentialDiT):
 
 def test_writes_and_contexts_are_gone():
     model = seeded(Writing)
-    gm, given, _ = captured(model, token_inputs())
+    inputs = token_inputs()
+    gm, given, outputs = captured(model, inputs)
     calls = [node for node in gm.graph.nodes if node.op == "call_function"]
     assert not [n for n in calls if op_name(n).endswith("_") or op_name(n).startswith("_enter_")]
     assert [given.sources[node].rpartition("'calls'")[1] for node in given.written] == ["'calls'"]
     assert model.calls == 1
-    inputs = token_inputs()
-    assert_identical(captured(seeded(Writing), inputs)[2], seeded(Writing)(**inputs))
+    assert_identical(outputs, seeded(Writing)(**inputs))
     assert set(given.data.values()) == {"x", "t"}
     assert given.data[given.timestep] == "t"
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_the_graph_gives_the_models_own_bits(mode, dynamic):
-    model = seeded(SequentialDiT)
+def test_the_graph_gives_the_models_own_bits(mode):
+    model = seeded(lambda: SequentialDiT(depth=1))
     with mode():
         inputs = {"x": sample(batch=3), "t": times(0.5, 3)}
-        assert_identical(captured(model, inputs, dynamic=dynamic)[2], model(**inputs))
+        assert_identical(captured(model, inputs, dynamic=True)[2], model(**inputs))
 
 
 def test_the_weights_are_known():
-    gm, given, _ = captured(*make("flux"))
-    assert set(given.paths.values()) == {
-        "hidden_states", "encoder_hidden_states", "pooled_projections", "timestep",
-        "img_ids", "txt_ids",
-    }  # fmt: skip
+    inputs = {"control": control(), "features": control(seed=4), "strength": torch.ones(())}
+    inputs = {**token_inputs(), **inputs}
+    gm, given, _ = captured(seeded(Controlled), inputs)
+    assert set(given.paths.values()) == {"x", "t", "control", "features", "strength"}
     assert len(given.weights) == len(given.registered)
     assert len(gm.graph.find_nodes(op="placeholder")) == len(given.weights) + len(given.data)
 

@@ -1,6 +1,7 @@
 """Low precision: bfloat16 and float16, autocast, quantized weights, and changes between steps."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -24,10 +25,8 @@ from fxcache import StepSchedule
 
 MODELS = {
     "sequential_dit": torch.bfloat16,
-    "flux": torch.float16,
-    "sd3": torch.bfloat16,
-    "wan_t2v": torch.bfloat16,
-    "sdxl_unet": torch.float16,
+    "uvit": torch.float16,
+    "wan_t2v": torch.bfloat16,  # some of it is in float32 all the same
 }
 
 
@@ -67,10 +66,8 @@ def test_models_in_half_precision(name, dtype):
         assert [out.dtype for out in outputs] == [out.dtype for out in expected]
         assert all(out.isfinite().all() for out in outputs)
     assert hits(denoiser) == [False, True, True]
-    (buffers,) = {
-        s.allocated.rings[0][0].dtype for s in denoiser._fxcache.session.slot.branches.values()
-    }
-    assert buffers == dtype
+    if name == "sequential_dit":  # what is kept is of that dtype, too: a residual and a probe
+        assert denoiser.report().cached_bytes == 2 * (2 * 8 * 16) * dtype.itemsize
 
 
 def test_half_precision_under_inductor(inputs):
@@ -86,26 +83,25 @@ def test_half_precision_under_inductor(inputs):
     assert (outputs[0] - exact).norm() < 1.5 * usual < 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 100.0), (torch.bfloat16, 1.0)])
-def test_the_metric_is_accumulated_in_float32(dtype, scale):
+def test_the_metric_is_accumulated_in_float32():
     """Sums of absolute values go far beyond what float16 holds (65504)."""
-    torch.manual_seed(0)
-    model = SequentialDiT().eval()
-    with torch.no_grad():
-        model.blocks[0].mlp[2].weight *= scale
-        model.blocks[0].mlp[2].bias += scale
+    model = seeded(lambda: SequentialDiT(depth=2))
+    model.blocks[0].mlp[2].weight *= 100
+    model.blocks[0].mlp[2].bias += 100
     inputs = {"x": torch.randn(2, 512, 4), "t": torch.ones(2)}
-    metrics = []
-    for kind in (torch.float32, dtype):
-        denoiser = plain(model.to(kind))
-        outputs = steps(denoiser, cast(inputs, kind))
+    denoiser, metrics = plain(model), []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        model.to(dtype)
+        denoiser.reset()
+        outputs = steps(denoiser, cast(inputs, dtype))
         assert all(out.isfinite().all() for out in outputs)
+        assert hits(denoiser) == [False, True, True]
         metrics.append([record.metric for record in denoiser.report().records[1:]])
-    assert metrics[1] == pytest.approx(metrics[0], rel=0.05)
-    assert hits(denoiser) == [False, True, True]
+    assert metrics[1:] == [pytest.approx(metrics[0], rel=0.05)] * 2
 
 
-def test_autocast_of_a_float32_model(model, inputs):
+def test_autocast_of_a_float32_model(inputs):
+    model = seeded(lambda: SequentialDiT(depth=2))
     denoiser, dtype = plain(model), torch.float16
     with torch.autocast("cpu", dtype=dtype):
         expected = model(**inputs)
@@ -128,51 +124,28 @@ class Casting(SequentialDiT):
         return super().forward(x.to(device, dtype), t.to(device, dtype))
 
 
-CHANGES = {
-    "bfloat16": lambda model: model.to(torch.bfloat16),
-    "half": lambda model: model.half(),
-}
-
-
-@pytest.mark.parametrize(
-    ("change", "announced"), [("bfloat16", True), ("bfloat16", False), ("half", False)]
-)
-def test_another_dtype_amid_a_trajectory(inputs, change, announced):
+def test_another_dtype_amid_a_trajectory_and_back(inputs):
     """Nothing of before is reused, though the inputs are the same and time goes on."""
-    model = seeded(Casting)
-    denoiser = plain(model)
-
-    def run():
-        denoiser(inputs["x"], inputs["t"])
-        denoiser(inputs["x"], inputs["t"] - 0.1)
-        CHANGES[change](denoiser)
-        later = inputs["t"] - 0.2
-        assert_identical(denoiser(inputs["x"], later), model(inputs["x"], later))
-        denoiser(inputs["x"], inputs["t"] - 0.3)
-
-    if announced:
-        with denoiser.trajectory(4):
-            run()
-    else:
-        run()
-    assert hits(denoiser) == [False, True, False, True]
-
-
-def test_another_dtype_and_back(inputs):
-    model = seeded(Casting)
+    model = seeded(lambda: Casting(depth=2))
     expected = model(**inputs)
     denoiser = plain(model)
-    for dtype in (torch.float32, torch.float64, torch.float32):
-        model.to(dtype)
-        outputs = steps(denoiser, inputs)
-        assert_close(outputs[0].float(), expected)
-        assert outputs[1].dtype == dtype
-    assert hits(denoiser) == [False, True, True] * 3
+    x, t = inputs["x"], inputs["t"]
+    for dtype, announced in ((torch.bfloat16, True), (torch.float16, False)):
+        with denoiser.trajectory(4) if announced else nullcontext():
+            assert_close(denoiser(x, t), expected, 0.02)  # later its weights were rounded
+            denoiser(x, t - 0.1)
+            denoiser.to(dtype)
+            assert_identical(denoiser(x, t - 0.2), model(x, t - 0.2))
+            assert denoiser(x, t - 0.3).dtype == dtype
+        assert hits(denoiser)[-4:] == [False, True, False, True]
+        denoiser.float()
+    assert_close(steps(denoiser, inputs)[0], expected, 0.02)
+    assert hits(denoiser)[-3:] == [False, True, True]
 
 
 def test_another_device(inputs):
     """ "meta" stands in for it: nothing may be read back from there, so a schedule decides."""
-    model = seeded(Casting)
+    model = seeded(lambda: Casting(depth=2))
     denoiser = plain(model, StepSchedule(mask=[False, True, True]))
     devices = []
     for device in ("cpu", "meta"):
@@ -195,9 +168,9 @@ def quantize():
         "dynamic": quantization.Int8DynamicActivationInt8WeightConfig,
     }
 
-    def quantize(model, kind="weights", at_least=16):
+    def quantize(model, kind="weights", sizes=(16, 32, 64)):
         def is_large(module, name):
-            return isinstance(module, nn.Linear) and module.in_features >= at_least
+            return isinstance(module, nn.Linear) and module.in_features in sizes
 
         quantization.quantize_(model, kinds[kind](), filter_fn=is_large)
         return model
@@ -205,27 +178,20 @@ def quantize():
     return quantize
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("sequential_dit", "weights"), ("sequential_dit", "dynamic"), ("flux", "dynamic")],
-)
-def test_quantized_models(quantize, name, kind):
-    model, inputs = make(name)
-    quantize(model, kind)
+def test_a_dynamically_quantized_model(quantize, inputs):
+    """Quantized after transform. Its products are counted by their shapes, as if it were not."""
+    model = seeded(lambda: SequentialDiT(depth=2))
     denoiser = plain(model)
-    assert_identical(denoiser(**inputs), model(**inputs))
-    for step in (1, 2):
-        outputs = tensors(denoiser(**at_step(name, inputs, step)))
-        assert all(out.isfinite().all() for out in outputs)
-    assert hits(denoiser) == [False, True, True]
-
-
-def test_products_of_quantized_weights_are_counted(quantize, model, inputs):
-    """By their shapes, whatever the weights are stored as."""
     full = fxcache.explain(model, **inputs)
-    found = fxcache.explain(quantize(model, "dynamic"), **inputs)
+    quantize(model, "dynamic")
+    found = fxcache.explain(model, **inputs)
     assert found.span_blocks == full.span_blocks
     assert (found.flops, found.skipped_flops) == (full.flops, full.skipped_flops)
+    outputs = steps(denoiser, inputs)
+    assert_identical(outputs[0], model(**inputs))
+    assert all(out.isfinite().all() for out in outputs)
+    assert hits(denoiser) == [False, True, True]
+    assert (denoiser.report().graphs, denoiser.report().recompiles) == (1, 0)
 
 
 def test_a_quantized_model_that_is_captured_in_pieces(quantize):
@@ -237,18 +203,19 @@ def test_a_quantized_model_that_is_captured_in_pieces(quantize):
     assert hits(denoiser) == [False, True, True]
 
 
-@pytest.mark.parametrize("when", ["before the first", "between two", "amid one"])
-def test_quantizing_after_transform(quantize, model, inputs, when):
-    denoiser = plain(model)
-    if when != "before the first":
-        steps(denoiser, inputs)
-    assert quantize(denoiser if when == "between two" else model) in (model, denoiser)
-    t = inputs["t"] - (0.5 if when == "amid one" else 0)
-    assert_identical(denoiser(inputs["x"], t), model(inputs["x"], t))
-    denoiser(inputs["x"], t - 0.1)
-    assert hits(denoiser)[-2:] == [False, True]
-    report = denoiser.report()
-    assert (report.graphs, report.recompiles) == ((1, 0) if when == "before the first" else (2, 1))
+def test_quantizing_between_trajectories_and_amid_one(quantize, inputs):
+    """By the denoiser or by the model."""
+    model = seeded(lambda: SequentialDiT(depth=2))
+    denoiser, x, t = plain(model), inputs["x"], inputs["t"]
+    steps(denoiser, inputs)
+    assert quantize(denoiser, sizes=[64]) is denoiser
+    assert_identical(denoiser(x, t), model(x, t))
+    denoiser(x, t - 0.1)
+    quantize(model, sizes=[16])
+    assert_identical(denoiser(x, t - 0.5), model(x, t - 0.5))
+    denoiser(x, t - 0.6)
+    assert hits(denoiser)[3:] == [False, True, False, True]
+    assert (denoiser.report().graphs, denoiser.report().recompiles) == (3, 2)
 
 
 @pytest.mark.filterwarnings("ignore:.*_stable_hash_for_caching:UserWarning")
@@ -259,13 +226,11 @@ def test_quantized_blocks_are_compiled_once(quantize, inputs, monkeypatch):
         counted.append(gm)
         return gm.forward
 
-    model = quantize(seeded(SequentialDiT))
+    model = seeded(lambda: SequentialDiT(depth=7))
+    quantize(model.blocks[1:4])
     denoiser = fxcache.transform(model, ALWAYS, backend=count)
     assert_identical(denoiser(**inputs), model(**inputs))
-    deeper = quantize(seeded(lambda: SequentialDiT(depth=8)))
-    before = len(counted)
-    fxcache.transform(deeper, ALWAYS, backend=count)(**inputs)
-    assert len(counted) == 2 * before  # depth adds nothing
+    assert len(counted) == 5  # head, hit, a block of either kind, the miss's tail
 
 
 @pytest.mark.filterwarnings("ignore:.*_stable_hash_for_caching:UserWarning")
@@ -280,12 +245,12 @@ def test_quantized_weights_under_inductor(quantize, inputs):
 
 def test_replaced_quantized_weights_are_captured_anew(device, quantize, inputs):
     """A graph replays where weights lay: a wrapper has no memory, the tensors inside it have."""
-    model = quantize(seeded(SequentialDiT))
+    model = quantize(seeded(lambda: SequentialDiT(depth=2)))
     denoiser = graphed(model, NEVER)
     for _ in range(3):
         steps(denoiser, inputs, 2)
     assert device.counts()[0] == 2
-    other = quantize(SequentialDiT().eval())
+    other = quantize(SequentialDiT(depth=2).eval())
     model.load_state_dict(other.state_dict(), assign=True)
     for _ in range(3):
         assert_identical(denoiser(**inputs), other(**inputs))

@@ -142,18 +142,13 @@ def test_the_result_is_new_and_contiguous():
     check(filtered, in_float64(sample.numpy(), [0.7, 0.3], (2, 3), 3.0))
 
 
-@pytest.mark.parametrize(("shape", "axes"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(shape, axes, dtype):
-    for time in (torch.tensor(0.5), torch.full((shape[0],), 300)):
-        torch.library.opcheck(
-            torch.ops.fxcache.signal_filter, (randn(*shape, dtype=dtype), time, list(axes), 3.0)
-        )
-
-
-def test_opcheck_of_strided_samples():
-    sample = randn(2, 6, 5, 4).permute(0, 3, 1, 2)
-    torch.library.opcheck(torch.ops.fxcache.signal_filter, (sample, torch.tensor(0.5), [2, 3], 3.0))
+def test_opcheck(dtype):
+    strided = randn(2, 6, 5, 4, dtype=dtype).permute(0, 3, 1, 2)
+    samples = [(randn(*shape, dtype=dtype), axes) for shape, axes in CASES[:1] + CASES[3:8:2]]
+    for sample, axes in [*samples, (strided, (2, 3))]:
+        for time in (torch.tensor(0.5), torch.full((len(sample),), 300)):
+            torch.library.opcheck(torch.ops.fxcache.signal_filter, (sample, time, list(axes), 3.0))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -31,7 +31,8 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
 }
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+BFLOAT16 = torch.bfloat16
+KERNELS = ["residual_diff", "forecast", "reuse", "refresh", "refresh_error"]
 REGISTERS, PROCESSORS, THREADS = 65536, 132, 128
 SHAPES = {"even": (1, 4096, 3072), "odd": (1, 1025, 3), "batch": (2, 4096, 3072)}
 
@@ -121,11 +122,14 @@ def assert_no_local_memory(compiled, tmp_path):
     return used
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("name", ["residual_diff", "forecast", "reuse", "refresh", "refresh_error"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [("even", BFLOAT16), ("even", torch.float32), ("odd", BFLOAT16), ("batch", torch.float16)],
+    ids=str,
+)
+@pytest.mark.parametrize("name", KERNELS)
 def test_flat_walks_load_sixteen_bytes(launched, tmp_path, name, shape, dtype):
-    run(name, shape, dtype)
+    run(name, SHAPES[shape], dtype)
     ((kernel, _, arguments),) = launched
     assert arguments["FLAT"]
     compiled = compile_for_hopper(kernel, arguments)
@@ -135,14 +139,14 @@ def test_flat_walks_load_sixteen_bytes(launched, tmp_path, name, shape, dtype):
     assert accesses(compiled, "ld").get(128, 0) >= 2 * operands
     if name != "residual_diff":
         assert accesses(compiled, "st").get(128, 0) >= 2
-    if shape == SHAPES["even"]:
+    if shape == "even":
         assert dtype.itemsize * 8 not in accesses(compiled, "ld").keys() - {32}
     used = assert_no_local_memory(compiled, tmp_path)
     if name == "residual_diff":  # the whole grid is resident at once
         assert used["REG"] * THREADS * launch.RESIDENT <= REGISTERS
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [BFLOAT16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["residual_diff", "forecast", "refresh", "refresh_error"])
 def test_strided_rows_load_sixteen_bytes(launched, tmp_path, name, dtype):
     """Rows that lie apart: heads of a joint projection."""
@@ -170,8 +174,8 @@ def test_other_strided_walks_compile(launched, tmp_path, name):
         assert_no_local_memory(compiled, tmp_path)
 
 
-@pytest.mark.parametrize("shape", [(3, 1), (1, 1), (5000, 64), (1, 17)], ids=str)
-@pytest.mark.parametrize("name", ["residual_diff", "forecast", "reuse", "refresh", "refresh_error"])
+@pytest.mark.parametrize("shape", [(3, 1), (1, 1), (1, 17)], ids=str)
+@pytest.mark.parametrize("name", KERNELS)
 def test_sizes_that_are_specialised_compile(launched, name, shape):
     """Triton turns an argument of 1 into a constant, which has no methods."""
     run(name, shape, torch.float16)

@@ -1,58 +1,16 @@
 """What the pass finds in small architectures, by what flows in them and not by their names."""
 
-import math
 from collections import OrderedDict
 
 import pytest
 import torch
-from helpers import ALWAYS, NEVER, assert_close, assert_identical, hits, plain, tensors
+from captured import captured
+from helpers import ALWAYS, plain, seeded
+from nets import WIDTH, Branch, Net, Residual, check, tokens
 from torch import nn
-from torch.nn import functional
 
 import fxcache
-from fxcache import MagCache, StackNotFoundError, StepSchedule
-
-WIDTH = 32
-
-
-class Branch(nn.Module):
-    """What a block adds to its stream."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.up = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
-        self.down = nn.Linear(2 * WIDTH, WIDTH)
-
-    def forward(self, x, t):
-        return self.down(torch.tanh(self.up(self.norm(x)) * t[:, None, None]))
-
-
-class Residual(Branch):
-    def forward(self, x, t):
-        return x + super().forward(x, t)
-
-
-class Net(nn.Module):
-    """Tokens in, blocks, tokens out."""
-
-    def __init__(self, make=Residual, depth=5):
-        super().__init__()
-        self.embed, self.out = nn.Linear(8, WIDTH), nn.Linear(WIDTH, 8)
-        self.hold([make() for _ in range(depth)])
-
-    def hold(self, blocks):
-        self.blocks = nn.ModuleList(blocks)
-
-    def each(self):
-        return self.blocks
-
-    def stack(self, h, t):
-        for block in self.each():
-            h = block(h, t)
-        return h
-
-    def forward(self, x, t):
-        return self.out(self.stack(self.embed(x), t))
+from fxcache import StackNotFoundError, StepSchedule
 
 
 class Numbered(Net):
@@ -237,90 +195,17 @@ RESIDUAL = {
 }
 
 
-def seeded(cls):
-    torch.manual_seed(0)
-    return cls().eval().requires_grad_(False)
-
-
-def tokens(step=0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x, noise = (torch.randn(2, 16, 8, generator=generator) for _ in range(2))
-    return x + 0.1 * step * noise, torch.full((2,), 1 - 0.05 * step)
-
-
-def check(model, at, **options):
-    """The promises that hold for every model that is not refused."""
-    never = plain(model, NEVER, **options)
-    for step in range(2):
-        assert_identical(never(*at(step)), model(*at(step)))
-    always = plain(model, ALWAYS, **options)
-    first = always(*at(0))
-    assert_close(always(*at(0)), first)  # a hit on the same input gives the same output
-    hit, full = tensors(always(*at(1)))[0], tensors(model(*at(1)))[0]
-    assert hits(always) == [False, True, True]
-    moved = (full - tensors(first)[0]).norm()
-    return float((hit - full).norm() / moved)
-
-
 @pytest.mark.parametrize("cls", RESIDUAL, ids=lambda cls: cls.__name__)
 def test_residual_stacks_are_found_whatever_holds_them(cls):
-    model = seeded(cls)
-    found = fxcache.explain(model, *tokens())
-    assert found.stack == RESIDUAL[cls]
-    assert not found.is_u_shape
-    assert found.audit < 1
-    assert found.skipped_share > 0.6
-    assert all(stream.is_residual for stream in found.streams)
-    assert check(model, tokens) < 1
+    capture = check(seeded(cls), tokens)
+    assert capture.found.stack == capture.default.stack == RESIDUAL[cls]
+    assert not capture.found.is_u_shape
+    assert capture.default.skipped_share > 0.6
+    assert all(stream.is_residual for stream in capture.found.streams)
+    assert all(stream.skeleton is not None for stream in capture.default.streams)
 
 
-# --- what is no stream ---
-
-
-class Hinted(Net):
-    """A control's hint is added behind each block: no residual path begins at it."""
-
-    def __init__(self):
-        super().__init__()
-        self.zero = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(5))
-
-    def forward(self, x, t):
-        control = torch.linspace(-2, 2, WIDTH).expand(len(x), 16, -1)
-        h = self.embed(x)
-        for block, zero in zip(self.blocks, self.zero, strict=True):
-            h = block(h, t) + zero(control)
-        return self.out(h)
-
-
-class Tabled(Net):
-    """A position table of its own for every block."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Parameter(torch.randn(5, 2, 16, WIDTH))
-
-    def stack(self, h, t):
-        for block, positions in zip(self.blocks, self.table, strict=True):
-            h = block(h + positions, t)
-        return h
-
-
-@pytest.mark.parametrize("cls", [Hinted, Tabled])
-@pytest.mark.parametrize(
-    "policy",
-    [StepSchedule(mask=[False, True]), MagCache(ratios=[1.0, 1.0], retention_ratio=0.0)],
-    ids=["schedule", "mag"],
-)
-def test_a_hit_continues_the_stream_and_not_what_is_added_to_it(cls, policy):
-    model = seeded(cls)
-    x, t = tokens()
-    moved = x + 1.0
-    denoiser = plain(model, policy)
-    with denoiser.trajectory(num_steps=2):
-        first = denoiser(x, t)
-        hit = denoiser(moved, 0.9 * t)
-    assert hits(denoiser) == [False, True]
-    assert_close(hit - first, model.out(model.embed(moved)) - model.out(model.embed(x)), 1e-4)
+# --- what is refused ---
 
 
 class Plain(Net):
@@ -378,150 +263,6 @@ def test_blocks_that_do_not_see_the_sample_are_no_stack():
         plain(seeded(Frozen))(*tokens())
 
 
-class SkipSum(Net):
-    """WaveNet: each block hands a stream on and leaves a skip; what is read is the skips' sum."""
-
-    def forward(self, x, t):
-        h, skips = self.embed(x), []
-        for block in self.blocks:
-            both = block.down(torch.tanh(block.up(h) * t[:, None, None]))
-            h, skips = (h + both) / math.sqrt(2), [*skips, torch.sigmoid(both)]
-        return self.out(torch.stack(skips).sum(0) / math.sqrt(5))
-
-
-def test_sums_of_skips():
-    assert check(seeded(SkipSum), tokens) < 1
-    assert fxcache.explain(seeded(SkipSum), *tokens()).audit < 1
-
-
-# --- several streams ---
-
-
-class Joint(nn.Module):
-    """Text and image beside each other, then in one sequence; the text does not see the sample."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.text = nn.Linear(8, WIDTH), nn.Linear(8, WIDTH)
-        self.doubles = nn.ModuleList(Residual() for _ in range(3))
-        self.singles = nn.ModuleList(Residual() for _ in range(4))
-        self.mix = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.out = nn.Linear(WIDTH, 8)
-
-    def forward(self, x, t):
-        image, text = self.embed(x), self.text(torch.ones(2, 4, 8))
-        for block, mix in zip(self.doubles, self.mix, strict=True):
-            both = block(torch.cat([text, image], 1), t)
-            added = torch.tanh(mix(both.mean(1, keepdim=True)))
-            text, image = text + both[:, :4] * added, image + both[:, 4:] * added
-        joint = torch.cat([text, image], 1)
-        for block in self.singles:
-            joint = block(joint, t)
-        return self.out(joint[:, 4:])
-
-
-def test_double_and_single_blocks_are_one_stack():
-    found = fxcache.explain(seeded(Joint), *tokens())
-    assert len(found.streams) == 1
-    assert found.streams[0].shape == (2, 16, WIDTH)  # of the image alone
-    assert found.audit < 1
-    assert check(seeded(Joint), tokens) < 1
-
-
-class Complex(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.out = nn.Linear(8, WIDTH), nn.Linear(WIDTH, 8)
-        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(5))
-        self.more = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(5))
-
-    def forward(self, x, t):
-        z = torch.fft.fft(self.embed(x) * (1 + t[:, None, None]), dim=1)
-        for real, imaginary in zip(self.blocks, self.more, strict=True):
-            z = z + torch.complex(real(z.real).tanh(), imaginary(z.imag).tanh())
-        return self.out(torch.fft.ifft(z, dim=1).real)
-
-
-def test_complex_streams():
-    assert check(seeded(Complex), tokens) < 1
-
-
-# --- U shapes ---
-
-
-class Block2d(nn.Module):
-    def __init__(self, given, made):
-        super().__init__()
-        self.first = nn.Conv2d(given, made, 3, padding=1)
-        self.second = nn.Conv2d(made, made, 3, padding=1)
-        self.skip = nn.Conv2d(given, made, 1)
-
-    def forward(self, x, t):
-        return self.skip(x) + self.second(torch.tanh(self.first(x) + t[:, None, None, None]))
-
-
-class UNet(nn.Module):
-    """Levels in lists of lists, skips joined before each block."""
-
-    mode = "nearest"
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.out = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 3, 1)
-        sizes = [(16, 16), (16, 32), (32, 32)]
-        self.downs = nn.ModuleList(
-            nn.ModuleList([Block2d(a, a), Block2d(a, a), nn.Conv2d(a, b, 4, 2, 1)])
-            for a, b in sizes
-        )
-        self.middle = Block2d(32, 32)
-        self.ups = nn.ModuleList(
-            nn.ModuleList([Block2d(b + a, b), Block2d(b + a, a)]) for a, b in reversed(sizes)
-        )
-
-    def forward(self, x, t):
-        h, skips = self.embed(x), []
-        for first, second, down in self.downs:
-            h = first(h, t)
-            skips.append(h)
-            h = second(h, t)
-            skips.append(h)
-            h = down(h)
-        h = self.middle(h, t)
-        for first, second in self.ups:
-            h = functional.interpolate(h, scale_factor=2, mode=self.mode)
-            h = first(torch.cat([h, skips.pop()], 1), t)
-            h = second(torch.cat([h, skips.pop()], 1), t)
-        return self.out(h)
-
-
-def pictures(step=0):
-    generator = torch.Generator().manual_seed(0)
-    x, noise = (torch.randn(2, 3, 16, 16, generator=generator) for _ in range(2))
-    return x + 0.1 * step * noise, torch.full((2,), 1 - 0.05 * step)
-
-
-@pytest.mark.parametrize(
-    "policy", [ALWAYS, StepSchedule(mask=[False, True])], ids=["first", "schedule"]
-)
-def test_a_u_shape_is_cut_where_its_hits_follow(policy):
-    found = fxcache.explain(seeded(UNet), *pictures(), policy=policy)
-    assert found.audit < 1
-    assert found.skipped_share > 0.5
-
-
-def test_a_hit_on_a_u_shape_follows_the_sample():
-    assert fxcache.explain(seeded(UNet), *pictures()).is_u_shape
-    assert check(seeded(UNet), pictures) < 1
-
-
-@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
-def test_resampling_is_the_models_own(mode):
-    """`check` asks for the same bits; a trace would replace it by formulas."""
-    model = seeded(UNet)
-    model.mode = mode
-    check(model, pictures)
-
-
 # --- samples ---
 
 
@@ -549,21 +290,21 @@ def test_noisy_tokens_are_a_sample_too():
     model, t = seeded(Tokens), torch.ones(2)
     tokens = torch.randint(0, 8, (2, 16), generator=torch.Generator().manual_seed(0))
     moved = tokens.roll(1, -1)
-    assert fxcache.explain(model, tokens, t).sample == ("x",)
-    assert len(fxcache.explain(model, tokens, t).span_blocks) == 5  # of all blocks, too
-    always = plain(model, ALWAYS)
+    capture = captured(model, tokens, t)
+    assert capture.found.sample == ("x",)
+    assert len(capture.default.span_units) == 5  # of all blocks, too
+    always = capture.follow(ALWAYS)
     first, hit = always(tokens, t), always(moved, 0.9 * t)
-    assert hits(always) == [False, True]
+    assert capture.hits() == [False, True]
     full = model(moved, 0.9 * t)
     assert (hit - full).norm() < (first - full).norm()
 
 
-@pytest.mark.parametrize("cls", ["SD3Transformer2DModel", "QwenImageTransformer2DModel"])
-def test_two_blocks_of_which_the_last_has_less_to_do(cls):
+def test_two_blocks_of_which_the_last_has_less_to_do():
     pytest.importorskip("diffusers")
     from fxcache.pipelines.tiny import tiny_model
 
-    model, inputs = tiny_model(cls, num_layers=2)
+    model, inputs = tiny_model("SD3Transformer2DModel", num_layers=2)
     found = fxcache.explain(model, **inputs)
     assert found.stack == "transformer_blocks (2)"
     assert found.skipped_share > 0.5
