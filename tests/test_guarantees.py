@@ -38,8 +38,7 @@ SEA = SeaCache(threshold=math.inf, max_consecutive_hits=2)
 POLICIES = [FIRST, FORECAST, EASY, ADAPTIVE, SCHEDULE, MAG, TEA, SEA]
 
 WRITTEN = [SequentialDiT, StructuredDiT, UViT]
-#: Two streams, text and image; the same in one kind of blocks; a U shape; a stream beside the stack;
-#: video.
+#: Two kinds of blocks; two streams; a U shape; another stack beside; video.
 DIFFUSERS = {
     "flux": [FIRST, FORECAST, EASY, ADAPTIVE],
     "sd3": [FORECAST],
