@@ -136,7 +136,6 @@ class _Analyst(Backend):
             raise
         except FxCacheError as error:
             self.refused.append((len(gm.graph.nodes), str(error)))
-            self.session.evaluations += 1
             return gm
         self.found = cut, probe
         return rewrite(gm, cut, probe, self.session, self.compilers, is_part=is_part)
