@@ -2,8 +2,7 @@
 
 The *floor* is the same model built with the head block only: what a hit could not have skipped.
 All are compiled by `--backend` and called in turn in one process, so the ratios hold on a noisy
-machine; medians and 10th percentiles are printed. With `--run 8` each has 8 calls at its turn, as a
-sampler makes them: what a call needs besides computing (guards, weights) is then in the caches.
+machine; medians and 10th percentiles are printed.
 
     python examples/benchmark_overhead.py --size host-bound
     python examples/benchmark_overhead.py --size compute-bound
@@ -80,18 +79,15 @@ def inputs(size: str, step: int) -> dict[str, torch.Tensor]:
     }
 
 
-def measure(
-    calls: dict[str, object], size: str, repeats: int, run: int
-) -> dict[str, dict[str, float]]:
-    """Milliseconds a call, the contestants taking turns of `run` calls."""
+def measure(calls: dict[str, object], size: str, repeats: int) -> dict[str, dict[str, float]]:
+    """Milliseconds a call, the contestants taking turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for first in range(WARMUP, WARMUP + repeats, run):  # going on: back were a new trajectory
-        steps = [inputs(size, step) for step in range(first, first + run)]
+    for step in range(WARMUP, WARMUP + repeats):  # going on: going back were a new trajectory
+        given = inputs(size, step)
         for name, call in calls.items():
-            for given in steps:
-                start = time.perf_counter()
-                call(**given)
-                times[name].append((time.perf_counter() - start) * 1e3)
+            start = time.perf_counter()
+            call(**given)
+            times[name].append((time.perf_counter() - start) * 1e3)
     return {
         name: {"median": sorted(t)[len(t) // 2], "p10": sorted(t)[len(t) // 10]}
         for name, t in times.items()
@@ -145,7 +141,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--whole", action="store_true", help="also without outlining (slow)")
     parser.add_argument("--calls", type=int, help="calls of each (default: by size)")
-    parser.add_argument("--run", type=int, default=1, help="so many calls at each turn")
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -156,7 +151,7 @@ def main() -> None:
         for step in range(WARMUP):
             call(**inputs(args.size, step))
         print(f"{name}: ready in {time.perf_counter() - start:.0f} s", flush=True)
-    figures = measure(calls, args.size, args.calls or SIZES[args.size][-1], args.run)
+    figures = measure(calls, args.size, args.calls or SIZES[args.size][-1])
     compared = ratios(figures)
 
     weights = len(list(build(args.size, args.blocks).parameters()))
@@ -179,7 +174,6 @@ def main() -> None:
             "blocks": args.blocks,
             "weights": weights,
             "threads": args.threads,
-            "run": args.run,
             "ms": figures,
             "ratios": compared,
             "versions": versions,
