@@ -101,6 +101,7 @@ CHANGES = {
     "parameter": lambda model: setattr(
         model.blocks[1].proj, "weight", nn.Parameter(torch.randn(16, 32))
     ),
+    "layout": lambda model: setattr(model.out.bias, "data", torch.ones(1)),
     "child": lambda model: setattr(model.blocks[1], "proj", nn.Linear(32, 16)),
     "block": lambda model: model.blocks.__setitem__(0, nn.Identity()),
     "state": lambda model: model.load_state_dict(
