@@ -224,8 +224,8 @@ def guards_of(
     """Dynamo's guards of that compiled entry of `function` which fits a call with `given`, by the
     names of its arguments. None if there is none.
 
-    Half of their time goes into the parameters, one by one. Where these are all among the graph's
-    `inputs`, their layouts are compared in one call instead.
+    Much of their time goes into the parameters, six guards each. Where these are all among the
+    graph's `inputs`, their layouts are compared in one call instead.
     """
     managers = (entry.guard_manager for entry in _entries(function))
     fitting = next((manager for manager in managers if manager.check(given)), None)

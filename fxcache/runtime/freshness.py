@@ -29,9 +29,10 @@ class Stamp:
     def __init__(self, weights: "Weights", inputs: Sequence[Any]) -> None:
         tensors = weights.pick(inputs)
         self.weights, self.is_void, self.versions = weights, False, _versions(tensors)
-        held = list(zip(map(id, tensors), self.versions, strict=True))
-        #: Each with its count; and those that other graphs of the model have, too.
-        self.held, self.shared = dict(held), dict(compress(held, weights.registered))
+        self.ids = list(map(id, tensors))
+        #: The counts of those that other graphs of the model have, too, where their places differ.
+        held = zip(self.ids, self.versions, strict=True)
+        self.shared = dict(compress(held, weights.registered))
         #: A constant that became an input has changed: this is why it is one.
         numbers = {name: ("input", inputs[at].item()) for name, at in weights.numbers.items()}
         self.values = {**weights.constants(), **numbers}
@@ -75,7 +76,9 @@ class Weights:
         if are_same and is_own and _versions(self.pick(inputs)) == then.versions:
             return then, None
         now = Stamp(self, inputs)
-        is_same = then.held == now.held if is_own else then.shared == now.shared
+        is_same = then.shared == now.shared
+        if is_own:
+            is_same = (then.ids, then.versions) == (now.ids, now.versions)
         reason = None
         if then.is_void or not is_same:
             reason = Reason.WEIGHTS_CHANGED
@@ -102,6 +105,6 @@ def _watch_optimizers() -> None:
         if not torch.compiler.is_compiling():  # torch counts what compiled code writes
             stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
             for stamp in list(_stamps):
-                stamp.is_void |= not stepped.isdisjoint(stamp.held)
+                stamp.is_void |= not stepped.isdisjoint(stamp.ids)
 
     register_optimizer_step_post_hook(note)

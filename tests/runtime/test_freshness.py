@@ -31,6 +31,9 @@ def test_what_changes_a_stamp(tensors):
     assert reason == "weights changed"
     assert own.check(new, tensors) == (new, None)
     tensors[0] = nn.Parameter(tensors[0].clone())
+    new, reason = own.check(new, tensors)
+    assert reason == "weights changed"
+    tensors[0], tensors[2] = tensors[2], tensors[0]  # the same ones in other places
     assert own.check(new, tensors)[1] == "weights changed"
 
 

@@ -47,7 +47,7 @@ class Captured:
     def follow(self, policy: Policy) -> Runner:
         """The runner, anew and with another policy of the same probe, span and forecast."""
         self.runner.reset()
-        self.runner.session.policy = policy
+        self.runner.session.follow(policy)
         return self.runner
 
     def hits(self) -> list[bool]:
