@@ -17,8 +17,10 @@ from fxcache import FirstBlockCache, Taylor
 
 
 @pytest.mark.parametrize("cls", [BreaksBefore, BreaksAfter])
-def test_graph_breaks_outside_the_stack(cls):
+def test_graph_breaks_outside_the_stack(cls, caplog):
     model, given = seeded(cls), token_inputs()
+    assert fxcache.explain(model, **given).skipped_share > 0.9
+    assert "midst of its block stack" not in caplog.text
     denoiser = plain(model, fullgraph=False)
     assert_identical(denoiser(**given), model(**given))
     assert_close(denoiser(**given), model(**given))
