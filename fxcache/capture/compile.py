@@ -39,6 +39,9 @@ class Compilers:
         self.options = options
         self.piece, self.whole = (_resolve_compiler(options) for _ in range(2))
         self.graphs = False
+        if options.backend == "inductor":
+            # A piece's inputs have their layouts by the guards, or come from another piece.
+            self.piece.config.setdefault("size_asserts", False)
         if options.backend == "inductor" and self.piece.config.get("triton.cudagraphs"):
             # The step executor captures the pieces itself: its buffers must lie outside of the
             # pool, and Inductor's own graphs would copy them.
