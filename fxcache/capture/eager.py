@@ -52,7 +52,7 @@ def _drop_copy(graph: fx.Graph, copy: fx.Node) -> None:
     if is_alike and all(user.target is aten.slice_scatter.default for user in copy.users):
         copy.replace_all_uses_with(given)
         graph.erase_node(copy)
-        if not written.users:
+        if not written.users and written.op != "placeholder":  # an argument of the piece stays
             graph.erase_node(written)
 
 

@@ -141,7 +141,15 @@ def aot_inference(
 ) -> Callable[..., Any]:
     """`gm` behind AOTAutograd's runtime wrapper, its functional graph run by what `compiler` makes
     of it. Without decompositions, and only without gradients.
+
+    A view of an inference tensor needs no gradients whatever the tensor says, and on that depends
+    how a product is computed.
     """
+    examples = list(example_inputs)
+    for place, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        example = examples[place]
+        if isinstance(example, torch.Tensor) and example.is_inference() and example.requires_grad:
+            examples[place] = node.meta["example_value"].requires_grad_(False)
     with ExitStack() as tracing_only:
 
         def traced(functional: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -150,7 +158,7 @@ def aot_inference(
 
         backend = aot_autograd(fw_compiler=traced, inference_compiler=traced)
         tracing_only.enter_context(keeping_operations())
-        wrapped: Callable[..., Any] = backend(gm, example_inputs)
+        wrapped: Callable[..., Any] = backend(gm, examples)
     return wrapped
 
 
