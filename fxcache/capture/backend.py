@@ -118,9 +118,6 @@ class Backend:
         self, gm: fx.GraphModule, inputs: GraphInputs, *, is_part: bool
     ) -> Callable[..., Any]:
         """What runs in the place of a functional graph."""
-        if any(map(_is_dropout, gm.graph.nodes)):
-            log.warning("a dropout is on (call model.eval()): this graph is not cached")
-            raise _Refused("a dropout is on", len(gm.graph.nodes))
         try:
             cut, probe = self.analyse(gm, inputs, is_part=is_part)
         except StackNotFoundError as error:
@@ -140,6 +137,11 @@ class Backend:
             )
         facts = analyse(gm.graph, inputs)
         cut = cut_whole(facts) if policy.span.whole_model else find_cut(facts, policy.span)
+        # What is dropped of the conditioning before the span (a lyric's encoder) is no hit's matter.
+        inside = range(cut.start + 1, cut.end + 1)
+        drops = filter(_is_dropout, facts.nodes)
+        if any(facts.depends(node) or facts.position[node] in inside for node in drops):
+            raise StackNotFoundError("a dropout is on in the blocks: call model.eval()")
         if not self.fullgraph and self.num_weights is not None:
             held, whole = _num_weights(cut), self.num_weights()
             if held < MIN_WEIGHTS * whole:

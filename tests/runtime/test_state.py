@@ -260,6 +260,30 @@ def test_a_dropout_that_is_on_is_not_cached():
     assert hits(denoiser) == [False, True, True]
 
 
+class DroppingText(Dropping):
+    """The conditioning's encoder drops (ComfyUI's ACE-Step), the blocks do not."""
+
+    def stack(self, h):
+        return Small.stack(self, h)
+
+    def forward(self, x, t, text=None):
+        told = nn.functional.dropout(text, 0.5, self.training).mean()
+        return super().forward(x, t) + 1e-4 * told
+
+
+def test_a_dropout_of_the_conditioning_is_the_models_own():
+    model, text = seeded(DroppingText).train(), torch.ones(1, 8)
+    denoiser = plain(model, ALWAYS)
+    for at in (1.0, 0.9, 0.8):
+        torch.manual_seed(0)
+        output = denoiser(sample(), times(at), text)
+        torch.manual_seed(0)
+        if at == 1.0:
+            assert_identical(output, model(sample(), times(at), text))
+    assert hits(denoiser) == [False, True, True]
+    assert "a dropout" not in str(fxcache.explain(model, sample(), times(1.0), text))
+
+
 # --- the policy ---
 
 
