@@ -6,6 +6,7 @@ setup(
     packages=[
         "fxcache",
         "fxcache.capture",
+        "fxcache.comfyui",
         "fxcache.demo",
         "fxcache.pipelines",
         "fxcache.kernels",
@@ -17,6 +18,14 @@ setup(
     package_dir={"fxcache.kernels": "kernels"},
     package_data={
         "fxcache": ["py.typed"],
+        "fxcache.comfyui": [
+            "*.json",
+            "*.md",
+            "*.toml",
+            "*.png",
+            "example_workflows/*",
+            "locales/en/*",
+        ],
         "fxcache.demo": ["model/*"],
         "fxcache.pipelines": ["*.json"],
         "fxcache.policy": ["*.json"],

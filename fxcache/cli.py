@@ -1,4 +1,4 @@
-"""The command line: ``fxcache demo``, ``explain``, ``calibrate`` and ``tune``."""
+"""The command line: ``fxcache demo``, ``explain``, ``calibrate``, ``tune`` and ``comfyui``."""
 
 import argparse
 import pkgutil
@@ -34,18 +34,10 @@ def _parser() -> argparse.ArgumentParser:
         "demo", help="sample from a small trained model, uncached and cached, and compare"
     )
     demo.add_argument("--steps", type=_steps, default=30, help="sampler steps (default 30)")
-    demo.add_argument(
-        "--threshold", type=float, default=0.2, help="First Block Cache's (default 0.2)"
-    )
-    demo.add_argument(
-        "--output", type=Path, default=Path("fxcache_demo"), help="folder for the pictures"
-    )
+    demo.add_argument("--threshold", type=float, default=0.2, help="First Block Cache's (0.2)")
+    demo.add_argument("--output", type=Path, default=Path("fxcache_demo"), help="its folder")
     demo.add_argument("--seed", type=int, default=0, help="of the initial noise (default 0)")
-    demo.add_argument(
-        "--backend",
-        default="eager",
-        help='what compiles the pieces, e.g. "inductor" (default none)',
-    )
+    demo.add_argument("--backend", default="eager", help='compiles the pieces, e.g. "inductor"')
     demo.set_defaults(run=_demo)
 
     explain = commands.add_parser("explain", help="print what the pass finds in a model")
@@ -86,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     tune.add_argument("--plot", type=Path, help="draw quality over speedup into this file")
     tune.set_defaults(run=_tune)
+
+    comfyui = commands.add_parser("comfyui", help="put the nodes into a ComfyUI, or take them out")
+    comfyui.add_argument("path", type=Path, help="the folder that holds custom_nodes")
+    comfyui.add_argument("--remove", action="store_true", help="take them out")
+    comfyui.set_defaults(run=_comfyui)
     return parser
 
 
@@ -166,6 +163,13 @@ def _tune(args: argparse.Namespace) -> int:
         print(f"written to {result.save(args.output)}")
     if args.plot is not None:
         print(f"drawn into {result.plot(args.plot)}")
+    return 0
+
+
+def _comfyui(args: argparse.Namespace) -> int:
+    from fxcache.comfyui.install import install, remove
+
+    print((remove if args.remove else install)(args.path))
     return 0
 
 

@@ -137,7 +137,7 @@ class Backend:
             )
         facts = analyse(gm.graph, inputs)
         cut = cut_whole(facts) if policy.span.whole_model else find_cut(facts, policy.span)
-        # What is dropped of the conditioning before the span (a lyric's encoder) is no hit's matter.
+        # What is dropped before the span, of a text or a lyric, is no hit's matter.
         inside = range(cut.start + 1, cut.end + 1)
         drops = filter(_is_dropout, facts.nodes)
         if any(facts.depends(node) or facts.position[node] in inside for node in drops):

@@ -142,8 +142,7 @@ def aot_inference(
     """`gm` behind AOTAutograd's runtime wrapper, its functional graph run by what `compiler` makes
     of it. Without decompositions, and only without gradients.
 
-    A view of an inference tensor needs no gradients whatever the tensor says, and on that depends
-    how a product is computed.
+    A view of an inference tensor wants no gradients, and on that depends which product is computed.
     """
     examples = list(example_inputs)
     for place, node in enumerate(gm.graph.find_nodes(op="placeholder")):
