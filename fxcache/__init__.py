@@ -4,6 +4,7 @@
 """
 
 from fxcache.api import Applied, apply, explain, restore, transform
+from fxcache.capture.artifacts import load_compiled, save_compiled
 from fxcache.errors import (
     CaptureError,
     FxCacheError,
@@ -64,10 +65,12 @@ __all__ = [
     "apply",
     "calibrate",
     "explain",
+    "load_compiled",
     "load_schedule",
     "preset",
     "presets",
     "restore",
+    "save_compiled",
     "save_schedule",
     "transform",
     "tune",

@@ -10,6 +10,7 @@ import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -105,17 +106,24 @@ class DenoiserMethods:
 
     @contextmanager
     def at(
-        self, *, step: int | None = None, branch: Hashable = None, slot: Hashable = None
+        self,
+        *,
+        step: int | None = None,
+        branch: Hashable = None,
+        slot: Hashable = None,
+        policy: Policy | None = None,
     ) -> Iterator[None]:
         """Say where the calls inside belong, as far as you know it; None leaves it open.
 
         `step` counts from 0; a lower one than the last starts a new trajectory. `branch` ("cond",
         "uncond", ...) has a state of its own, `slot` names the request: each has its own
-        trajectory, and it is freed when its last step was seen (see `release`).
+        trajectory, and it is freed when its last step was seen (see `release`). `policy` decides
+        inside in the place of the denoiser's own: another threshold or tolerance, a request's.
 
-        Raises OptionError for a step that is no integer from 0 on.
+        Raises OptionError for a step that is no integer from 0 on, PolicyError for a policy whose
+        span, probe, forecast or control_threshold is not that of the denoiser's.
         """
-        said = {"step": step, "branch": branch, "slot": slot}
+        said = {"step": step, "branch": branch, "slot": slot, "policy": policy}
         with self._fxcache.session.at(**{k: v for k, v in said.items() if v is not None}):
             yield
 
@@ -156,9 +164,12 @@ class DenoiserMethods:
         """Forget everything and free the memory; with ``records=False``, records are kept."""
         self._fxcache.reset(records=records)
 
-    def report(self) -> Report:
-        """What happened since the start or the last reset."""
-        return self._fxcache.session.report()
+    def report(self, slot: Hashable = None) -> Report:
+        """What happened since the start or the last reset: to all, or to the request `slot`."""
+        report = self._fxcache.session.report()
+        if slot is None:
+            return report
+        return replace(report, records=tuple(r for r in report.records if r.slot == slot))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles: the model is copied and transformed anew, with a state of its own."""

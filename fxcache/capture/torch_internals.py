@@ -12,6 +12,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -267,3 +268,23 @@ def failed_guard(function: types.FunctionType, given: Mapping[str, Any]) -> str 
 def _entries(function: types.FunctionType) -> list[Any]:
     entries: list[Any] = _debug_get_cache_entry_list(function.__code__)
     return entries
+
+
+def inductor_folder() -> Path:
+    """Where Inductor keeps what it compiled."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
+def compiled_libraries(folder: Path) -> list[Path]:
+    """The libraries below `folder` that this process has loaded (on Linux; elsewhere: all), and
+    those by which Inductor finds out what the processor can do, which others load for it.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return sorted(folder.rglob("*.so"))
+    lines = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
+    loaded = {Path(line[5]) for line in lines if len(line) == 6 and line[5].endswith(".so")}
+    checks = {path for path in folder.glob("??/*.so") if not path.name.endswith(".main.so")}
+    return sorted(checks | {path for path in loaded if path.is_relative_to(folder.resolve())})

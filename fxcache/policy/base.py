@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from fxcache.errors import PolicyError
-from fxcache.policy.forecast import Forecast
+from fxcache.policy.forecast import Forecast, checked
 from fxcache.policy.probe import ProbeKind
 
 
@@ -112,6 +112,12 @@ def check_policy(value: object) -> None:
     """Raise PolicyError unless `value` is a policy (an instance, not a class)."""
     if isinstance(value, type) or not isinstance(value, Policy):
         raise PolicyError(f"policy must be a policy like FirstBlockCache(...), got {value!r}")
+
+
+def pieces_of(policy: Policy) -> tuple[object, ...]:
+    """What of a policy is compiled into the pieces."""
+    looks, is_checked = getattr(policy, "control_threshold", None), checked(policy) is not None
+    return policy.span, policy.probe, policy.forecast.ring, looks, is_checked
 
 
 def as_float32(value: float) -> float:

@@ -11,8 +11,8 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
-from fxcache.errors import OptionError
 from fxcache.policy import Decision, Policy
+from fxcache.policy.base import pieces_of
 from fxcache.policy.fitted import Fitted
 from fxcache.policy.forecast import Within, checked
 from fxcache.policy.reasons import Reason
@@ -21,7 +21,7 @@ from fxcache.report import Record, Report
 from fxcache.runtime.advice import Advice
 from fxcache.runtime.forecast_error import Error
 from fxcache.runtime.state import BranchState, Slot, Verdict
-from fxcache.runtime.steps import Call, Steps, Where, check_announcement
+from fxcache.runtime.steps import Call, Steps, Where, check_announcement, check_said
 
 log = logging.getLogger("fxcache")
 
@@ -62,6 +62,8 @@ class Session:
         self.expected_steps: int | None = None
         self.graphs = 0
         self.recompiles = 0
+        # A ContextVar, so that threads and coroutines that serve other requests do not mix.
+        self._where: ContextVar[Where] = ContextVar("fxcache_where", default=Where())  # noqa: B039
         #: Buffers are part of CUDA graphs, and are kept from trajectory to trajectory.
         self.keeps_buffers = False
         #: The evaluation that this thread or coroutine is in.
@@ -85,13 +87,11 @@ class Session:
         self.advised: str | None = None
         self._warned: set[str] = set()
         self._lock = threading.Lock()
-        # A ContextVar, so that threads and coroutines that serve other requests do not mix.
-        self._where: ContextVar[Where] = ContextVar("fxcache_where", default=Where())  # noqa: B039
 
     @property
     def may_hit(self) -> bool:
         """Whether the policy could ever hit, as far as its threshold says."""
-        limits = (getattr(self.policy, name, math.inf) for name in ("threshold", "tolerance"))
+        limits = (getattr(self.deciding, name, math.inf) for name in ("threshold", "tolerance"))
         return 0 not in limits and not self.observe
 
     def _new_advice(self) -> Advice | None:
@@ -106,6 +106,11 @@ class Session:
     def where(self) -> Where:
         """What the caller said of it."""
         return self._where.get()
+
+    @property
+    def deciding(self) -> Policy:
+        """The caller's policy; without one, the session's."""
+        return self._where.get().policy or self.policy
 
     @property
     def slot(self) -> Slot:
@@ -128,10 +133,8 @@ class Session:
 
     @contextmanager
     def at(self, **said: Any) -> Iterator[None]:
-        """What the caller says of the evaluations inside: slot, branch, step."""
-        step = said.get("step")
-        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
-            raise OptionError(f"step must be an integer from 0 on, or None, got {step!r}")
+        """What the caller says of the evaluations inside: slot, branch, step, policy."""
+        check_said(said.get("step"), said.get("policy"), self.policy)
         key = said.get("slot")
         token = self._where.set(replace(self._where.get(), **said))
         try:
@@ -198,7 +201,7 @@ class Session:
 
     def _adopt(self, policy: Policy) -> None:
         """Follow `policy`. Where it needs other pieces, every branch begins anew."""
-        needs_capture = _pieces_of(policy) != _pieces_of(self.policy)
+        needs_capture = pieces_of(policy) != pieces_of(self.policy)
         self.policy, self.next_policy = policy, None
         self.steps.looks = getattr(policy, "control_threshold", None) is None
         self.advice, self.advised = self._new_advice(), None
@@ -263,9 +266,9 @@ class Session:
         """
         slot, state, first = call.slot, call.state, call.slot.verdict
         is_led = first is not None and first.branch != state.label and first.step == state.step
-        if self.policy.decide == "first" and first is not None and is_led:
+        if self.deciding.decide == "first" and first is not None and is_led:
             return self._unless_changed(self._led(first, state, metric), change)
-        decision = self.policy.rule(metric, state.history(slot.num_steps))
+        decision = self.deciding.rule(metric, state.history(slot.num_steps))
         if decision.reason == Reason.NOTHING_CACHED and state.lost is not None:
             decision = replace(decision, reason=state.lost)
         decision = self._unless_changed(decision, change)
@@ -342,9 +345,3 @@ class Session:
             max(self.audits, default=None),
             self.advised if self.advice is None else self.advice.finding(),
         )
-
-
-def _pieces_of(policy: Policy) -> tuple[Any, ...]:
-    """What of a policy is compiled into the pieces."""
-    looks, is_checked = getattr(policy, "control_threshold", None), checked(policy) is not None
-    return policy.span, policy.probe, policy.forecast.ring, looks, is_checked

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from fxcache.errors import OptionError
+from fxcache.errors import OptionError, PolicyError
+from fxcache.policy.base import Policy, check_policy, pieces_of
 from fxcache.policy.reasons import Reason
 from fxcache.runtime.continuity import Continuity, Given, Seen
 from fxcache.runtime.state import BranchState, Slot
@@ -24,11 +25,14 @@ log = logging.getLogger("fxcache")
 
 @dataclass(frozen=True)
 class Where:
-    """What the caller says of the calls inside: request, branch, step (None: nothing)."""
+    """What the caller says of the calls inside: request, branch, step, and whose policy decides
+    (None: nothing).
+    """
 
     slot: Hashable = None
     branch: Hashable = None
     step: int | None = None
+    policy: Policy | None = None
 
 
 @dataclass(frozen=True)
@@ -266,4 +270,18 @@ def check_announcement(num_steps: Any, first_step: Any) -> None:
         raise OptionError(
             f"first_step must be an integer in [0, num_steps), got {first_step!r} with "
             f"num_steps={num_steps!r}"
+        )
+
+
+def check_said(step: Any, policy: Any, own: Policy) -> None:
+    """Raise OptionError or PolicyError for what a caller cannot say; `own` is the session's."""
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
+        raise OptionError(f"step must be an integer from 0 on, or None, got {step!r}")
+    if policy is None:
+        return
+    check_policy(policy)
+    if pieces_of(policy) != pieces_of(own) or policy.forecast != own.forecast:
+        raise PolicyError(
+            f"a request's policy must have the span, probe, forecast and control_threshold of the "
+            f"denoiser's own, {own!r}, got {policy!r}"
         )

@@ -133,8 +133,8 @@ def graph(
     return made
 
 
-def node(name, **inputs):
-    return {"class_type": name, "inputs": inputs}
+def node(kind, /, **inputs):
+    return {"class_type": kind, "inputs": inputs}
 
 
 def same(a, b):

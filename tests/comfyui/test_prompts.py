@@ -201,18 +201,17 @@ def test_memory_stays_and_the_model_is_its_own(comfy):
     ids=lambda nodes: " ".join(name for name, _ in nodes),
 )  # fmt: skip
 def test_every_policy_hits(comfy, nodes):
-    plain = comfy.samples(graph())
-    given = with_report(nodes)
-    cached = comfy.samples(given, seconds=600)
-    table = comfy.run(with_report(nodes))["report"]["text"][0]
+    plain = comfy.samples(graph(steps=14))
+    cached = comfy.samples(graph(nodes=nodes, steps=14), seconds=600)
+    table = comfy.run(with_report(nodes, steps=14))["report"]["text"][0]
     hits = int(table.splitlines()[-1].split()[0])
     assert hits >= 2, table
     assert not torch.equal(cached, plain)
-    assert (cached - plain).abs().mean() < 0.05 * plain.abs().mean()
+    assert (cached - plain).abs().mean() < 0.2 * plain.abs().mean()
 
 
 def test_the_window_is_that_of_sigmas(comfy):
-    nodes = [ours(100.0, start_percent=0.5, end_percent=0.8)]
+    nodes = [ours(10.0, start_percent=0.5, end_percent=0.8)]
     table = comfy.run(with_report(nodes, steps=10))["report"]["text"][0]
     steps = [int(line.split()[0]) for line in table.splitlines() if line.endswith(" hit")]
     # SD3's sigmas are shifted by 3: those of the fractions 0.5 and 0.8 are 0.75 and 0.43.
@@ -228,7 +227,7 @@ def test_the_window_is_that_of_sigmas(comfy):
         ([("FxCacheCompile", {"mode": "default", "dynamic": "auto", "fullgraph": False,
                               "options": "{", "backend": "inductor", "disable": False})],
          "options must be JSON"),
-        ([ours(policy="guess")], "value_not_in_list"),
+        ([ours(policy="guess")], "policy must be one of"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip

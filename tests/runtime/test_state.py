@@ -4,6 +4,7 @@ What holds for every model and policy is in tests/test_guarantees.py, memory in 
 """
 
 import logging
+import math
 
 import pytest
 import torch
@@ -139,6 +140,23 @@ def test_slots_never_mix(denoiser):
     for seed, outputs in alone.items():
         assert_identical(mixed[seed], outputs)
         assert_identical(served[seed], outputs)
+
+
+def test_a_request_has_a_policy_and_a_report_of_its_own(model):
+    """Another threshold decides, and nothing is captured anew; a policy of other pieces is none."""
+    denoiser = plain(model, FirstBlockCache(threshold=0))
+    for t in (1.0, 0.9, 0.8):
+        for slot, policy in (("never", None), ("always", FirstBlockCache(threshold=math.inf))):
+            with denoiser.at(slot=slot, policy=policy):
+                output = denoiser(sample(), times(t))
+        alone = plain(model, ALWAYS)
+    assert_identical(output, call(alone, 1.0, 0.9, 0.8)[-1])
+    made = {slot: [r.is_hit for r in denoiser.report(slot).records] for slot in ("never", "always")}
+    assert made == {"never": [False] * 3, "always": [False, True, True]}
+    assert (denoiser.report().graphs, len(denoiser.report().records)) == (1, 6)
+    for other in (FirstBlockCache(head_blocks=2), fxcache.AdaptiveCache(), "magcache"):
+        with pytest.raises(PolicyError), denoiser.at(policy=other):
+            pass
 
 
 def test_branches_of_a_trajectory(denoiser, caplog):
