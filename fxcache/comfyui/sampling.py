@@ -130,10 +130,9 @@ class Cache:
         if self.steps is not None:
             first, end = (step if step >= 0 else num_steps + 1 + step for step in self.steps)
         else:
-            first, end = (
-                bisect.bisect_left(sigmas, sign * float(model_sampling.percent_to_sigma(percent)))
-                for percent in self.percent
-            )
+            ends = (float(model_sampling.percent_to_sigma(percent)) for percent in self.percent)
+            # The list may be in another precision than what it is compared with.
+            first, end = (bisect.bisect_left(sigmas, sign * s - 1e-5 * abs(s)) for s in ends)
         return Windowed(policy, first, end)
 
 

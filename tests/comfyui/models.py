@@ -220,7 +220,6 @@ MODELS = {
     "cosmos_predict2_i2v": Entry("CosmosI2VPredict2", COSMOS2 | sizes(in_channels=17), FILM, B,
                                  is_masked=True),
     "lumina2": Entry("Lumina2", NEXT, SMALL, ("noise_refiner", "layers"), FULL),
-    "lumina2_padded": Entry("Lumina2", NEXT, SMALL, ("noise_refiner", "layers"), SOME, cfg=1.0),
     "wan21": Entry("WAN21_T2V", WAN, FILM, B),
     "wan21_i2v": Entry("WAN21_I2V", WAN | sizes(model_type="i2v", in_dim=36), FILM, B, START),
     "wan21_phantom": Entry("WAN21_T2V", WAN, FILM, B, sizes(time_dim_concat=FRAME)),
