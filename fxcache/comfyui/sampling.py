@@ -223,7 +223,8 @@ def _put(model: Any, denoiser: Any, options: dict[str, Any]) -> tuple[Any, dict[
     called by the innermost of these. It is given none of them, or it would capture them.
     """
     bare = {**options, "wrappers": {}, "callbacks": {}}
-    if "WrapperExecutor" not in type(model).forward.__code__.co_names:
+    code = getattr(type(model).forward, "__code__", None)
+    if code is None or "WrapperExecutor" not in code.co_names:
         return denoiser, bare
 
     def innermost(executor: Any, *args: Any, **kwargs: Any) -> Any:
