@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import logging
 import types
 import warnings
@@ -50,21 +51,26 @@ def _evaluate(
     return forward(model, *args, **kwargs)
 
 
-def _own_evaluate() -> types.FunctionType:
-    """A copy of `_evaluate` with a code object of its own.
+def _own_evaluate(number: int) -> types.FunctionType:
+    """A copy of `_evaluate` with a code object of its own, for the denoiser of this `number`.
 
     Dynamo keeps its compiled entries a code object and allows only so many: denoisers must not use
-    up each other's.
+    up each other's. What it has learned of sizes it keeps by the code's name: those of one model
+    say nothing of another's.
     """
-    code = _evaluate.__code__.replace()
-    return types.FunctionType(code, _evaluate.__globals__, f"{_evaluate.__name__}_denoiser")
+    name = f"{_evaluate.__name__}_denoiser_{number}"
+    code = _evaluate.__code__.replace(co_name=name)
+    return types.FunctionType(code, _evaluate.__globals__, name)
+
+
+_numbers = itertools.count()
 
 
 class Runner:
     """Calls a model through the cache, or around it where nothing may be cached."""
 
     def __init__(self, model: nn.Module, policy: Policy, options: Options) -> None:
-        self.model, self.options = model, options
+        self.model, self.options, self.number = model, options, next(_numbers)
         self.session = Session(policy)
         self.compilers = Compilers(options)
         parameters = inspect.signature(model.forward).parameters.values()
@@ -102,7 +108,7 @@ class Runner:
 
     def compile(self, backend: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
         """`_evaluate` as Dynamo captures it and hands it to `backend`."""
-        self.function = _own_evaluate()
+        self.function = _own_evaluate(self.number)
         return torch.compile(
             self.function,
             backend=backend,

@@ -133,3 +133,20 @@ def test_dynamic_sizes_change_no_decision(policy):
     ]
     assert shown[0] == shown[1]
     assert set(hits(static)) == {True, False}
+
+
+def test_sizes_of_one_model_say_nothing_of_anothers():
+    """Dynamo would take a second model's first size for a change, and make its graphs dynamic."""
+    symbolic = []
+
+    def look(gm, given):
+        symbolic.append(any(isinstance(value, torch.SymInt) for value in given))
+        return gm
+
+    for number in (8, 12):
+        denoiser = fxcache.transform(seeded(SequentialDiT), ALWAYS, backend=look)
+        denoiser(sample(2, number), times(1.0))
+    assert symbolic
+    assert not any(symbolic)
+    denoiser(sample(2, 16), times(1.0))  # its own second size is a change
+    assert any(symbolic)

@@ -330,9 +330,10 @@ def recorded(model: torch.nn.Module) -> Iterator[list[Call]]:
     """The arguments of every call of `model`, without what would call the code of other nodes."""
     calls: list[Call] = []
 
-    def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         options = kwargs["transformer_options"] | {"wrappers": {}, "callbacks": {}}
         calls.append((args, kwargs | {"transformer_options": options}))
+        return args, kwargs | {"transformer_options": dict(options)}  # UNets write into it
 
     handle = model.register_forward_pre_hook(keep, with_kwargs=True)
     try:
