@@ -43,8 +43,11 @@ class Server:
         flags += ["--database-url", "sqlite:///:memory:", "--port", self.port]
         flags += ["--base-directory", base]
         command = [PYTHON, "main.py", *map(str, flags)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two wait for each other for long
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=PATH, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                command, cwd=PATH, stdout=log, stderr=log, env=environment
+            )
         for _ in range(240):
             try:
                 self.info = self.get("object_info")
