@@ -20,6 +20,10 @@ class StackNotFoundError(FxCacheError, RuntimeError):
     """No block stack in the captured graph. Says what was seen and what was tried."""
 
 
+class BrokenGraphError(CaptureError, StackNotFoundError):
+    """The denoiser breaks into graphs, none of which holds its block stack."""
+
+
 class PolicyError(FxCacheError, ValueError):
     """A bad policy parameter: names the parameter, its value and its range."""
 

@@ -17,7 +17,7 @@ from torch import nn
 from fxcache.capture import torch_internals as internals
 from fxcache.capture.backend import Backend
 from fxcache.capture.compile import Compilers
-from fxcache.errors import CaptureError, FxCacheError, StackNotFoundError
+from fxcache.errors import BrokenGraphError, CaptureError, FxCacheError, StackNotFoundError
 from fxcache.options import Options
 from fxcache.passes.graph import TIMESTEP_NAMES
 from fxcache.pipelines import hooks
@@ -320,7 +320,7 @@ class Runner:
                 "Graph breaks inside the blocks are the usual cause: TORCH_LOGS=graph_breaks shows "
                 "them"
             )
-            raise StackNotFoundError(
+            raise BrokenGraphError(
                 f"no graph of {type(self.model).__name__} holds its block stack: it breaks into "
                 f"{session.graphs} graphs. {self.backend.summary()} {cause}"
             )

@@ -32,7 +32,8 @@ KEY = "fxcache"
 COMPILE_OPTIONS = "torch_compile_kwargs"
 
 #: The denoisers of each loaded model, by what they are compiled with, so that another run or
-#: another threshold compiles nothing again. They go when the model does.
+#: another threshold compiles nothing again. None: it could not capture the model. They go when
+#: the model does.
 _denoisers: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 #: The one that a loaded model sampled with last.
 _last: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -164,6 +165,8 @@ class Run(ExitStack):
         if model not in self.denoisers:
             self.denoisers[model] = self._begin(base, model)
         denoiser = self.denoisers[model]
+        if denoiser is None:
+            return executor(*args, **kwargs)
         step, branch = self._place(options)
         base.diffusion_model, inside = _put(model, denoiser, options)
         try:
@@ -172,8 +175,13 @@ class Run(ExitStack):
                     *(inside if value is options else value for value in args),
                     **{k: inside if value is options else value for k, value in kwargs.items()},
                 )
+        except fxcache.CaptureError as error:  # a workflow must not die of an accelerator
+            log.warning("this model runs uncached: %s", error)
+            self.denoisers[model] = None
+            give_up(base, denoiser)
         finally:
             base.diffusion_model = there
+        return executor(*args, **kwargs)
 
     def _begin(self, base: Any, model: Any) -> Any:
         """Begin a trajectory of the denoiser of `model`."""
@@ -182,6 +190,8 @@ class Run(ExitStack):
             denoiser = last_denoiser(base)
         else:
             denoiser = denoiser_of(base, model, policy, self.options)
+            if denoiser is None:
+                return None
             denoiser.reset()  # what is reported is the last run
             denoiser.policy = policy
             self.callback(_say, denoiser, self.cache.verbose)
@@ -246,7 +256,7 @@ def _without_wrappers(value: Any) -> Any:
 
 
 def denoiser_of(base: Any, model: Any, policy: Policy, options: Mapping[str, Any]) -> Any:
-    """The denoiser of `model`, that of an earlier run if there is one.
+    """The denoiser of `model`, that of an earlier run if there is one; None if it had to give up.
 
     `options` are arguments of `fxcache.transform`.
     """
@@ -254,10 +264,16 @@ def denoiser_of(base: Any, model: Any, policy: Policy, options: Mapping[str, Any
     key = repr((id(model), kind.__name__, sorted(options.items())))
     made = _denoisers.setdefault(base, {})
     if key not in made:
-        # A workflow must not die of an accelerator: what cannot be captured runs as it is.
-        made[key] = fxcache.transform(model, policy, fallback=True, **options)
+        made[key] = fxcache.transform(model, policy, **options)
     _last[base] = made[key]
     return made[key]
+
+
+def give_up(base: Any, denoiser: Any) -> None:
+    """Remember that `denoiser` cannot capture its model."""
+    made = _denoisers[base]
+    made.update({key: None for key, own in made.items() if own is denoiser})
+    _last.pop(base, None)
 
 
 def last_denoiser(base: Any) -> Any:

@@ -169,6 +169,43 @@ def test_the_window(put, patcher):
     assert {record.step for record in report.records if record.is_hit} == {4, 5, 6, 7, 8}
 
 
+class Deep(Net):
+    """Its graph breaks in each block."""
+
+    def forward(self, x, timesteps, context=None, transformer_options={}):  # noqa: B006
+        h = self.embed(x) + timesteps[:, None, None]
+        for block in self.blocks:
+            torch._dynamo.graph_break()
+            h = h + torch.tanh(block(h))
+        return self.out(h)
+
+
+class Stackless(Net):
+    """One block: nothing repeats."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = self.blocks[:1]
+
+
+def test_what_cannot_be_captured_runs_as_it_is(put, caplog):
+    patcher = stand_in.ModelPatcher(stand_in.BaseModel(seeded(Deep), Flux()))
+    plain, cached = solved(patcher), put("FxCache", patcher, tolerance=1.0)
+    for _ in range(2):
+        assert torch.equal(solved(cached), plain)
+    assert caplog.text.count("this model runs uncached") == 1
+    assert put.last(patcher.model) is None
+
+
+def test_a_model_without_a_stack_is_an_error(put):
+    patcher = stand_in.ModelPatcher(stand_in.BaseModel(seeded(Stackless), Flux()))
+    plain = solved(patcher)
+    with pytest.raises(fxcache.StackNotFoundError, match="no block stack"):
+        solved(put("FxCache", patcher))
+    assert type(patcher.model.diffusion_model) is Stackless
+    assert torch.equal(solved(patcher), plain)
+
+
 def test_sigmas_that_rise_and_a_model_that_is_called_outside_of_a_run(put, patcher):
     plain = solved(patcher, SIGMAS.flip(0))
     cached = put("FxCache", patcher, tolerance=0.0)
