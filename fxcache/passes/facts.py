@@ -214,7 +214,8 @@ def _outputs(graph: fx.Graph, inputs: GraphInputs) -> tuple[fx.Node, ...]:
 def find_samples(outputs: Iterable[fx.Node], inputs: GraphInputs) -> tuple[fx.Node, ...]:
     """The noisy inputs: for each output the input of its layout, else the input most like it.
 
-    Of several, the one with the most usual name; a list of tensors counts as one input.
+    Of several, the one with the most usual name; a list of tensors counts as one input. A sample
+    that was joined with a condition has more channels than the output, but its usual name.
 
     Raises StackNotFoundError if no input is one.
     """
@@ -236,7 +237,11 @@ def find_samples(outputs: Iterable[fx.Node], inputs: GraphInputs) -> tuple[fx.No
 
     found: dict[fx.Node, None] = {}
     for output in outputs:
-        alike = [n for n in tensors if shape_of(n) == shape_of(output)]
+        shape = shape_of(output)
+        alike = [n for n in tensors if shape_of(n) == shape]
+        if alike and min(map(preference, alike)) == len(SAMPLE_NAMES):
+            near = [n for n in tensors if _is_near(shape_of(n) or (), shape or ())]
+            alike = [n for n in near if preference(n) < len(SAMPLE_NAMES)] or alike
         if alike:
             found[min(alike, key=preference)] = None
     if not found:

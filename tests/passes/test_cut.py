@@ -278,6 +278,19 @@ def test_the_sample_is_named_where_two_inputs_look_alike():
     assert "condition could be the sample, too: latent was taken" in found.notes[0]
 
 
+class Joined(Net):
+    """The sample has a condition among its channels; another input is laid out as the output."""
+
+    def forward(self, latent, pose, t):
+        return super().forward(latent[..., : pose.shape[-1]] + 0.1 * pose, t)
+
+
+def test_a_sample_that_was_joined_with_a_condition_keeps_its_name():
+    x, t = tokens()
+    found = fxcache.explain(seeded(Joined), torch.cat([x, x], -1), x.flip(0), t)
+    assert found.sample == ("latent",)
+
+
 class Tokens(Net):
     """Discrete diffusion: token numbers in, logits out."""
 
