@@ -195,7 +195,7 @@ print(kernels.residual_diff(slot, None, x)[:, 0].tolist())
 """
     out, err = run_python(code)
     assert out == "[0.0, 0.0]\n"
-    assert "riton" not in err
+    assert "riton" not in re.sub(r".*flop_counter.*|.*flop counting.*", "", err)  # torch's own word
 
 
 @needs_triton

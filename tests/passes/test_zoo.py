@@ -181,7 +181,7 @@ def test_only_what_leaves_the_span_is_cached(case):
     else:
         assert set(found.span_blocks) == set(entry.span)
     # The default policy skips all blocks, and it still follows the sample.
-    assert capture.default.skipped_share >= found.skipped_share
+    assert capture.default.skipped_share >= found.skipped_share - 1e-9  # sums of floats
     assert capture.default_audit < 1
     assert len(found.streams) == 1
     (stream,) = found.streams
