@@ -244,9 +244,9 @@ MODELS = {
                        sizes(audio_embed=(1, 25, 32, 12), reference_latents=[FRAME],
                              reference_motion=(1, 16, 19, 16, 16), control_video=FILM)),
     "wan22_animate": Entry("WAN22_Animate", WAN | sizes(model_type="animate", in_dim=36,
-                                                        num_layers=10), FILM, (*B, "face_adapter", "["),
-                           START | sizes(face_video_pixels=(1, 3, 1, 512, 512),
-                                         pose_video_latent=FILM)),
+                                                        num_layers=10), FILM,
+                           (*B, "face_adapter", "["), START | sizes(
+                               face_video_pixels=(1, 3, 1, 512, 512), pose_video_latent=FILM)),
     "wan22": Entry("WAN22_T2V", WAN | sizes(in_dim=48, out_dim=48), (1, 48, 3, 16, 16), B),
     "wan22_i2v": Entry("WAN22_T2V", WAN | sizes(in_dim=48, out_dim=48), (1, 48, 3, 16, 16), B,
                        is_masked=True),
