@@ -176,7 +176,7 @@ class Run(ExitStack):
                     **{k: inside if value is options else value for k, value in kwargs.items()},
                 )
         except fxcache.CaptureError as error:  # a workflow must not die of an accelerator
-            log.warning("this model runs uncached: %s", error)
+            log.warning("this model runs uncached: %s", str(error))  # its frames hold tensors
             self.denoisers[model] = None
             give_up(base, denoiser)
         finally:

@@ -63,7 +63,20 @@ def alive():
 
 def all_buffers():
     """What denoisers hold memory with; a test has one denoiser."""
-    return [thing for thing in gc.get_objects() if type(thing) is Buffers]
+    found = [thing for thing in gc.get_objects() if type(thing) is Buffers]
+    return [thing for thing in found if not any(thing is other for other in OTHERS)]
+
+
+#: What tests before this one left in the process; this one is not asked about it.
+OTHERS = []
+
+
+@pytest.fixture(autouse=True)
+def others():
+    gc.collect()
+    OTHERS[:] = [thing for thing in gc.get_objects() if type(thing) is Buffers]
+    yield
+    OTHERS.clear()
 
 
 def references():
