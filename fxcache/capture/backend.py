@@ -121,7 +121,7 @@ class Backend:
         try:
             cut, probe = self.analyse(gm, inputs, is_part=is_part)
         except StackNotFoundError as error:
-            if self.fullgraph and not is_part:
+            if self.fullgraph and not is_part and not isinstance(error, _DropoutError):
                 raise
             raise _Refused(str(error), len(gm.graph.nodes)) from error
         return rewrite(gm, cut, probe, self.session, self.compilers, is_part=is_part)
@@ -141,7 +141,8 @@ class Backend:
         inside = range(cut.start + 1, cut.end + 1)
         drops = filter(_is_dropout, facts.nodes)
         if any(facts.depends(node) or facts.position[node] in inside for node in drops):
-            raise StackNotFoundError("a dropout is on in the blocks: call model.eval()")
+            log.warning("a dropout is on (call model.eval()): this graph is not cached")
+            raise _DropoutError("a dropout is on in the blocks")
         if not self.fullgraph and self.num_weights is not None:
             held, whole = _num_weights(cut), self.num_weights()
             if held < MIN_WEIGHTS * whole:
@@ -162,6 +163,10 @@ class Backend:
             if isinstance(code, types.CodeType):
                 return code.co_name.startswith("torch_dynamo_resume_in")
         return False
+
+
+class _DropoutError(StackNotFoundError):
+    """In training mode a graph is compiled as it is."""
 
 
 class _Refused(Exception):  # noqa: N818 - a signal through AOTAutograd

@@ -40,7 +40,8 @@ class Compilers:
         self.piece, self.whole = (_resolve_compiler(options) for _ in range(2))
         self.graphs = False
         if options.backend == "inductor":
-            # A piece's inputs have their layouts by the guards, or come from another piece.
+            # A piece's inputs have their layouts by the guards, or come from another piece. (What
+            # goes, too: a custom operation whose fake lays its result out otherwise is not seen.)
             self.piece.config.setdefault("size_asserts", False)
         if options.backend == "inductor" and self.piece.config.get("triton.cudagraphs"):
             # The step executor captures the pieces itself: its buffers must lie outside of the
