@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from fxcache.capture import shards, torch_distributed
 from fxcache.capture.runner import Runner
 from fxcache.errors import OptionError
 from fxcache.options import Options
@@ -205,6 +206,7 @@ def give_back(denoiser: DenoiserMethods) -> nn.Module:
     model, override = denoiser._fxcache.model, denoiser._fxcache_override
     denoiser.reset()
     hooks.make_untraceable(model)
+    shards.make_untraceable(model)
     hooks.hand_over(denoiser, model, denoiser._fxcache_forward, override)
     object.__setattr__(denoiser, "_fxcache_override", None)
     return model
@@ -215,13 +217,14 @@ def _denoiser_class(model_class: Any) -> Any:
     """A subclass of `model_class` that goes by its name: pipelines check and write class names."""
 
     class Alike(type(model_class)):  # type: ignore[misc]
-        """Equal to the model's class: pipelines ask for ``type(component) in expected``."""
+        """Equal to the model's class: pipelines ask for ``type(component) in expected``, a tuple.
+        But with a hash of its own: what others keep by class (FSDP makes one of each) is another's.
+        """
 
         def __eq__(cls, other: object) -> bool:
             return cls is other or other is model_class
 
-        def __hash__(cls) -> int:
-            return hash(model_class)
+        __hash__ = type.__hash__
 
     names = {
         "__slots__": ("_fxcache_runner", "_fxcache_forward", "_fxcache_override"),
@@ -238,6 +241,12 @@ def check_model(model: Any) -> None:
         raise OptionError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, DenoiserMethods):
         raise OptionError("the model is a denoiser already; fxcache.restore(it) gives the model")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        inner = type(model.module).__name__
+        raise OptionError(
+            f"DistributedDataParallel is around the {inner}: transform the {inner} (its module), "
+            f"and put DistributedDataParallel around the denoiser where you train it"
+        )
     if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
         raise OptionError(
             "the model is compiled already, and fxcache compiles it itself: pass the module that "
@@ -274,5 +283,6 @@ def _make(denoiser: Any, model: nn.Module, policy: Policy, options: Options) -> 
     object.__setattr__(denoiser, "_fxcache_runner", current)
     object.__setattr__(denoiser, "_fxcache_forward", forward)
     object.__setattr__(denoiser, "_fxcache_override", None)
+    torch_distributed.share_sharding(model, denoiser)
     # Dynamo keeps compiled code, and with it the session, longer than the denoiser lives.
     weakref.finalize(denoiser, runner.reset)

@@ -14,15 +14,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx
 
+from fxcache.capture import torch_distributed
 from fxcache.capture import torch_internals as internals
 from fxcache.capture.compile import Compilers, compile_pieces
 from fxcache.capture.functional import functionalized
 from fxcache.capture.layout import allocator, signature_of
-from fxcache.errors import CaptureError, StackNotFoundError
+from fxcache.errors import StackNotFoundError
 from fxcache.kernels import reference, residual_diff
 from fxcache.options import Options
 from fxcache.passes.choose import find_cut
-from fxcache.passes.cut import Cut
+from fxcache.passes.cut import Cut, check_writes
 from fxcache.passes.facts import SAMPLE_NAMES, Facts, analyse
 from fxcache.passes.graph import (
     GraphInputs,
@@ -45,6 +46,7 @@ from fxcache.runtime.executor import StepExecutor
 from fxcache.runtime.freshness import Weights
 from fxcache.runtime.graphs import GraphedRegions, not_graphable
 from fxcache.runtime.host import HostedRegions, is_away
+from fxcache.runtime.ranks import Ranks
 from fxcache.runtime.regions import Regions, Wiring
 from fxcache.runtime.session import Session
 from fxcache.runtime.state import Slot
@@ -150,7 +152,7 @@ class Backend:
                     f"{cut.stack} has {held} weights, the model {whole}: it lies beside the block "
                     f"stack, or is a part of it"
                 )
-        _check_writes(cut)
+        check_writes(cut)
         return cut, None if policy.probe is None else find_probe(cut, policy.probe)
 
     def _is_part(self, gm: fx.GraphModule) -> bool:
@@ -194,23 +196,6 @@ def _is_dropout(node: fx.Node) -> bool:
     return name in ("native_dropout", "bernoulli") and is_random(node)
 
 
-def _check_writes(cut: Cut) -> None:
-    """Refuse a span that computes what the model writes into an input or a buffer: a hit would
-    write something else.
-    """
-    facts = cut.facts
-    hit = [stream.after for stream in cut.streams]
-    for written, value in facts.inputs.written.items():
-        behind = facts.needs(value)
-        if facts.depends(value) and any(behind >> facts.position[n] & 1 for n in hit):
-            name = facts.inputs.paths.get(written) or facts.inputs.sources.get(written)
-            raise CaptureError(
-                f"the model writes in place into {name or written.name}, and what it writes comes "
-                f"out of the block stack: a hit would write something else. Let the model return "
-                f"a new tensor"
-            )
-
-
 def rewrite(
     gm: fx.GraphModule,
     cut: Cut,
@@ -232,7 +217,7 @@ def rewrite(
     kernels = compilers.kernels(device)
     how: dict[str, Any] = {"ring": ring, "is_checked": checked(session.policy) is not None}
     dtype = options.cache_dtype
-    in_graph = process_groups(gm.graph)
+    in_graph = torch_distributed.largest_groups(process_groups(gm.graph))
     groups = () if options.sync is None else in_graph
     pieces = build_pieces(gm, cut, probe, **how, kernels=kernels, cache_dtype=dtype, groups=groups)
     placeholders = gm.graph.find_nodes(op="placeholder")
@@ -249,6 +234,7 @@ def rewrite(
     if has_graphs and (why := not_graphable(inputs, device)):
         log.warning("no CUDA graphs: %s", why)
         has_graphs = False
+    uncaptured = torch_distributed.uncapturable(pieces) if has_graphs else frozenset()
     # One a slot, for its pool: branches of a slot take turns, but another slot's graphs, replayed
     # by another thread amid an evaluation, must not share memory with it.
     devices: WeakKeyDictionary[Slot, GraphDevice | None] = WeakKeyDictionary()
@@ -262,7 +248,7 @@ def rewrite(
         graphs = devices.setdefault(slot, graph_device(device)) if has_graphs else None
         if graphs is None:
             return Regions(wiring)
-        return GraphedRegions(wiring, graphs, weights, list(data))
+        return GraphedRegions(wiring, graphs, weights, list(data), uncaptured)
 
     steps = session.steps
     # In a part of a broken model the sample goes by another name: the usual ones stand for it.
@@ -289,8 +275,7 @@ def rewrite(
         # With the whole model as the span, nothing was found that could be wrong.
         audit=audit if options.audit and cut.span_units else None,
         groups=groups,
-        vote=options.vote,
-        device=device,
+        ranks=Ranks(map(torch_distributed.process_group, in_graph), options.vote, device),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxcache.capture import shards
 from fxcache.capture import torch_internals as internals
 from fxcache.capture.backend import Backend
 from fxcache.capture.compile import Compilers
@@ -234,7 +235,8 @@ class Runner:
                 return self._run(args, kwargs)
             except (CaptureError, StackNotFoundError) as error:
                 first = first or error
-                if hooks.make_traceable(self.model):  # hooks have come that break the graph
+                # Hooks have come that break the graph.
+                if hooks.make_traceable(self.model) + shards.make_traceable(self.model):
                     if not self.is_whole:
                         self._break_up()
                     continue

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxcache.errors import CaptureError
 from fxcache.passes.facts import Facts, Mask, mask_of, positions
 from fxcache.passes.graph import bytes_of, depends_on_data, is_numeric, is_view, tensor_of
 from fxcache.passes.skeleton import Skeleton, Skeletons, reads
@@ -169,3 +170,20 @@ def is_on_chain(facts: Facts, cut: Cut) -> bool:
 def heavy_between(facts: Facts, start: int, end: int) -> Mask:
     """The heavy nodes behind `start` up to and with `end`."""
     return mask_of(p for p in facts.heavy if start < p <= end)
+
+
+def check_writes(cut: Cut) -> None:
+    """Raise CaptureError if the span computes what the model writes into an input or a buffer: a
+    hit would write something else.
+    """
+    facts = cut.facts
+    hit = [stream.after for stream in cut.streams]
+    for written, value in facts.inputs.written.items():
+        behind = facts.needs(value)
+        if facts.depends(value) and any(behind >> facts.position[n] & 1 for n in hit):
+            name = facts.inputs.paths.get(written) or facts.inputs.sources.get(written)
+            raise CaptureError(
+                f"the model writes in place into {name or written.name}, and what it writes comes "
+                f"out of the block stack: a hit would write something else. Let the model return "
+                f"a new tensor"
+            )

@@ -10,6 +10,7 @@ Neither library is imported: what they leave on modules says enough.
 """
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -90,6 +91,8 @@ def _is_of_class(model: nn.Module, function: Any) -> bool:
 _CASTING, _OFFLOADING = "layerwise_casting", "group_offloading"
 #: These find out in which order layers run, to prefetch them; a captured graph has no use for it.
 _IDLE = ("lazy_prefetch_group_offloading", "layer_execution_tracker")
+#: These split and gather the sample between ranks, by operations that a graph can hold.
+_CONTEXT_PARALLEL = ("cp_input---", "cp_output---")
 
 #: Weights that a layer lends out, by the dict that they stand in and their name there.
 _Lent = list[tuple[dict[str, Any], str, torch.Tensor]]
@@ -182,12 +185,27 @@ def make_traceable(model: nn.Module) -> int:
     """
     found, lent = 0, list[_Lent]()
     for _, module, name, hook in _diffusers_hooks(model):
+        if name.startswith(_CONTEXT_PARALLEL):
+            found += _know_parameters(module, hook)
+            continue
         traced = None if _is_traced(hook) else _traced(module, name, hook, lent)
         if traced is not None:
             hook.fn_ref.pre_forward = traced.pre_forward
             hook.fn_ref.post_forward = traced.post_forward
             found += 1
     return found
+
+
+def _know_parameters(module: nn.Module, hook: Any) -> bool:
+    """Tell a hook of context parallelism the names of its module's parameters, which it looks up
+    at its first call, and not in a way that can be captured; whether it did not know them.
+    """
+    known = getattr(hook, "module_forward_metadata", None)
+    if known is None or known.cached_parameter_indices is not None:
+        return False
+    names = inspect.signature(type(module).forward).parameters
+    known.cached_parameter_indices = {name: place - 1 for place, name in enumerate(names) if place}
+    return True
 
 
 def make_untraceable(model: nn.Module) -> None:
@@ -303,7 +321,7 @@ def _diffusers_obstacle(model: nn.Module) -> str | None:
     left = [
         (path, name, hook)
         for path, _, name, hook in _diffusers_hooks(model)
-        if not _is_traced(hook)
+        if not _is_traced(hook) and not name.startswith(_CONTEXT_PARALLEL)
     ]
     if not left:
         return None

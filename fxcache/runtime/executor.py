@@ -19,6 +19,7 @@ from fxcache.runtime.audit import Audit
 from fxcache.runtime.conditions import Conditions
 from fxcache.runtime.forecast_error import begin_error, nodes_of, weights_of
 from fxcache.runtime.freshness import Weights
+from fxcache.runtime.ranks import Ranks
 from fxcache.runtime.regions import Evaluation, Regions
 from fxcache.runtime.session import NewTrajectory, Outdated, Session
 from fxcache.runtime.state import BranchState, Buffers, Signature, Slot
@@ -41,7 +42,7 @@ class StepExecutor:
         audit: tries what is cached before it is used.
         groups: process groups whose ranks compute the graph together, and so share what they
             measure.
-        vote: the process group whose ranks hit only if all of them do, asked on `device`.
+        ranks: who decides with this one.
     """
 
     def __init__(
@@ -59,15 +60,14 @@ class StepExecutor:
         conditions: Conditions | None = None,
         audit: Audit | None = None,
         groups: Sequence[str] = (),
-        vote: Any = None,
-        device: torch.device | None = None,
+        ranks: Ranks,
     ) -> None:
         self.session, self.make_regions = session, make_regions
         self.signature, self.allocate = signature, allocate
         self.weights, self.conditions, self.audit = weights, conditions, audit
         self.data, self.has_numbers = dict(data), has_numbers
         self.timestep, self.ring, self.groups = timestep, ring, tuple(groups)
-        self.vote, self.device = vote, device
+        self.ranks = ranks
         #: A call of the model does nothing but run this graph.
         self.is_all = False
         # By buffers and not in the state: recompiled graphs of one span share the state.
@@ -96,13 +96,15 @@ class StepExecutor:
             decision = session.decide(call, metric, change)
             if decision.is_hit and self.audit is not None and self.audit.failed:
                 decision = Decision(False, Reason.AUDIT, decision.score)
-            if self.vote is not None:
-                decision = self._voted(decision)
+            decision = self.ranks.agreed(decision)
+            self.ranks.compare(state.step, state.label, metric, decision)
             measured = metric if session.is_measured(state) else None
             if decision.is_hit:
                 outputs = evaluation.hit(self._weights(state, state.step))
             if checks_late and self._check(state, inputs) and decision.is_hit:
                 decision = Decision(False, state.lost, decision.score)
+            if checks_late:
+                self.ranks.compare(state.step, state.label, metric, decision)
             if not decision.is_hit:
                 if conditions is not None:
                     conditions.keep(inputs, state.allocated)
@@ -161,14 +163,6 @@ class StepExecutor:
         if time is None and isinstance(value, torch.Tensor) and not call.slot.is_announced:
             time = read_number(value)
         return metric, self.session.completed(call, time)
-
-    def _voted(self, decision: Decision) -> Decision:
-        """`decision`, or a miss where a rank that votes computes. One collective and read-back."""
-        hits = torch.tensor([float(decision.is_hit)], device=self.device)
-        torch.distributed.all_reduce(hits, torch.distributed.ReduceOp.MIN, self.vote)
-        if hits.item() == decision.is_hit:
-            return decision
-        return Decision(False, Reason.OTHER_RANK, decision.score)
 
     def _miss(
         self,

@@ -34,12 +34,19 @@ class GraphedRegions(Regions):
         weights: places of parameters and buffers among the inputs.
         data: places of the caller's tensors. All other inputs are numbers (of the model: tensors in
             host memory that hold one).
+        uncaptured: pieces ("head", "hit", "miss") that run as they are.
     """
 
     def __init__(
-        self, wiring: Wiring, device: GraphDevice, weights: Sequence[int], data: Sequence[int]
+        self,
+        wiring: Wiring,
+        device: GraphDevice,
+        weights: Sequence[int],
+        data: Sequence[int],
+        uncaptured: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(wiring)
+        self.uncaptured = uncaptured
         self.device, self.weights, self.data = device, tuple(weights), tuple(data)
         #: How often something was captured, and how often all of it had to be forgotten.
         self.captures = self.restarts = 0
@@ -63,6 +70,8 @@ class GraphedRegions(Regions):
 
     def run(self, key: Any, work: Callable[[Buffers], Any], buffers: Buffers) -> Any:
         """Run `work` (the first time), capture it (the second time), and replay its graph."""
+        if (key if isinstance(key, str) else key[0]) in self.uncaptured:
+            return work(buffers)
         if key not in self.graphs:
             self.graphs[key] = None
             return work(buffers)

@@ -57,7 +57,8 @@ def test_save_pretrained(pipe, tmp_path):
     after = loaded.transformer.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert_identical(run(loaded), expected)
+    # Weights that are mapped from a file lie at other alignments, where products round otherwise.
+    torch.testing.assert_close(run(loaded), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_denoiser_that_was_put_in_a_pipeline_by_hand(pipe, caplog):

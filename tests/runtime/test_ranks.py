@@ -1,27 +1,25 @@
 """Several ranks that compute one sample together: two processes on the loopback."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from launch import on_ranks
 
-SCRIPT = Path(__file__).parents[1] / "support" / "ranks.py"
-
-
-def on_two_ranks(*names):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    done = subprocess.run(
-        [*command, "2", SCRIPT, *names], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
 def test_ranks_that_share_collectives_decide_alike():
-    on_two_ranks("audit", "errors", "metrics", "nan", "uncoupled")
+    together = ("audit", "errors", "metrics", "nan", "uncoupled")
+    on_ranks(*(f"ranks.{name}" for name in together))
 
 
-@pytest.mark.slow
-def test_what_ranks_share_is_compiled():
-    on_two_ranks("compiled")
+def test_ranks_are_checked():
+    on_ranks("ranks.checked", FXCACHE_CHECK_RANKS="1")
+
+
+def test_a_rank_that_raises_half_way():
+    on_ranks("ranks.half_way")
+
+
+def test_what_ranks_share_is_compiled_and_not_captured():
+    written = on_ranks("ranks.compiled", "ranks.uncaptured")
+    assert written.count("no CUDA graph of the miss: it has collectives of") == 2  # once a rank
+    assert "no CUDA graph of the hit" not in written

@@ -1,15 +1,21 @@
-"""What `test_ranks.py` runs on every rank: ``torchrun --nproc-per-node 2 ranks.py NAME...``."""
+"""What `test_ranks.py` runs on every rank."""
 
-import sys
+import os
+import time
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
+from helpers import CountingDevice, as_written
+from launch import LIMIT, everywhere
 from torch import nn
 
 import fxcache
-from fxcache import AdaptiveCache, EasyCache, FirstBlockCache, SeaCache, TeaCache
+from fxcache import AdaptiveCache, EasyCache, FirstBlockCache, SeaCache, StepSchedule, TeaCache
+from fxcache.capture.compile import Compilers
+from fxcache.runtime.ranks import RanksDifferError
 
 
 class Parallel(nn.Module):
@@ -182,10 +188,93 @@ class Alone(nn.Module):
         return self.model.out(h)
 
 
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    for name in sys.argv[1:]:
-        globals()[name]()
+def checked() -> None:
+    """With ``FXCACHE_CHECK_RANKS=1``, ranks that part (here: told not to share) raise, all of them,
+    and say who did what where.
+    """
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = Parallel(against=0.0).eval()
+    x = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(rank))
+    policy = FirstBlockCache(threshold=0.2)
+    for sync in ("auto", None):
+        denoiser = fxcache.transform(model, policy, backend="eager", audit=False, sync=sync)
+
+        def step(step: int, denoiser: Any = denoiser) -> None:
+            moved = x * (1 + (step == 2 and rank))
+            with denoiser.branch("cond"):
+                denoiser(moved, torch.full((2,), 1.0 - 0.02 * step))
+
+        with torch.no_grad(), denoiser.trajectory(num_steps=4):
+            step(0), step(1)
+            if sync == "auto":
+                step(2)
+                continue
+            with pytest.raises(RanksDifferError) as raised:
+                step(2)
+            message = str(raised.value)
+            assert "rank 0 at step 2 of branch 'cond': hit, metric 0" in message, message
+            assert "rank 1 at step 2 of branch 'cond': miss (above threshold)" in message
+    # Without a probe, a rank may forget after it decided: its weights were changed.
+    schedule = StepSchedule(mask=(False, True, True))
+    denoiser = fxcache.transform(model, schedule, backend="eager", audit=False)
+    with torch.no_grad(), denoiser.trajectory(num_steps=3):
+        denoiser(x, torch.full((2,), 1.0))
+        if rank:
+            model.blocks[1].weight.mul_(1.0)
+        with pytest.raises(RanksDifferError, match="weights changed"):
+            denoiser(x, torch.full((2,), 0.9))
+
+
+def half_way() -> None:
+    """A rank that raises amid a step and goes: the other one gets an error soon, not a hang, and
+    nothing half written is left.
+    """
+    torch.manual_seed(0)
+    model, rank = Parallel(against=0.0).eval(), dist.get_rank()
+    x = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(rank))
+    policy = FirstBlockCache(threshold=0.0)
+    denoiser = fxcache.transform(model, policy, backend="eager", audit=False)
+    with torch.no_grad():
+        denoiser(x, torch.full((2,), 1.0))
         dist.barrier()
-    dist.destroy_process_group()
+        began = time.monotonic()
+        if rank == 1:  # its tokens do not fit
+            with pytest.raises(RuntimeError):
+                denoiser(x[..., :3], torch.full((2,), 0.9))
+            os._exit(0)
+        with pytest.raises(RuntimeError, match=r"(?i)connection|peer|socket"):
+            denoiser(x, torch.full((2,), 0.9))
+    assert time.monotonic() - began < LIMIT
+    assert denoiser.report().misses == 1
+    os._exit(0)
+
+
+def uncaptured() -> None:
+    """No CUDA graph holds gloo's collectives: those pieces run as they are, and others do not."""
+    torch.manual_seed(0)
+    model, rank = Parallel(against=0.0).eval(), dist.get_rank()
+    x = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(rank))
+    schedule = StepSchedule(mask=(False, False, False, True, True, True))
+    times = [torch.full((2,), 1.0 - 0.02 * step) for step in range(6)]
+
+    def solved(backend: Any) -> Any:
+        denoiser = fxcache.transform(model, schedule, backend=backend, audit=False)
+        with torch.no_grad(), denoiser.trajectory(num_steps=6):
+            outputs = [denoiser(x * (1 + 0.03 * i), t) for i, t in enumerate(times)]
+        return outputs, denoiser.report().hits
+
+    class WithGraphs(Compilers):
+        def __init__(self, options: Any) -> None:
+            super().__init__(options)
+            self.graphs = True
+
+    device = CountingDevice()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxcache.capture.backend.graph_device", lambda _: device)
+        patch.setattr("fxcache.capture.runner.Compilers", WithGraphs)
+        outputs, hits = solved(as_written)
+    counted = device.counts()
+    assert counted[0] == 1, counted  # the hit
+    torch.testing.assert_close(outputs, solved("eager")[0])
+    assert everywhere(hits) == [3, 3]
