@@ -6,11 +6,13 @@
 from fxcache.api import Applied, apply, explain, restore, transform
 from fxcache.capture.artifacts import load_compiled, save_compiled
 from fxcache.errors import (
+    BrokenGraphError,
     CaptureError,
     FxCacheError,
     OptionError,
     PolicyError,
     ProfileError,
+    RanksDifferError,
     StackNotFoundError,
 )
 from fxcache.explain import Explanation
@@ -41,6 +43,7 @@ __all__ = [
     "AdamsBashforth",
     "AdaptiveCache",
     "Applied",
+    "BrokenGraphError",
     "CaptureError",
     "Chebyshev",
     "EasyCache",
@@ -53,6 +56,7 @@ __all__ = [
     "PolicyError",
     "Profile",
     "ProfileError",
+    "RanksDifferError",
     "Record",
     "Report",
     "Reuse",

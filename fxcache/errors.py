@@ -30,3 +30,7 @@ class PolicyError(FxCacheError, ValueError):
 
 class ProfileError(FxCacheError, ValueError):
     """A calibration file that is damaged, foreign or does not fit."""
+
+
+class RanksDifferError(FxCacheError, RuntimeError):
+    """Ranks that compute together decided differently (found with ``FXCACHE_CHECK_RANKS=1``)."""

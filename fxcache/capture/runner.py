@@ -309,13 +309,15 @@ class Runner:
             if isinstance(error.inner_exception, FxCacheError):
                 raise error.inner_exception from None
             raise
-        except internals.NOT_CAPTURED as error:
-            inspect.signature(self.model.forward).bind(
-                *args, **kwargs
-            )  # a TypeError is the caller's
+        except (*internals.NOT_CAPTURED, internals.TorchRuntimeError) as error:
+            cause = hooks.obstacles(self.model) or ""
+            if not cause and isinstance(error, internals.TorchRuntimeError):
+                raise  # shapes that do not fit are the caller's
+            forward = inspect.signature(self.model.forward)
+            forward.bind(*args, **kwargs)  # a TypeError is the caller's
             raise CaptureError(
                 f"{type(self.model).__name__} could not be captured in one graph by torch.compile. "
-                f"{hooks.obstacles(self.model) or ''} Dynamo says: {error}"
+                f"{cause} Dynamo says: {error}"
             ) from error
         if session.evaluations == before and not self.gave_up:
             cause = hooks.obstacles(self.model) or (

@@ -25,6 +25,7 @@ from torch._dynamo.exc import (
     BackendCompilerFailed,
     FailOnRecompileLimitHit,
     InternalTorchDynamoError,
+    TorchRuntimeError,
     Unsupported,
     UserError,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "BackendCompilerFailed",
     "FailOnRecompileLimitHit",
     "InternalTorchDynamoError",
+    "TorchRuntimeError",
     "TracingContext",
     "Unsupported",
     "UserError",

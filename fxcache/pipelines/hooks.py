@@ -321,7 +321,8 @@ def _diffusers_obstacle(model: nn.Module) -> str | None:
     left = [
         (path, name, hook)
         for path, _, name, hook in _diffusers_hooks(model)
-        if not _is_traced(hook) and not name.startswith(_CONTEXT_PARALLEL)
+        if not _is_traced(hook)
+        and not (name.startswith(_CONTEXT_PARALLEL) and not _asks_for_sizes(hook))
     ]
     if not left:
         return None
@@ -331,8 +332,19 @@ def _diffusers_obstacle(model: nn.Module) -> str | None:
         advice = "call enable_group_offload without offload_to_disk_path, which works"
     elif getattr(model, "is_cache_enabled", False):
         advice = "it belongs to diffusers' own cache: call model.disable_cache() first"
+    elif _asks_for_sizes(hook):
+        advice = (
+            "it asks other ranks for their sizes: leave ulysses_anything and ring_anything out of "
+            "ContextParallelConfig, and take sizes that the ranks can divide"
+        )
     more = f" and {len(left) - 1} more" if len(left) > 1 else ""
     return (
         f"diffusers' hook {name!r} ({type(hook).__name__}) on {path or 'the model'!r}{more} runs "
         f"in the midst of the forward, and the graph may break there; {advice}."
     )
+
+
+def _asks_for_sizes(hook: Any) -> bool:
+    """Whether a hook of context parallelism takes what ranks cannot divide evenly."""
+    config = getattr(hook, "parallel_config", None)
+    return any(getattr(config, f"{kind}_anything", False) for kind in ("ulysses", "ring"))

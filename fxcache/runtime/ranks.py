@@ -8,13 +8,9 @@ from typing import Any
 import torch
 from torch import distributed
 
-from fxcache.errors import FxCacheError
+from fxcache.errors import RanksDifferError
 from fxcache.policy import Decision
 from fxcache.policy.reasons import Reason
-
-
-class RanksDifferError(FxCacheError):
-    """Ranks that compute together decided differently (found with ``FXCACHE_CHECK_RANKS=1``)."""
 
 
 class Ranks:

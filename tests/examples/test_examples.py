@@ -297,3 +297,20 @@ def test_a_tolerance_is_measured(run_script):
     assert "1.00x 100.0 dB" in exact
     assert "8 plain steps 100.0 dB" in exact
     assert float(re.search(r": ([\d.]+)x", loose)[1]) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["context", "shard"])
+def test_multi_gpu(parallel, tmp_path):
+    path = tmp_path / "figures.json"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    asked = ["--parallel", parallel, "--backend", "eager", "--steps", "8", "--json", path]
+    script = scripts.EXAMPLES / "multi_gpu.py"
+    done = subprocess.run(
+        [sys.executable, *launcher, script, *asked], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    own, other = json.loads(path.read_text())["ranks"]
+    assert own["hits"] == other["hits"] > 0
+    assert own["miss_bytes"] > 100 * own["hit_bytes"]
+    assert "(x: a hit)" in done.stdout

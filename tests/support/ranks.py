@@ -13,9 +13,16 @@ from launch import LIMIT, everywhere
 from torch import nn
 
 import fxcache
-from fxcache import AdaptiveCache, EasyCache, FirstBlockCache, SeaCache, StepSchedule, TeaCache
+from fxcache import (
+    AdaptiveCache,
+    EasyCache,
+    FirstBlockCache,
+    RanksDifferError,
+    SeaCache,
+    StepSchedule,
+    TeaCache,
+)
 from fxcache.capture.compile import Compilers
-from fxcache.runtime.ranks import RanksDifferError
 
 
 class Parallel(nn.Module):
