@@ -3,8 +3,9 @@
 ``denoiser = fxcache.transform(model, fxcache.FirstBlockCache(threshold=0.08))``
 """
 
-from fxcache.api import Applied, apply, explain, restore, transform
+from fxcache.api import Applied, apply, explain, export, restore, transform
 from fxcache.capture.artifacts import load_compiled, save_compiled
+from fxcache.capture.exported import Exported, is_hit, load_exported
 from fxcache.errors import (
     BrokenGraphError,
     CaptureError,
@@ -48,6 +49,7 @@ __all__ = [
     "Chebyshev",
     "EasyCache",
     "Explanation",
+    "Exported",
     "FirstBlockCache",
     "FxCacheError",
     "Hermite",
@@ -69,7 +71,10 @@ __all__ = [
     "apply",
     "calibrate",
     "explain",
+    "export",
+    "is_hit",
     "load_compiled",
+    "load_exported",
     "load_schedule",
     "preset",
     "presets",

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxcache.capture.exported import Exported, export_model
+from fxcache.capture.exporting import bound
 from fxcache.denoiser import DenoiserMethods, check_model, give_back, make_denoiser
 from fxcache.errors import FxCacheError, OptionError
 from fxcache.explain import Explanation, explain_model
@@ -155,6 +157,53 @@ def explain(
     inner = restore_model(model)
     check_model(inner)
     return explain_model(inner, policy or AdaptiveCache(), args, kwargs)
+
+
+def export(
+    model: nn.Module,
+    policy: Policy | None = None,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Mapping[str, Any] | None = None,
+    form: str = "cond",
+) -> Exported:
+    """Make a program of `model` that skips its block stack where `policy` allows it.
+
+    ::
+
+        exported = fxcache.export(model, AdaptiveCache(), kwargs=example)
+        state = exported.initial_state(num_steps=30)
+        for inputs in ...:
+            output, state = exported.step(inputs, state)
+        exported.package("model.pt2")  # AOTInductor; fxcache.load_exported reads it
+
+    State is explicit: one for each branch of guidance, from `initial_state` for each trajectory.
+    Each step counts one, so a sampler that evaluates twice a step has two. What a denoiser finds
+    out as it runs (the audit, changed weights) a program does not: try the denoiser first.
+
+    Args:
+        model: the denoiser. It is not changed, and its parameters are shared.
+        policy: None means ``AdaptiveCache()``.
+        args, kwargs: an example call; `exported.step` takes the same arguments by name.
+        dynamic_shapes: which sizes may be others, by argument, as for ``torch.export.export``.
+        form: "cond": one program with the decision inside (``torch.cond``), for
+            `FirstBlockCache`, `EasyCache`, `AdaptiveCache` and `StepSchedule` with `Reuse` or
+            `Taylor`; threshold and tolerance are a part of the state. "pieces": head, hit and miss
+            as three programs, and any policy between them, on the host.
+
+    Raises:
+        OptionError: for another form, or a denoiser in the place of its model.
+        PolicyError: for a policy without a rule in tensor arithmetic ("cond").
+        CaptureError, StackNotFoundError: if torch.export cannot capture the model, or nothing in it
+            can be skipped.
+    """
+    if form not in ("cond", "pieces"):
+        raise OptionError(f'form must be "cond" or "pieces", got {form!r}')
+    check_model(model)
+    policy = AdaptiveCache() if policy is None else policy
+    check_policy(policy)
+    return export_model(model, policy, bound(model, args, kwargs or {}), dynamic_shapes, form)
 
 
 def restore_model(model: nn.Module) -> nn.Module:

@@ -215,7 +215,7 @@ def rewrite(
     kept, residuals = state_fakes(cut, probe, options.cache_dtype)
     device = residuals[0].device
     kernels = compilers.kernels(device)
-    how: dict[str, Any] = {"ring": ring, "is_checked": checked(session.policy) is not None}
+    how: dict[str, Any] = {"ring": ring, "others": ring - 1 if checked(session.policy) else 0}
     dtype = options.cache_dtype
     in_graph = torch_distributed.largest_groups(process_groups(gm.graph))
     groups = () if options.sync is None else in_graph

@@ -7,6 +7,7 @@ tensors that wrap others (quantized or distributed weights) are AOTAutograd's ma
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,11 +25,14 @@ def functionalized(
     example_inputs: Sequence[Any],
     compile_graph: Compile,
     argument_names: tuple[str, ...] = (),
+    found: "Sequence[Found] | None" = None,
 ) -> Callable[..., Any]:
     """`gm` as AOTAutograd's runtime calls it, with its functional graph compiled by
-    `compile_graph`. `argument_names` are those of the model's positional arguments.
+    `compile_graph`. `argument_names` are those of the model's positional arguments; `found` says
+    what the inputs of `gm` are, if it is not Dynamo's.
     """
-    found = [_Found(node, argument_names) for node in gm.graph.find_nodes(op="placeholder")]
+    if found is None:
+        found = [Found.by_dynamo(n, argument_names) for n in gm.graph.find_nodes(op="placeholder")]
 
     def inference_compiler(functional: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         let_group_norms_be(functional)
@@ -97,20 +101,32 @@ def read_sizes_once(gm: fx.GraphModule) -> None:
         gm.recompile()
 
 
-class _Found:
-    """What Dynamo says of an input of its graph."""
+@dataclass(frozen=True)
+class Found:
+    """What is known of an input: where it comes from, whether it is the model's (and registered
+    there), and the path of an argument.
+    """
 
-    def __init__(self, node: fx.Node, argument_names: tuple[str, ...]) -> None:
-        example = node.meta.get("example_value")
-        self.source = internals.source_name(node)
-        self.is_parameter = isinstance(example, torch.nn.Parameter)
-        self.is_of_model = self.is_parameter or is_of_model(self.source)
-        self.is_registered = self.is_parameter or "_buffers" in self.source
-        self.path = _argument_path(self.source or node.name, argument_names)
+    source: str
+    is_of_model: bool
+    is_registered: bool
+    path: list[str]
+
+    @classmethod
+    def by_dynamo(cls, node: fx.Node, argument_names: tuple[str, ...]) -> "Found":
+        """What Dynamo says of an input of its graph."""
+        source = internals.source_name(node)
+        is_parameter = isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+        return cls(
+            source,
+            is_parameter or is_of_model(source),
+            is_parameter or "_buffers" in source,
+            _argument_path(source or node.name, argument_names),
+        )
 
 
-def graph_inputs(graph: fx.Graph, found: Sequence[_Found]) -> GraphInputs:
-    """Sort the placeholders of the functional `graph` by what Dynamo `found`."""
+def graph_inputs(graph: fx.Graph, found: Sequence[Found]) -> GraphInputs:
+    """Sort the placeholders of the functional `graph` by what was `found` of them."""
     data, paths, sources = {}, {}, {}
     weights, sizes, registered = [], [], set()
     by_place: dict[int, fx.Node] = {}

@@ -290,3 +290,24 @@ def compiled_libraries(folder: Path) -> list[Path]:
     loaded = {Path(line[5]) for line in lines if len(line) == 6 and line[5].endswith(".so")}
     checks = {path for path in folder.glob("??/*.so") if not path.name.endswith(".main.so")}
     return sorted(checks | {path for path in loaded if path.is_relative_to(folder.resolve())})
+
+
+def write_package(path: Path, programs: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Compile exported programs with AOTInductor into one archive, by name."""
+    from torch._inductor.package.package import package_aoti
+
+    options: dict[str, Any] = {"aot_inductor.package": True, "aot_inductor.metadata": {**metadata}}
+    files: dict[str, Any] = {}
+    for name, program in programs.items():
+        module = program.module(check_guards=False)
+        files[name] = torch._inductor.aot_compile(module, *program.example_inputs, options=options)
+    package_aoti(str(path), files)
+
+
+def read_package(path: Path) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """The compiled programs of such an archive, and the metadata of the first."""
+    from torch.export.pt2_archive._package import load_pt2
+
+    programs = load_pt2(str(path)).aoti_runners
+    first: Any = next(iter(programs.values()), None)
+    return dict(programs), {} if first is None else first.loader.get_metadata()

@@ -66,7 +66,7 @@ def build_pieces(
     probe: Probe | None,
     *,
     ring: int,
-    is_checked: bool = False,
+    others: int = 0,
     kernels: Any = reference,
     cache_dtype: torch.dtype | None = None,
     groups: Sequence[str] = (),
@@ -74,8 +74,8 @@ def build_pieces(
     """Write the pieces of `gm` as `cut` divides it, with `ring` past residuals a stream.
 
     With ``ring=1`` the residual is added as it is; with more, a weight vector is one more input.
-    With `is_checked`, a miss gives one more output: float32 [2], the sums of how far its residuals
-    are from a forecast, and of their size.
+    With `others`, a miss takes so many past residuals and gives one more output: float32 [2], the
+    sums of how far its residuals are from a forecast of these, and of their size.
     `kernels` measures, predicts and refreshes: `fxcache.kernels.reference` or
     `fxcache.kernels.ops`. Residuals are kept in `cache_dtype` (None: as they are computed). Ranks
     of the process `groups` measure the same. `gm` is not changed.
@@ -83,7 +83,7 @@ def build_pieces(
     measurement = measurement_of(cut, probe, kernels, groups)
     writer = _PiecesWriter(gm, cut, measurement, kernels, cache_dtype)
     head = None if probe is None else writer.head()
-    return Pieces(head, writer.hit(ring), writer.miss(ring - 1 if is_checked else 0))
+    return Pieces(head, writer.hit(ring), writer.miss(others))
 
 
 class _PiecesWriter:

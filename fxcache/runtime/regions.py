@@ -53,7 +53,7 @@ class Wiring:
         kept: keys of what the measurement keeps, in order.
         streams: how many streams the state caches.
         ring: how many past residuals a stream.
-        is_checked: whether a miss compares its residual with a forecast.
+        others: how many past residuals a miss compares its own with.
     """
 
     def __init__(
@@ -65,11 +65,9 @@ class Wiring:
         kept: Sequence[Hashable],
         streams: int,
         ring: int,
-        is_checked: bool,
+        others: int,
     ) -> None:
-        self.compiled, self.ring = compiled, ring
-        #: How many residuals a miss compares its own with.
-        self.others = ring - 1 if is_checked else 0
+        self.compiled, self.ring, self.others = compiled, ring, others
         given = {key: i for i, key in enumerate(inputs)}
         slots = [slot_key(s) for s in range(streams)]
         rings = [ring_key(s, j) for s in range(streams) for j in range(ring)]
@@ -80,8 +78,8 @@ class Wiring:
         after_head = _extended(after_head, kept)
         for_hit = _extended(after_head, (*rings, WEIGHTS))
         self.for_hit = _picker(pieces.hit, for_hit)
-        others = [other_key(s, j) for s in range(streams) for j in range(self.others)]
-        for_miss = _extended(after_head, (*slots, *others, ERROR_WEIGHTS))
+        compared = [other_key(s, j) for s in range(streams) for j in range(others)]
+        for_miss = _extended(after_head, (*slots, *compared, ERROR_WEIGHTS))
         self.for_miss = _picker(pieces.miss, for_miss)
 
     def head(self, inputs: Values, buffers: Buffers) -> tuple[Values, torch.Tensor | None]:
