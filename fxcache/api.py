@@ -15,7 +15,7 @@ from fxcache.denoiser import DenoiserMethods, check_model, give_back, make_denoi
 from fxcache.errors import FxCacheError, OptionError
 from fxcache.explain import Explanation, explain_model
 from fxcache.options import Options
-from fxcache.pipelines.components import denoisers_of, policies_for, put
+from fxcache.pipelines.components import class_name, denoisers_of, policies_for, put
 from fxcache.pipelines.scheduler import SchedulerClock
 from fxcache.policy import AdaptiveCache, Policy, check_policy
 from fxcache.report import Report
@@ -124,7 +124,7 @@ def transform(
 
 def check_origin(model: nn.Module, policy: Any) -> None:
     """Warn if `policy` is ready-made for denoisers of another class than `model`."""
-    origin, own = getattr(policy, "origin", None), type(model).__name__
+    origin, own = getattr(policy, "origin", None), class_name(model)
     if origin is not None and origin.model_classes and own not in origin.model_classes:
         warnings.warn(
             f"{type(policy).__name__} of {origin.preset!r} was made for "
@@ -156,7 +156,8 @@ def explain(
     """
     inner = restore_model(model)
     check_model(inner)
-    return explain_model(inner, policy or AdaptiveCache(), args, kwargs)
+    denoiser = make_denoiser(inner, policy or AdaptiveCache(), Options(backend="eager"))
+    return explain_model(denoiser, args, kwargs)
 
 
 def export(

@@ -6,17 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from fxcache.capture.backend import Backend, rewrite
 from fxcache.capture.runner import Runner
 from fxcache.errors import FxCacheError, PolicyError, StackNotFoundError
-from fxcache.options import Options
 from fxcache.passes.cut import Cut, Stream
 from fxcache.passes.graph import GraphInputs, bytes_of, shape_of, tensor_of
 from fxcache.passes.probe import Probe
-from fxcache.pipelines import hooks
-from fxcache.policy import Policy
 
 #: Some policies need a number of steps, though the first is computed whatever it is.
 ANY = 28
@@ -141,11 +138,10 @@ class _Analyst(Backend):
         return rewrite(gm, cut, probe, self.session, self.compilers, is_part=is_part)
 
 
-def explain_model(
-    model: nn.Module, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Explanation:
-    """Run the model once through the pass, and describe what was found."""
-    runner = Runner(model, policy, Options(backend="eager"))
+def explain_model(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explanation:
+    """Call `denoiser`, which is fresh and eager, once, and describe what the pass found."""
+    runner: Runner = denoiser._fxcache
+    model = type(runner.model).__name__
     old = runner.backend
     analyst = _Analyst(
         runner.session,
@@ -154,13 +150,12 @@ def explain_model(
         num_weights=old.num_weights,
     )
     runner.use(analyst)
-    announced = runner.session.trajectory(num_steps=ANY)
-    with torch.no_grad(), announced, suppress(StackNotFoundError):  # no graph at all
-        hooks.around(model, lambda *args, **kwargs: runner.evaluate(args, kwargs), *args, **kwargs)
+    with torch.no_grad(), denoiser.trajectory(ANY), suppress(StackNotFoundError):  # no graph at all
+        denoiser(*args, **kwargs)
     refused = tuple(f"{reason} ({nodes} nodes)" for nodes, reason in sorted(analyst.refused)[::-1])
     if analyst.found is None:
-        return Explanation(type(model).__name__, refused=refused)
-    return _describe(type(model).__name__, *analyst.found, runner.session.report().audit, refused)
+        return Explanation(model, refused=refused)
+    return _describe(model, *analyst.found, runner.session.report().audit, refused)
 
 
 def _describe(

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxcache.capture import torch_internals as internals
 from fxcache.passes.graph import GraphInputs, is_of_model, is_tensor, outputs_of, value_of
+from fxcache.runtime.freshness import note_owners
 
 #: Takes the functional graph and what its placeholders are, gives what runs in its place.
 Compile = Callable[[fx.GraphModule, GraphInputs], Callable[..., Any]]
@@ -47,7 +49,16 @@ def functionalized(
         boxed._boxed_call = True  # type: ignore[attr-defined]
         return boxed
 
-    return internals.aot_inference(gm, example_inputs, inference_compiler)
+    run = internals.aot_inference(gm, example_inputs, inference_compiler)
+    wrappers = [at for at, x in enumerate(example_inputs) if is_traceable_wrapper_subclass(x)]
+    if not wrappers:
+        return run
+
+    def noting(*inputs: Any) -> Any:
+        note_owners(inputs[at] for at in wrappers)
+        return run(*inputs)
+
+    return noting
 
 
 def native_group_norm(

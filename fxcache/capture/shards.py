@@ -45,7 +45,7 @@ class _Gathering:
         self.of_weights, self.of_inputs, self.of_outputs = casts
 
     def pre_forward(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if not _captures():
+        if not (_captures() and self._finds_all(module)):
             return self.before(module, args, kwargs)
         lent: _Lent = []
         for path, name in self.names:
@@ -57,11 +57,18 @@ class _Gathering:
         return _cast((args, kwargs), self.of_inputs)
 
     def post_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not _captures():
+        if not (_captures() and self.lent):
             return self.after(module, args, output)
         for store, name, weight in self.lent.pop():
             store[name] = weight
         return _cast(output, self.of_outputs)
+
+    def _finds_all(self, module: nn.Module) -> bool:
+        """Whether the weights are where they were (adapters move them): else the graph breaks at
+        FSDP's own hook, and `make_traceable` looks again.
+        """
+        known = dict(module.named_modules())
+        return all(path in known and name in known[path]._parameters for path, name in self.names)
 
     def _gathered(self, weight: Any) -> Any:
         """All of `weight` on this rank. One that is gathered already is what it is."""
@@ -92,9 +99,21 @@ def make_traceable(model: nn.Module) -> int:
     Raises CaptureError if a block gathers its weights in a way that is not known.
     """
     found, lent = 0, list[_Lent]()
+    root = torch_distributed.sharding_of(model)
+    if root is not None and root.prefetches:
+        raise CaptureError(
+            f"{type(model).__name__} begins to gather blocks before they run "
+            f"(set_modules_to_forward_prefetch), and a hit runs none: call "
+            f"model.set_modules_to_forward_prefetch([])"
+        )
     for path, block in model.named_modules():
         sharded = None if block is model else torch_distributed.sharding_of(block)
-        if sharded is None or isinstance(_owner(sharded.before), _Gathering):
+        if sharded is None:
+            continue
+        gathering = _owner(sharded.before)
+        if isinstance(gathering, _Gathering):
+            found += gathering.names != sharded.names
+            gathering.names = sharded.names
             continue
         if sharded.obstacle is not None:
             raise CaptureError(

@@ -35,6 +35,8 @@ class Sharding:
     names: list[tuple[str, str]]
     casts: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None]
     obstacle: str | None
+    #: It begins to gather other modules before they run.
+    prefetches: bool
 
     @property
     def before(self) -> Any:
@@ -94,6 +96,7 @@ def sharding_of(module: nn.Module) -> Sharding | None:
             policy.output_dtype,
         ),
         obstacle,
+        bool(state._states_to_forward_prefetch),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxcache.errors import OptionError, PolicyError
@@ -101,7 +102,7 @@ def _preset_name(pipe: Any, models: Mapping[str, nn.Module]) -> str | None:
 
     By the name that it was loaded under, else by its classes and its config.
     """
-    classes = {type(model).__name__ for model in models.values()}
+    classes = {class_name(model) for model in models.values()}
     configs = [getattr(part, "config", {}) for part in (pipe, *models.values())]
     for config in configs:
         name = _by_name(str(dict(config).get("_name_or_path") or ""), classes)
@@ -137,3 +138,13 @@ def _by_name(name: str, classes: set[str]) -> str | None:
         if classes & set(origin.model_classes):
             return str(origin.preset.rsplit(", ", 1)[0])
     return None
+
+
+def class_name(model: nn.Module) -> str:
+    """The name of the model's class, also of one that ``fully_shard`` made a class of its own."""
+    classes = type(model).__mro__
+    if not torch.distributed.is_available():
+        return classes[0].__name__
+    from torch.distributed.fsdp import FSDPModule
+
+    return next(cls.__name__ for cls in classes if not issubclass(cls, FSDPModule))

@@ -93,10 +93,7 @@ class StepExecutor:
             change = None
             if conditions is not None:
                 change = partial(conditions.forbidding, inputs, state.allocated)
-            decision = session.decide(call, metric, change)
-            if decision.is_hit and self.audit is not None and self.audit.failed:
-                decision = Decision(False, Reason.AUDIT, decision.score)
-            decision = self.ranks.agreed(decision)
+            decision = session.decide(call, metric, change, self._agreed)
             self.ranks.compare(state.step, state.label, metric, decision)
             measured = metric if session.is_measured(state) else None
             if decision.is_hit:
@@ -118,6 +115,12 @@ class StepExecutor:
         if session.call.get() is not None:  # else nobody asks, and the tensors would live on
             session.last_call.set((self, slot, inputs, outputs))
         return outputs
+
+    def _agreed(self, decision: Decision) -> Decision:
+        """`decision`, or the miss that the audit or another rank makes of it."""
+        if decision.is_hit and self.audit is not None and self.audit.failed:
+            decision = Decision(False, Reason.AUDIT, decision.score)
+        return self.ranks.agreed(decision)
 
     def _settled(self, inputs: Sequence[Any]) -> Call:
         """The place of a call that came from no denoiser: a graph of the registered backend."""

@@ -40,7 +40,11 @@ def begin_error(
     """Begin to read the error at the miss of `step`, of its two `sums`, which ranks of the process
     `groups`, who compute the graph together, share. None if nothing was compared.
     """
-    if not nodes or sums is None or sums.device.type == "meta":
+    if sums is None or sums.device.type == "meta":
+        return None
+    if not nodes:
+        if groups:  # ranks that vote may be at other steps: one that compared waits for this one
+            shared(torch.zeros_like(sums), groups)
         return None
     steps, read = (step, *(at for at, _ in nodes)), begin_read(shared(sums, groups))
     known: list[ForecastError] = []

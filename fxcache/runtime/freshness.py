@@ -9,18 +9,24 @@ whoever does that says so, by `denoiser.reset()`.
 
 import functools
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import compress
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fxcache.policy.reasons import Reason
 from fxcache.runtime.regions import picker
 
 _stamps: "weakref.WeakSet[Stamp]" = weakref.WeakSet()
+#: The wrapper that a tensor is in.
+_owners: "WeakIdKeyDictionary" = WeakIdKeyDictionary()
+#: The places of weights that are in a wrapper, and it.
+_Owners = Sequence[tuple[int, "weakref.ref[torch.Tensor]"]]
 
 
 class Stamp:
@@ -28,8 +34,12 @@ class Stamp:
 
     def __init__(self, weights: "Weights", inputs: Sequence[Any]) -> None:
         tensors = weights.pick(inputs)
-        self.weights, self.is_void, self.versions = weights, False, _versions(tensors)
+        self.owners = [(i, _owners[t]) for i, t in enumerate(tensors) if _owners and t in _owners]
+        self.weights, self.is_void = weights, False
+        self.versions = _versions(tensors, self.owners)
         self.ids = list(map(id, tensors))
+        #: Of these, too, an optimizer's step counts.
+        self.stepped = {*self.ids, *(id(owner()) for _, owner in self.owners)}
         #: The counts of those that other graphs of the model have, too, where their places differ.
         held = zip(self.ids, self.versions, strict=True)
         self.shared = dict(compress(held, weights.registered))
@@ -73,7 +83,7 @@ class Weights:
         for next time. With `are_same`, it is known that the weights are the same tensors.
         """
         is_own = then.weights is self and not then.is_void
-        if are_same and is_own and _versions(self.pick(inputs)) == then.versions:
+        if are_same and is_own and _versions(self.pick(inputs), then.owners) == then.versions:
             return then, None
         now = Stamp(self, inputs)
         is_same = then.shared == now.shared
@@ -87,11 +97,27 @@ class Weights:
         return (then if is_own and reason is None else now.keep(self.pick(inputs))), reason
 
 
-def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+def note_owners(wrappers: Iterable[Any]) -> None:
+    """Remember of the tensors inside `wrappers` (distributed or quantized weights) whose they are:
+    what writes into a wrapper is counted there alone.
+    """
+    for wrapper in wrappers:
+        for name in wrapper.__tensor_flatten__()[0]:
+            inner = getattr(wrapper, name)
+            _owners[inner] = weakref.ref(wrapper)
+            if is_traceable_wrapper_subclass(inner):
+                note_owners([inner])
+
+
+def _versions(tensors: Sequence[torch.Tensor], owners: _Owners) -> list[int]:
     try:
-        return list(map(attrgetter("_version"), tensors))
+        versions = list(map(attrgetter("_version"), tensors))
     except RuntimeError:  # of inference tensors no writes are counted
-        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    for place, owner in owners:
+        if (alive := owner()) is not None and not alive.is_inference():
+            versions[place] += alive._version
+    return versions
 
 
 def _void(stamp: "weakref.ref[Stamp]", _: Any) -> None:
@@ -105,6 +131,6 @@ def _watch_optimizers() -> None:
         if not torch.compiler.is_compiling():  # torch counts what compiled code writes
             stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
             for stamp in list(_stamps):
-                stamp.is_void |= not stepped.isdisjoint(stamp.ids)
+                stamp.is_void |= not stepped.isdisjoint(stamp.stepped)
 
     register_optimizer_step_post_hook(note)

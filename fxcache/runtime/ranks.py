@@ -43,12 +43,15 @@ class Ranks:
         return Decision(False, Reason.OTHER_RANK, decision.score)
 
     def compare(self, step: int, branch: Any, metric: float, decision: Decision) -> None:
-        """Raise RanksDifferError, on all ranks, if one of them decided otherwise or elsewhere."""
+        """Raise RanksDifferError, on all ranks, if one of them decided otherwise or elsewhere
+        (those that vote may be at other steps and branches).
+        """
         own = (step, branch, decision.is_hit, metric, decision.reason)
         for group in self.compared:
             gathered: list[Any] = [None] * distributed.get_world_size(group)
             distributed.all_gather_object(gathered, own, group)
-            if any(other[:3] != own[:3] for other in gathered):
+            alike = slice(0, 3) if self.vote is None else slice(2, 3)
+            if any(other[alike] != own[alike] for other in gathered):
                 ranks = distributed.get_process_group_ranks(group)
                 said = (_said(rank, *one) for rank, one in zip(ranks, gathered, strict=True))
                 raise RanksDifferError(

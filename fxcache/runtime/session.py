@@ -257,21 +257,25 @@ class Session:
         return call
 
     def decide(
-        self, call: Call, metric: float, change: Callable[[], float | None] | None = None
+        self,
+        call: Call,
+        metric: float,
+        change: Callable[[], float | None] | None,
+        agreed: Callable[[Decision], Decision],
     ) -> Decision:
         """Ask the policy, or what it said to the first branch of this step.
 
         `change` gives the change of the conditioning if that forbids a hit. It is asked only where
-        all else allows one.
+        all else allows one, by all ranks or none: `agreed` makes of this rank's decision theirs.
         """
         slot, state, first = call.slot, call.state, call.slot.verdict
         is_led = first is not None and first.branch != state.label and first.step == state.step
         if self.deciding.decide == "first" and first is not None and is_led:
-            return self._unless_changed(self._led(first, state, metric), change)
+            return self._unless_changed(agreed(self._led(first, state, metric)), change, agreed)
         decision = self.deciding.rule(metric, state.history(slot.num_steps))
         if decision.reason == Reason.NOTHING_CACHED and state.lost is not None:
             decision = replace(decision, reason=state.lost)
-        decision = self._unless_changed(decision, change)
+        decision = self._unless_changed(agreed(decision), change, agreed)
         slot.verdict = Verdict(state.label, state.step, decision.is_hit)
         return decision
 
@@ -288,13 +292,12 @@ class Session:
             return Decision(False, Reason.NOT_FINITE)
         return Decision(first.is_hit, None if first.is_hit else Reason.FIRST_COMPUTED)
 
-    def _unless_changed(
-        self, decision: Decision, change: Callable[[], float | None] | None
-    ) -> Decision:
+    def _unless_changed(self, decision: Decision, change: Any, agreed: Any) -> Decision:
         """`decision`, or a miss where the conditioning changed too much since the last miss."""
-        if not decision.is_hit or change is None or (by := change()) is None:
+        if not decision.is_hit or change is None:
             return decision
-        return Decision(False, Reason.CONTROL_CHANGED, by)
+        by = change()
+        return agreed(decision if by is None else Decision(False, Reason.CONTROL_CHANGED, by))  # type: ignore[no-any-return]
 
     def record(self, call: Call, metric: float | None, decision: Decision) -> None:
         """Note what was decided."""

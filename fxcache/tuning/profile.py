@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fxcache.errors import PolicyError, ProfileError
+from fxcache.pipelines.components import class_name
 from fxcache.policy import MagCache, Origin, Policy, TeaCache
 from fxcache.policy.files import write_whole
 from fxcache.policy.tea_cache import DEGREE
@@ -202,7 +203,7 @@ def model_metadata(model: Any) -> dict[str, str]:
     }
     shapes = {name: list(value.shape) for name, value in model.named_parameters()}
     text = json.dumps([config, shapes], sort_keys=True)
-    return {"model": type(model).__name__, "config": hashlib.sha256(text.encode()).hexdigest()}
+    return {"model": class_name(model), "config": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _plain(ratios: Mapping[str, Sequence[float]]) -> Any:

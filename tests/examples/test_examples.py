@@ -314,3 +314,18 @@ def test_multi_gpu(parallel, tmp_path):
     assert own["hits"] == other["hits"] > 0
     assert own["miss_bytes"] > 100 * own["hit_bytes"]
     assert "(x: a hit)" in done.stdout
+
+
+@pytest.mark.slow
+def test_export_and_run(tmp_path):
+    script = scripts.EXAMPLES / "export_and_run.py"
+    done = subprocess.run(
+        [sys.executable, script, "--steps", "12", "--tolerance", "0.2", "--output", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    hits, quality = map(float, re.search(r"(\d+) of 12 .*; ([0-9.]+) dB", done.stdout).groups())
+    assert hits > 0
+    assert quality > 35

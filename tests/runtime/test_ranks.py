@@ -12,7 +12,7 @@ def test_ranks_that_share_collectives_decide_alike():
 
 
 def test_ranks_are_checked():
-    on_ranks("ranks.checked", FXCACHE_CHECK_RANKS="1")
+    on_ranks("ranks.checked", "sharded.votes_apart", FXCACHE_CHECK_RANKS="1")
 
 
 def test_a_rank_that_raises_half_way():

@@ -17,6 +17,9 @@ def test_weights_on_two_ranks():
         "sharded.sharded",
         "sharded.sharded_costs",
         "sharded.sharded_training",
+        "sharded.written",
+        "sharded.moved",
+        "sharded.explained",
         "sharded.refused",
     )
 

@@ -52,8 +52,12 @@ class Net(nn.Module):
         )
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor | None = None
+    ) -> torch.Tensor:
         h = self.embed(x) + self.time(t[:, None])[:, None]
+        if context is not None:
+            h = h + 0.01 * context.mean()
         for block in self.blocks:
             h = block(h)
         return self.out(h)
@@ -214,6 +218,87 @@ def sharded_training() -> None:
         assert decided(denoiser) == [False, True, False]
 
 
+def written() -> None:
+    """Whoever writes into weights that ranks share is seen, amid a trajectory as well."""
+    for put in (split_layers, shard_blocks):
+        model = net()
+        put(model)
+        denoiser: Any = fxcache.transform(
+            model, FirstBlockCache(threshold=math.inf), backend="eager"
+        )
+        weight = model.blocks[1].up.weight
+        before = {name: value.clone() for name, value in model.blocks.state_dict().items()}
+
+        def trained(model: nn.Module = model, weight: Any = weight) -> None:
+            weight.grad = torch.ones_like(weight)
+            torch.optim.SGD([weight], 0.01).step()
+            weight.grad = None
+
+        writes: list[Callable[[], Any]] = [
+            lambda weight=weight: weight.mul_(1.1),
+            trained,
+            lambda model=model, before=before: model.blocks.load_state_dict(before),
+        ]
+        with torch.no_grad():
+            denoiser(**net_at(0))
+            for step, write in enumerate(writes):
+                denoiser(**net_at(2 * step + 1))
+                write()
+                denoiser(**net_at(2 * step + 2))
+        assert decided(denoiser) == [False, *[True, False] * 3], (put, decided(denoiser))
+
+
+def moved() -> None:
+    """Layers of a sharded block that somebody wraps after it was captured, as adapters do."""
+
+    class Adapter(nn.Module):
+        def __init__(self, base_layer: nn.Module) -> None:
+            super().__init__()
+            self.base_layer = base_layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base_layer(x)
+
+    whole, model = net(), net()
+    shard_blocks(model)
+    denoiser: Any = fxcache.transform(model, NEVER, backend="eager")
+    expected = solve(whole, net_at)
+    for change in (None, lambda layer: Adapter(layer), lambda layer: layer.base_layer):
+        for block in model.blocks if change is not None else ():
+            block.q = change(block.q)
+        torch.testing.assert_close(solve(denoiser, net_at), expected, atol=1e-5, rtol=1e-4)
+
+
+def votes_apart() -> None:
+    """Ranks that vote, at other steps of trajectories of other lengths: nobody waits for ever."""
+    control = FirstBlockCache(threshold=math.inf, control_threshold=0.25)
+    length, context = (8, 5)[distributed.get_rank()], torch.ones(2, 3)
+    for policy in (*POLICIES, control):
+        model = net()
+        shard_blocks(model)
+        denoiser: Any = fxcache.transform(
+            model, policy, backend="eager", sync=distributed.group.WORLD
+        )
+        with torch.no_grad():
+            for evaluation in range(24):
+                if evaluation % length == 0:
+                    told = denoiser.trajectory(length)
+                    told.__enter__()
+                denoiser(**net_at(evaluation % length), context=context)
+                if evaluation % length == length - 1 or evaluation == 23:
+                    told.__exit__(None, None, None)
+        first, second = everywhere(decided(denoiser))
+        assert first == second, (policy, first, second)
+
+
+def explained() -> None:
+    """`explain` calls a model as others do: its root's hooks gather what they must."""
+    for put in (fully_shard, shard_blocks):
+        model = net()
+        put(model)
+        assert "3 blocks in blocks (3)" in str(fxcache.explain(model, **net_at(0)))
+
+
 def refused() -> None:
     """What cannot be captured is named; what is around a model as well."""
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
@@ -231,6 +316,11 @@ def refused() -> None:
         put(model)
         with pytest.raises(fxcache.CaptureError, match=rf"blocks\.0.*{named}"):
             solve(fxcache.transform(model, NEVER, backend="eager"), net_at)
+    model = net()
+    shard_blocks(model)
+    model.set_modules_to_forward_prefetch([model.blocks[0]])
+    with pytest.raises(fxcache.CaptureError, match=r"set_modules_to_forward_prefetch\(\[\]\)"):
+        solve(fxcache.transform(model, NEVER, backend="eager"), net_at)
     with pytest.raises(fxcache.FxCacheError, match="transform the Net"):
         fxcache.transform(nn.parallel.DistributedDataParallel(net()), NEVER)
     denoiser = fxcache.transform(net(), AdaptiveCache(tolerance=0.5), backend="eager")
