@@ -1,6 +1,8 @@
 """An exported step and its state: made here, packaged, loaded, and driven."""
 
+import ast
 import json
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -26,10 +28,7 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """What an exported step expects: which model, policy and state.
-
-    Sizes that are symbols stand as names of an input and its dimension: ``hidden_states.1``.
-    """
+    """What an exported step expects: which model, policy and state."""
 
     version: int
     model: str
@@ -41,8 +40,11 @@ class Layout:
     ring: int
     needs_num_steps: bool
     device: str
-    #: Of each tensor of the state that is as large as the sample: its shape and dtype.
+    #: Of each tensor of the state that is as large as the sample: its shape and dtype. A size is a
+    #: number, or a formula of symbols.
     shapes: dict[str, tuple[list[Any], str]]
+    #: Of which input each symbol is a size, and of which dimension: ``hidden_states.1``.
+    symbols: dict[str, str]
     kept: list[str]
     #: A hit changes these, too.
     keeps_on_hits: bool
@@ -110,9 +112,21 @@ class Exported:
             "settings": settings.to(layout.device),
         }
         for name, (shape, dtype) in layout.shapes.items():
-            sizes = [_size(size, inputs) for size in shape]
+            sizes = [self._size(size, inputs) for size in shape]
             state[name] = torch.zeros(sizes, dtype=getattr(torch, dtype), device=layout.device)
         return state
+
+    def _size(self, size: Any, inputs: Mapping[str, Any] | None) -> int:
+        """A size of the state for these inputs."""
+        if isinstance(size, int):
+            return size
+        if inputs is None:
+            raise OptionError(
+                f"inputs must be those of the first step: sizes of the state depend on "
+                f"{', '.join(sorted(set(self.layout.symbols.values())))}"
+            )
+        known = {name: _dimension(path, inputs) for name, path in self.layout.symbols.items()}
+        return _evaluated(ast.parse(size, mode="eval").body, known)
 
     def step(
         self, inputs: Mapping[str, Any], state: State, *, decision: bool | None = None
@@ -202,11 +216,19 @@ def export_model(
     """See `fxcache.export`."""
     if form == "cond":
         rules.check_has_tensor_rule(policy)
+    if dynamic_shapes is not None:
+        unknown = sorted(dynamic_shapes.keys() - inputs.keys())
+        if unknown:
+            raise OptionError(
+                f"dynamic_shapes has {', '.join(unknown)}, and the arguments of the example are "
+                f"{', '.join(inputs)}"
+            )
+        dynamic_shapes = {name: dynamic_shapes.get(name) for name in inputs}
     captured = capture(model, policy, inputs, dynamic_shapes)
     layout = _layout(model, policy, captured, inputs)
     state = Exported(layout, _never).initial_state(inputs, num_steps=1)
     del state["key"]
-    shapes = _shapes(layout, inputs, state, dynamic_shapes)
+    shapes = _shapes(layout, state, dynamic_shapes)
     step = Step(model, policy, captured).eval()
     if form == "cond":
         program = _exported(step, (inputs, state), shapes)
@@ -231,13 +253,17 @@ def _never(*_: Any) -> Any:
 
 
 def _exported(module: nn.Module, given: tuple[Any, ...], shapes: Any) -> ExportedProgram:
-    with torch.no_grad():
-        return torch.export.export(module.eval(), given, dynamic_shapes=shapes, strict=False)
+    try:
+        with torch.no_grad():
+            return torch.export.export(module.eval(), given, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export could not capture the rewritten {type(module).__name__.lower()} (with "
+            f'dynamic shapes, fewer of them or form="pieces" may do): {error}'
+        ) from error
 
 
-def _shapes(
-    layout: Layout, inputs: Mapping[str, Any], state: State, dynamic_shapes: Any
-) -> tuple[Any, ...] | None:
+def _shapes(layout: Layout, state: State, dynamic_shapes: Any) -> tuple[Any, ...] | None:
     """Which sizes of inputs and state may be others, as torch.export wants it."""
     if dynamic_shapes is None:
         return None
@@ -245,18 +271,16 @@ def _shapes(
         name: {d: torch.export.Dim.AUTO for d, size in enumerate(shape) if isinstance(size, str)}
         for name, (shape, _) in layout.shapes.items()
     }
-    given = {name: dynamic_shapes.get(name) for name in inputs}
-    return given, {**dict.fromkeys(state), **large}
+    return dynamic_shapes, {**dict.fromkeys(state), **large}
 
 
 def _layout(model: nn.Module, policy: Any, captured: Captured, inputs: Mapping[str, Any]) -> Layout:
-    symbols = _symbols(captured)
     shapes = {
-        entry_name(stream, j): _shape(fake, symbols)
+        entry_name(stream, j): _shape(fake)
         for stream, fake in enumerate(captured.residuals)
         for j in range(policy.forecast.ring)
     }
-    shapes |= {name: _shape(fake, symbols) for name, fake in captured.kept.items()}
+    shapes |= {name: _shape(fake) for name, fake in captured.kept.items()}
     return Layout(
         VERSION,
         type(model).__name__,
@@ -268,6 +292,7 @@ def _layout(model: nn.Module, policy: Any, captured: Captured, inputs: Mapping[s
         rules.needs_num_steps(policy),
         str(captured.residuals[0].device),
         shapes,
+        _symbols(captured),
         list(captured.kept),
         policy.probe is not None and policy.probe.reference == "previous",
     )
@@ -284,26 +309,40 @@ def _symbols(captured: Captured) -> dict[str, str]:
     return found
 
 
-def _shape(fake: torch.Tensor, symbols: dict[str, str]) -> tuple[list[Any], str]:
-    sizes: list[Any] = []
-    for size in fake.shape:
-        if isinstance(size, torch.SymInt) and str(size) not in symbols:
-            raise CaptureError(
-                f"a cached tensor has the size {size}, which is no size of an input: export with "
-                f"fewer dynamic shapes"
-            )
-        sizes.append(symbols[str(size)] if isinstance(size, torch.SymInt) else int(size))
+def _shape(fake: torch.Tensor) -> tuple[list[Any], str]:
+    sizes = [size if isinstance(size, int) else str(size) for size in fake.shape]
     return sizes, str(fake.dtype).removeprefix("torch.")
 
 
-def _size(size: Any, inputs: Mapping[str, Any] | None) -> int:
-    """A size, or that of an input's dimension."""
-    if isinstance(size, int):
-        return size
-    if inputs is None:
-        raise OptionError(f"inputs must be those of the first step: {size} may have any size")
-    *path, dim = size.split(".")
+def _dimension(path: str, inputs: Mapping[str, Any]) -> int:
+    """That size of the inputs which `path` names."""
+    *path_of_tensor, dim = path.split(".")
     value: Any = inputs
-    for part in path:
+    for part in path_of_tensor:
         value = value[part] if isinstance(value, Mapping) else value[int(part)]
     return int(value.shape[int(dim)])
+
+
+def _evaluated(formula: ast.AST, known: Mapping[str, int]) -> int:
+    """A formula of sizes, as torch writes them."""
+    match formula:
+        case ast.Constant(value=int(number)):
+            return number
+        case ast.Name(id=name) if name in known:
+            return known[name]
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATIONS:
+            return _OPERATIONS[type(op)](_evaluated(left, known), _evaluated(right, known))
+    raise CaptureError(
+        f"a cached tensor has the size {ast.unparse(formula)}, which does not follow from the "
+        f"sizes of the inputs: export with fewer dynamic shapes"
+    )
+
+
+_OPERATIONS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}

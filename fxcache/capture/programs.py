@@ -41,7 +41,7 @@ def entry_name(stream: int, index: int) -> str:
     return f"entry_{stream}_{index}"
 
 
-class _OfPieces(nn.Module):
+class PieceProgram(nn.Module):
     """What the programs share: the model, the pieces, and how these are called."""
 
     def __init__(self, model: nn.Module, policy: Policy, captured: Captured) -> None:
@@ -117,7 +117,7 @@ class _OfPieces(nn.Module):
         return {key: values[key].clone() for key in self.captured.kept if key in values}
 
 
-class Step(_OfPieces):
+class Step(PieceProgram):
     """One evaluation with its decision. See this module's docstring."""
 
     def forward(self, inputs: dict[str, Any], state: dict[str, torch.Tensor]) -> Any:
@@ -151,7 +151,7 @@ class Step(_OfPieces):
         }
 
 
-class Head(_OfPieces):
+class Head(PieceProgram):
     """What runs before the decision: the metric, and what crosses, by number."""
 
     def forward(self, inputs: dict[str, Any], state: dict[str, torch.Tensor]) -> Any:
@@ -161,10 +161,10 @@ class Head(_OfPieces):
         return metric, [values[key] for key in keys]
 
 
-class Side(_OfPieces):
+class Side(PieceProgram):
     """The hit or the miss, with the weights of the forecast given."""
 
-    def __init__(self, of: _OfPieces, *, is_hit: bool) -> None:
+    def __init__(self, of: PieceProgram, *, is_hit: bool) -> None:
         super().__init__(of.model, of.policy, of.captured)
         self.is_hit = is_hit
 

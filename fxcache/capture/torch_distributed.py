@@ -66,18 +66,15 @@ def sharding_of(module: nn.Module) -> Sharding | None:
     if len(modules) > 1:  # one handle of all hooks: those before the forwards, then those after
         both = handles[0].handles
         handles = both[modules.index(module)], both[len(modules) + modules.index(module)]
+    # One group in older torch, several in newer.
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
     parameters = [p for group in groups if group is not None for p in group.fsdp_params]
     paths = {inner: path for path, inner in module.named_modules()}
-    owners = [
-        owner
-        for p in parameters
-        for info in [p._module_info]
-        for owner in [
-            (info.module, info.param_name),
-            *zip(info.shared_modules, info.shared_param_names, strict=True),
-        ]
-    ]
+    names = []
+    for info in (p._module_info for p in parameters):
+        shared = zip(info.shared_modules, info.shared_param_names, strict=True)
+        own = [(info.module, info.param_name), *shared]
+        names += [(paths[owner], name) for owner, name in own if owner in paths]
     policy = state._mp_policy
     obstacle = None
     if any(p.offload_to_cpu for p in parameters):
@@ -89,7 +86,7 @@ def sharding_of(module: nn.Module) -> Sharding | None:
     return Sharding(
         module,
         (handles[0].id, handles[1].id),
-        [(paths[owner], name) for owner, name in owners if owner in paths],
+        names,
         (
             policy.param_dtype,
             policy.param_dtype if policy.cast_forward_inputs else None,

@@ -257,6 +257,8 @@ def test_what_does_not_fit(exported, net):
         fxcache.export(model, hermite, kwargs=calls[0])
     with pytest.raises(fxcache.PolicyError, match="control_threshold"):
         fxcache.export(model, FirstBlockCache(control_threshold=0.1), kwargs=calls[0])
+    with pytest.raises(fxcache.OptionError, match="dynamic_shapes has y"):
+        fxcache.export(model, FIRST_BLOCK, kwargs=calls[0], dynamic_shapes={"y": {0: DYNAMIC}})
     with pytest.raises(fxcache.OptionError, match='form must be "cond" or "pieces"'):
         fxcache.export(model, FIRST_BLOCK, kwargs=calls[0], form="both")
     with pytest.raises(fxcache.OptionError, match="threshold must be in"):
