@@ -33,7 +33,7 @@ MODELS = {
     "flux": "adaptive",
     "sd3": "limits",
     "wan_t2v": "adaptive",
-    "dit": "first block",
+    "dit": "limits",
     "pixart": "limits",
     "sana": "schedule",
     "ltx_video": "adaptive",

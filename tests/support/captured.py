@@ -80,7 +80,7 @@ def captured(model: nn.Module, *args: Any, policy: Policy = ALWAYS, **kwargs: An
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(explaining, "Runner", Kept)
+        patch.setattr("fxcache.denoiser.Runner", Kept)
         if not policy.span.whole_model:
             patch.setattr(explaining, "rewrite", rewrite_both)
         found = fxcache.explain(model, *args, policy=policy, **kwargs)
