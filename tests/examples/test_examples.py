@@ -304,10 +304,13 @@ def test_a_tolerance_is_measured(run_script):
 def test_multi_gpu(parallel, tmp_path):
     path = tmp_path / "figures.json"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    asked = ["--parallel", parallel, "--backend", "eager", "--steps", "8", "--json", path]
+    asked = ["--parallel", parallel, "--backend", "eager", "--steps", "8", "--side", "8"]
     script = scripts.EXAMPLES / "multi_gpu.py"
     done = subprocess.run(
-        [sys.executable, *launcher, script, *asked], capture_output=True, text=True, check=False
+        [sys.executable, *launcher, script, *asked, "--json", path],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     own, other = json.loads(path.read_text())["ranks"]
