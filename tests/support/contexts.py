@@ -81,12 +81,11 @@ def context(
 
 
 def ulysses() -> None:
-    context("flux", ulysses=2)
-    context("wan_t2v", ulysses=2, before=True)
+    context("flux", ulysses=2, policies=POLICIES[2:])
 
 
 def ring() -> None:
-    context("flux", ring=2, before=True, policies=POLICIES[2:])
+    context("wan_t2v", ring=2, before=True)
 
 
 def ulysses_compiled() -> None:
