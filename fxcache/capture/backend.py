@@ -141,7 +141,7 @@ class Backend:
         cut = cut_whole(facts) if policy.span.whole_model else find_cut(facts, policy.span)
         # What is dropped before the span, of a text or a lyric, is no hit's matter.
         inside = range(cut.start + 1, cut.end + 1)
-        drops = filter(_is_dropout, facts.nodes)
+        drops = filter(is_dropout, facts.nodes)
         if any(facts.depends(node) or facts.position[node] in inside for node in drops):
             log.warning("a dropout is on (call model.eval()): this graph is not cached")
             raise _DropoutError("a dropout is on in the blocks")
@@ -187,7 +187,7 @@ def _num_weights(cut: Cut) -> int:
     return sum(tensor_of(node).numel() for node in read & set(facts.inputs.weights))
 
 
-def _is_dropout(node: fx.Node) -> bool:
+def is_dropout(node: fx.Node) -> bool:
     """Whether `node` drops at random, which says that the model is in training mode."""
     name = op_name(node)
     if "scaled_dot_product" in name:

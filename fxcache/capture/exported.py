@@ -32,6 +32,7 @@ class Layout:
 
     version: int
     model: str
+    stack: str
     policy: str
     #: The model's arguments, in order.
     inputs: list[str]
@@ -284,6 +285,7 @@ def _layout(model: nn.Module, policy: Any, captured: Captured, inputs: Mapping[s
     return Layout(
         VERSION,
         type(model).__name__,
+        str(captured.cut),
         type(policy).__name__,
         list(inputs),
         rules.limit_of(policy),

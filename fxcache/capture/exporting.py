@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from fxcache.capture import torch_internals as internals
+from fxcache.capture.backend import is_dropout
 from fxcache.capture.functional import Found, functionalized
 from fxcache.errors import CaptureError
 from fxcache.kernels import reference
@@ -84,6 +85,8 @@ def capture(
             f"state than its own. Take that out of the model"
         )
     facts = analyse(graph.graph, given)
+    if any(map(is_dropout, facts.nodes)):
+        raise CaptureError(f"a dropout of {type(model).__name__} is on: call model.eval()")
     cut = cut_whole(facts) if policy.span.whole_model else find_cut(facts, policy.span)
     check_writes(cut)
     probe = None if policy.probe is None else find_probe(cut, policy.probe)

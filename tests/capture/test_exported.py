@@ -277,6 +277,21 @@ def test_what_does_not_fit(exported, net):
         _ = pieces.program
 
 
+def test_states_of_a_deeper_model_and_dropout_are_refused(exported, net):
+    _, calls = net
+    deeper = fxcache.export(zoo.SequentialDiT(depth=5).eval(), FIRST_BLOCK, kwargs=calls[0])
+    assert deeper.layout.shapes == exported.layout.shapes
+    with pytest.raises(fxcache.OptionError, match="not one of this program"):
+        exported.step(calls[0], deeper.initial_state())
+
+    class Dropping(zoo.SequentialDiT):
+        def forward(self, x, t):
+            return super().forward(torch.nn.functional.dropout(x, 0.1, self.training), t)
+
+    with pytest.raises(fxcache.CaptureError, match=r"dropout of Dropping is on: call model.eval"):
+        fxcache.export(Dropping().train(), FIRST_BLOCK, kwargs=calls[0])
+
+
 def test_a_model_that_writes_is_refused():
     class Counting(zoo.SequentialDiT):
         def __init__(self):

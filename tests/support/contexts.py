@@ -110,4 +110,4 @@ def pipelines() -> None:
                 pictures.append(torch.tensor([r.is_hit for r in handle.report().records]))
         assert pictures[1].any()
         assert torch.equal(pictures[1], pictures[3]), pictures
-        torch.testing.assert_close(pictures[0], pictures[2], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(pictures[0], pictures[2], atol=1e-5, rtol=1e-5)
