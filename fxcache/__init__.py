@@ -7,6 +7,7 @@ from fxcache.api import Applied, apply, explain, export, restore, transform
 from fxcache.capture.artifacts import load_compiled, save_compiled
 from fxcache.capture.exported import Exported, is_hit, load_exported
 from fxcache.errors import (
+    BatchError,
     BrokenGraphError,
     CaptureError,
     FxCacheError,
@@ -44,6 +45,7 @@ __all__ = [
     "AdamsBashforth",
     "AdaptiveCache",
     "Applied",
+    "BatchError",
     "BrokenGraphError",
     "CaptureError",
     "Chebyshev",

@@ -8,7 +8,7 @@ the other, and the model itself is not touched.
 
 import functools
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -23,6 +23,7 @@ from fxcache.options import Options
 from fxcache.pipelines import hooks
 from fxcache.policy import Policy, check_policy
 from fxcache.report import Report
+from fxcache.runtime.steps import checked_requests
 
 
 class DenoiserMethods:
@@ -93,16 +94,19 @@ class DenoiserMethods:
         raise OptionError("a denoiser is compiled already; pass mode and options to transform")
 
     @contextmanager
-    def trajectory(self, num_steps: int | None = None, first_step: int = 0) -> Iterator[None]:
+    def trajectory(
+        self, num_steps: int | None = None, first_step: int = 0, slot: Hashable = None
+    ) -> Iterator[None]:
         """Announce one solve of the sampler, of `num_steps` steps if known.
 
         `first_step` is the first that this denoiser sees, if that is not step 0 (a second expert,
-        image-to-image): tables, masks and fractions count from the trajectory's start.
+        image-to-image): tables, masks and fractions count from the trajectory's start. `slot` is
+        the request that it is of, if that is not the caller's.
 
         It starts clean, and nothing of it is left afterwards. Without it, a new trajectory is
         recognised by its timestep going back, or by other shapes, dtypes or devices.
         """
-        with self._fxcache.session.trajectory(num_steps, first_step):
+        with self._fxcache.session.trajectory(num_steps, first_step, slot):
             yield
 
     @contextmanager
@@ -127,6 +131,29 @@ class DenoiserMethods:
         said = {"step": step, "branch": branch, "slot": slot, "policy": policy}
         with self._fxcache.session.at(**{k: v for k, v in said.items() if v is not None}):
             yield
+
+    def batch(
+        self,
+        requests: Sequence[Hashable] | Mapping[Hashable, Policy | None],
+        rows_per_request: int = 1,
+    ) -> AbstractContextManager[None]:
+        """Inside, a call evaluates these requests together, and each decides by itself.
+
+        The rows of each request lie together, in this order: the first `rows_per_request` rows of
+        the sample are the first one's (2 for a guidance pair in one batch). A request has the state
+        that `at(slot=...)` gives it, so it may come and go, be called alone, and be at a timestep
+        of its own; it is freed when its last step was seen, or by `release`. Its rule is asked with
+        its own history, and the blocks run at most twice: once on the rows that miss, once on those
+        that hit. Tensors whose first size follows the number of rows belong to rows, others to all.
+
+        `requests` may map each to a policy of its own (None: the denoiser's), as in `at`.
+
+        Raises OptionError for a name twice, no names, or rows that do not divide; PolicyError as
+        `at`; and at a call BatchError for a model whose rows are not computed apart. What requests
+        keep is as before.
+        """
+        said = {"requests": checked_requests(requests, rows_per_request)}
+        return self._fxcache.session.at(**said, rows_per_request=rows_per_request)
 
     def branch(self, name: Hashable) -> AbstractContextManager[None]:
         """Name the branch ("cond", "uncond", ...) of the calls inside: ``at(branch=name)``."""

@@ -24,6 +24,10 @@ class BrokenGraphError(CaptureError, StackNotFoundError):
     """The denoiser breaks into graphs, none of which holds its block stack."""
 
 
+class BatchError(FxCacheError, RuntimeError):
+    """Requests of this model cannot be batched: its rows are not computed apart."""
+
+
 class PolicyError(FxCacheError, ValueError):
     """A bad policy parameter: names the parameter, its value and its range."""
 

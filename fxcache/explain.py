@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxcache.capture.backend import Backend, rewrite
+from fxcache.capture.backend import Backend
+from fxcache.capture.rewrite import rewrite
 from fxcache.capture.runner import Runner
 from fxcache.errors import FxCacheError, PolicyError, StackNotFoundError
 from fxcache.passes.cut import Cut, Stream

@@ -53,7 +53,7 @@ def denoiser(model):
 def device(monkeypatch):
     """Stands in for the GPU of denoisers whose backend is a function."""
     device = CountingDevice()
-    monkeypatch.setattr("fxcache.capture.backend.graph_device", lambda _: device)
+    monkeypatch.setattr("fxcache.capture.rewrite.graph_device", lambda _: device)
 
     class WithGraphs(Compilers):
         def __init__(self, options):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def signature_of(
     Constant where all is static. Recompiled graphs of one span share a state, those of two parts of
     a broken stack never do: sizes are known by numbers, not by formulas.
     """
-    places, sizes_in = [placeholders.index(node) for node in inputs.data], _sizes(inputs)
+    places, sizes_in = [placeholders.index(node) for node in inputs.data], sizes_of(inputs)
     names, span = [inputs.paths[node] for node in inputs.data], (found.head_units, found.span_units)
 
     @lru_cache(maxsize=64)
@@ -40,7 +41,7 @@ def signature_of(
             for name, value in zip(names, data, strict=True)
             if isinstance(value, torch.Tensor) and value.ndim > 0
         )
-        return Signature(tuple(given), (span, *kept(*numbers)))
+        return Signature(tuple(sorted(given, key=itemgetter(0))), (span, *kept(*numbers)))
 
     if not inputs.sizes:
         constant = signature(map(value_of, inputs.data))
@@ -62,7 +63,7 @@ def allocator(
     """Makes buffers like the fakes, symbolic sizes taken from the inputs of a call; the rings in
     host memory with `on_host`.
     """
-    sizes_in = _sizes(inputs)
+    sizes_in = sizes_of(inputs)
 
     def allocate(values: Values) -> Buffers:
         sizes = {symbol: values[place] for place, symbol in sizes_in.items()}
@@ -79,7 +80,7 @@ def allocator(
     return allocate
 
 
-def _sizes(inputs: GraphInputs) -> dict[int, Any]:
+def sizes_of(inputs: GraphInputs) -> dict[int, Any]:
     """The symbols among the inputs, by their places."""
     placeholders = list(inputs.sizes[0].graph.find_nodes(op="placeholder")) if inputs.sizes else []
     values = {placeholders.index(node): value_of(node) for node in inputs.sizes}

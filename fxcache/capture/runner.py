@@ -4,7 +4,6 @@ import functools
 import inspect
 import itertools
 import logging
-import types
 import warnings
 import weakref
 from collections.abc import Callable
@@ -17,8 +16,15 @@ from torch import nn
 from fxcache.capture import shards
 from fxcache.capture import torch_internals as internals
 from fxcache.capture.backend import Backend
+from fxcache.capture.batching import Batches
 from fxcache.capture.compile import Compilers
-from fxcache.errors import BrokenGraphError, CaptureError, FxCacheError, StackNotFoundError
+from fxcache.capture.evaluate import evaluate, own_evaluate
+from fxcache.errors import (
+    BrokenGraphError,
+    CaptureError,
+    FxCacheError,
+    StackNotFoundError,
+)
 from fxcache.options import Options
 from fxcache.passes.graph import TIMESTEP_NAMES
 from fxcache.pipelines import hooks
@@ -34,34 +40,6 @@ log = logging.getLogger("fxcache")
 
 #: Where all captures are dropped twice within so many evaluations, the model is captured no more.
 MAX_QUIET_CALLS = 100
-
-
-def _evaluate(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    forward: str | Callable[..., Any],
-) -> Any:
-    """The model's own `forward`: that of its class, or an attribute of the instance.
-
-    It is not looked up here: Dynamo takes a class that was allowed in graphs, as diffusers allows
-    whole transformers, for an operation without attributes.
-    """
-    if isinstance(forward, str):
-        return getattr(model, forward)(*args, **kwargs)
-    return forward(model, *args, **kwargs)
-
-
-def _own_evaluate(number: int) -> types.FunctionType:
-    """A copy of `_evaluate` with a code object of its own, for the denoiser of this `number`.
-
-    Dynamo keeps its compiled entries a code object and allows only so many: denoisers must not use
-    up each other's. What it has learned of sizes it keeps by the code's name: those of one model
-    say nothing of another's.
-    """
-    name = f"{_evaluate.__name__}_denoiser_{number}"
-    code = _evaluate.__code__.replace(co_name=name)
-    return types.FunctionType(code, _evaluate.__globals__, name)
 
 
 _numbers = itertools.count()
@@ -84,21 +62,22 @@ class Runner:
         self._renewed_at: int | None = None
         self.shortcut = Shortcut(self.session, checks=options.guards == "always")
         self.uncached = (
-            _evaluate if options.is_eager else self.compile(self.compilers.piece, fullgraph=False)
+            evaluate if options.is_eager else self.compile(self.compilers.piece, fullgraph=False)
         )
-        self.use(self._new_backend())
+        self.use(self.new_backend())
 
-    def _new_backend(self) -> Backend:
+    def new_backend(self, rows_per_request: int | None = None) -> Backend:
         return Backend(
             self.session,
             self.compilers,
             argument_names=self.names,
             num_weights=functools.partial(_num_weights, weakref.ref(self.model)),
+            rows_per_request=rows_per_request,
         )
 
     def _recapture(self) -> None:
         """Capture anew: another policy needs other pieces."""
-        self.use(self._new_backend())
+        self.use(self.new_backend())
         self.shortcut.forget()
 
     def use(self, backend: Backend) -> None:
@@ -106,12 +85,17 @@ class Runner:
         #: The model is one graph; it became so with more of Dynamo's switches on.
         self.backend, self.is_whole, self.captures_more = backend, True, False
         self.cached = self.compile(backend)
+        self.batches = Batches(self)
 
-    def compile(self, backend: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
-        """`_evaluate` as Dynamo captures it and hands it to `backend`."""
-        self.function = _own_evaluate(self.number)
+    def compile(
+        self, backend: Callable[..., Any], *, fullgraph: bool = True, rows: int | None = None
+    ) -> Callable[..., Any]:
+        """`evaluate` as Dynamo captures it and hands it to `backend`."""
+        function = own_evaluate(self.number, rows)
+        if rows is None:
+            self.function = function
         return torch.compile(
-            self.function,
+            function,
             backend=backend,
             fullgraph=fullgraph,
             dynamic=self.options.dynamic,
@@ -121,7 +105,7 @@ class Runner:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.options.disable:
-            return _evaluate(self.model, args, kwargs, hooks.own_forward(self.model))
+            return evaluate(self.model, args, kwargs, hooks.own_forward(self.model))
         if self.gave_up or not self._may_cache(args, kwargs):
             return self.evaluate_uncached(args, kwargs)
         try:
@@ -153,7 +137,12 @@ class Runner:
             return True
         if is_recomputation():
             return False
-        timestep = self._placed_by(args, kwargs)[1]
+        if session.where.requests is not None:
+            for where in session.where.of_requests():
+                for state in session.slot_of(where).branches.values():
+                    state.lose_to(Reason.UNCACHED)
+            return False
+        timestep = self.placed_by(args, kwargs)[1]
         if trains(self.model, timestep) or session.steps.goes_back(session.slot, timestep):
             for state in session.slot.branches.values():
                 state.lose_to(Reason.UNCACHED)
@@ -168,9 +157,9 @@ class Runner:
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> AbstractContextManager[Call]:
         """Inside, the evaluation is where it belongs."""
-        return self.session.settled(*self._placed_by(args, kwargs))
+        return self.session.settled(*self.placed_by(args, kwargs))
 
-    def _placed_by(
+    def placed_by(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[dict[str, Any], Any]:
         """The inputs by name, and the time input."""
@@ -189,25 +178,27 @@ class Runner:
         """
         if hooks.replaces_weights(self.model):
             raise CaptureError(hooks.obstacles(self.model))
+        if self.session.where.requests is not None:
+            return self.batches.evaluate(args, kwargs)
         with self._settled(args, kwargs) as call:
             try:
-                return self._evaluate_placed(args, kwargs)
+                return self.evaluate_placed(args, kwargs)
             except NewTrajectory:  # of another policy, for which the model was captured anew
-                return self._evaluate_checked(args, kwargs)
+                return self.evaluate_checked(args, kwargs)
             except BaseException:
                 call.state.undo(call.step)
                 raise
             finally:
                 self.session.last_call.set(None)  # it holds the caller's tensors
 
-    def _evaluate_placed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def evaluate_placed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One evaluation, past Dynamo where that way is known."""
         if not self.is_whole:
-            return self._evaluate_checked(args, kwargs)
+            return self.evaluate_checked(args, kwargs)
         given = self._locals(args, kwargs)
         outputs = self.shortcut.evaluate(given)
         if outputs is NOT_TAKEN:
-            outputs = self._evaluate_checked(args, kwargs)
+            outputs = self.evaluate_checked(args, kwargs)
             if self.shortcut.learns:
                 self.shortcut.learn(given, outputs, self._guards(given))
         return outputs
@@ -219,11 +210,12 @@ class Runner:
         return internals.guards_of(self.function, given, last[2])
 
     def _locals(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of `_evaluate`, by name."""
+        """The arguments of `evaluate`, by name."""
         forward = hooks.own_forward(self.model)
-        return {"model": self.model, "args": args, "kwargs": kwargs, "forward": forward}
+        given = {"model": self.model, "args": args, "kwargs": kwargs, "forward": forward}
+        return {**given, "of_rows": ()}
 
-    def _evaluate_checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def evaluate_checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One evaluation through Dynamo, which checks its guards.
 
         What fails as one graph is tried with more captured, then in pieces, one of which must hold
@@ -246,6 +238,8 @@ class Runner:
         """Go on to the next way to capture the model. Raises `error`, or the first one of this
         evaluation, if there is none.
         """
+        if self.session.calls.get() is not None:
+            raise error
         if not self.is_whole:
             if not self.captures_more:
                 raise error
@@ -278,6 +272,8 @@ class Runner:
         trajectory's time, the model is not captured any more.
         """
         own = hooks.own_forward(self.model)
+        if self.session.calls.get() is not None:
+            return self.batches.call(args, kwargs, own)
         try:
             return self.cached(self.model, args, kwargs, own)
         except internals.FailOnRecompileLimitHit:

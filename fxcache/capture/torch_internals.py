@@ -4,6 +4,7 @@ Checked on torch 2.13 and 2.15: a new torch that moves one of these fails here f
 (`tests/capture/test_functional.py`).
 """
 
+import functools
 import inspect
 import logging
 import sys
@@ -20,6 +21,7 @@ from torch import fx, nn
 from torch._C import DispatchKey
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._C._dynamo.guards import TensorGuards
+from torch._decomp.decompositions import upsample_compute_output_size
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import (
     BackendCompilerFailed,
@@ -119,6 +121,14 @@ def _rewritten_at_trace() -> Iterator[OpOverload]:
             yield from (getattr(packet, overload) for overload in packet.overloads())
 
 
+def _upsampled(op: OpOverload, x: torch.Tensor, size: Any, *rest: Any) -> Any:
+    """What `op` calls, with the size computed here: it would make numbers of symbolic sizes."""
+    *flags, scales = rest
+    size = upsample_compute_output_size(x.size(), size, scales)
+    packet = getattr(torch.ops.aten, op._schema.name.split("::")[-1])
+    return packet.default(x, size, *flags, *(scales or [None] * len(size)))
+
+
 @contextmanager
 def keeping_operations() -> Iterator[None]:
     """Inside, a trace records operations as the plain model calls them."""
@@ -128,6 +138,8 @@ def keeping_operations() -> Iterator[None]:
             for key in _PYTHON_KEYS:
                 if key in op.py_kernels:
                     taken.append((op, key, op.py_kernels.pop(key)))
+                    if op._overloadname == "vec":
+                        op.py_kernels[key] = functools.partial(_upsampled, op)
                     op._dispatch_cache.clear()
         try:
             yield

@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensor
 from fxcache.kernels import reference, spectral
 from fxcache.passes.graph import tensor_of
 from fxcache.passes.probe import Probe
+from fxcache.passes.rows import Rows
 from fxcache.policy.probe import FilteredInput, ModelInput
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class Measurement:
     """Writes the measurement of `probe` into pieces; `output` is what leaves the span.
 
     `kernels` is `fxcache.kernels.reference` or `fxcache.kernels.ops`. Ranks of the process `groups`
-    share the sums, before any ratio: all of them measure the same, and decide alike.
+    share the sums, before any ratio: all of them measure the same, and decide alike. With `rows`,
+    each request of a batch is measured by itself, and what is kept has a row's values in each row.
     """
 
     def __init__(
@@ -48,9 +50,10 @@ class Measurement:
         timestep: fx.Node | None,
         kernels: Any,
         groups: Sequence[str] = (),
+        rows: Rows | None = None,
     ) -> None:
         self.probe, self.output, self.timestep = probe, output, timestep
-        self.kernels, self.groups = kernels, tuple(groups)
+        self.kernels, self.groups, self.rows = kernels, tuple(groups), rows
 
     def kept(self) -> dict[str, FakeTensor]:
         """Fake tensors like those that are kept between evaluations, by key."""
@@ -69,8 +72,8 @@ class Measurement:
         return cast(dict[str, FakeTensor], tensors)
 
     def measure(self, graph: "PieceGraph") -> tuple[Any, dict[str, fx.Node]]:
-        """In the head: float32 [1] (metric) or [2] (metric, timestep), and values that hit and miss
-        need, by key. One read-back serves metric and timestep.
+        """In the head: float32 [1] (metric) or [2] (metric, timestep) of each request, and values
+        that hit and miss need, by key. One read-back serves metric and timestep.
         """
         time = None if self.timestep is None else graph.proxy(graph.read(self.timestep))
         values = self._values(graph)
@@ -79,13 +82,27 @@ class Measurement:
             values = [self._filtered(values[0], time, self.probe.kind)]
             results[FILTERED] = values[0].node
         metric = self._metric(graph, self._change(graph, *values))
-        if time is None:
-            return torch.stack([metric]), results
-        time = time.reshape(-1).amax().to(device=metric.device, dtype=torch.float32)
-        return torch.stack([metric, time]), results
+        measured = [metric]
+        if time is not None:
+            time = self._latest(time).to(device=metric.device, dtype=torch.float32)
+            measured.append(time.expand_as(metric))
+        return torch.stack(measured, dim=1).flatten(), results
+
+    def _latest(self, time: Any) -> Any:
+        """The largest time, [1], or of each request."""
+        assert self.timestep is not None
+        if self.rows is None or self.rows.dimension(tensor_of(self.timestep)) is None:
+            return time.reshape(-1).amax().reshape(1)
+        return self._by_request(time, self.timestep).flatten(1).amax(1)
+
+    def _by_request(self, value: Any, node: fx.Node) -> Any:
+        """`value`, which has the rows of `node`, as [requests, rows, ...]; else as one request."""
+        if self.rows is None:
+            return value[None]
+        return value.unflatten(0, (-1, self.rows.leading(node)))
 
     def _change(self, graph: "PieceGraph", after: Any, before: Any = None) -> Any:
-        """float32 [B, 2]: sum |p - p*| and sum |p*|; of all samples and ranks [1, 2]."""
+        """float32 [B, 2]: sum |p - p*| and sum |p*|; of all ranks and a request's rows [1, 2]."""
         operands = [after, before, graph.proxy(graph.argument(REFERENCE))]
         operands = [None if each is None else self._real(each) for each in operands]
         if self.kernels is not reference:
@@ -93,7 +110,8 @@ class Measurement:
         sums = self.kernels.residual_diff(*operands)
         if not self.groups:
             return sums
-        return shared(sums.sum(0, keepdim=True), self.groups)  # ranks may have other batches
+        together = self._by_request(sums, self.probe.node).sum(1)  # ranks may have other batches
+        return shared(together, self.groups)
 
     def _real(self, value: Any) -> Any:
         """The parts of what is measured, if it is complex."""
@@ -101,14 +119,18 @@ class Measurement:
         return torch.view_as_real(value.resolve_conj()) if is_complex else value
 
     def _metric(self, graph: "PieceGraph", change: Any) -> Any:
-        """The metric out of the sums. NaN and Inf stay."""
+        """The metric out of the sums, [requests]. NaN and Inf stay."""
+        # Sums of ranks are of requests already.
+        own = change[:, None] if self.groups else self._by_request(change, self.probe.node)
         if isinstance(self.probe.kind, FilteredInput):
-            total, scale = change.unbind(1)
-            return (total / (scale + 1e-16)).mean()
-        total, scale = change.sum(0).unbind(0)
+            total, scale = own.unbind(2)
+            return (total / (scale + 1e-16)).mean(1)
+        total, scale = own.sum(1).unbind(1)
         if isinstance(self.probe.kind, ModelInput):
-            rate, size = graph.proxy(graph.argument(STATISTICS)).unbind(0)
-            number = graph.proxy(graph.read(self.probe.node)).numel()
+            kept = graph.proxy(graph.argument(STATISTICS))
+            rate, size = (kept if self.rows is None else kept[:: self.rows.per_request]).unbind(-1)
+            sample = graph.proxy(graph.read(self.probe.node))
+            number = self._by_request(sample, self.probe.node)[0].numel()
             if self.groups:
                 number = shared(torch.ones_like(total) * number, self.groups)
             return rate * (total / number) / size
@@ -151,11 +173,14 @@ class Measurement:
         self.kernels.refresh(values[0], values[1] if len(values) > 1 else None, kept)
 
     def _means(self, *values: Any) -> Any:
-        """The mean size of each value's elements, over all ranks."""
-        if not self.groups:
+        """The mean size of each value's elements, over all ranks; of a batch, of each request."""
+        if not self.groups and self.rows is None:
             return [value.abs().mean() for value in values]
-        totals = [value.abs().sum() for value in values]
-        counts = [torch.ones_like(totals[0]) * value.numel() for value in values]
+        flat = [value.abs().flatten(1) for value in values]
+        if not self.groups:
+            return [value.mean(1) for value in flat]
+        totals = [value.sum(1) for value in flat]
+        counts = [torch.ones_like(totals[0]) * value[0].numel() for value in flat]
         total, count = shared(torch.stack([*totals, *counts]), self.groups).chunk(2)
         return (total / count).unbind(0)
 
@@ -167,8 +192,15 @@ class Measurement:
             graph.proxy(graph.argument(key)) for key in (INPUT, OUTPUT, STATISTICS)
         )
         of_x = self._real(x).float() - self._real(last_x).float()
-        moved, by, size = self._means(y.float() - last_y.float(), of_x, y.float())
-        statistics.copy_(torch.stack([moved / by, size]))
+        moved, by, size = self._means(
+            self._by_request(y.float() - last_y.float(), self.output),
+            self._by_request(of_x, self.probe.node),
+            self._by_request(y.float(), self.output),
+        )
+        now = torch.stack([moved / by, size], dim=-1)
+        if self.rows is not None:
+            now = now[:, None].expand(-1, self.rows.per_request, -1).flatten(0, 1)
+        statistics.copy_(now.reshape(statistics.shape))
         last_x.copy_(x)
         last_y.copy_(y)
 

@@ -28,6 +28,7 @@ from fxcache.passes.graph import tensor_of, value_of
 from fxcache.passes.measure import Measurement
 from fxcache.passes.piece_graph import Piece, PieceGraph
 from fxcache.passes.probe import Probe
+from fxcache.passes.rows import Rows
 from fxcache.passes.skeleton import reads
 from fxcache.passes.store import largest_kept, saturated, stored_dtype
 
@@ -70,6 +71,7 @@ def build_pieces(
     kernels: Any = reference,
     cache_dtype: torch.dtype | None = None,
     groups: Sequence[str] = (),
+    rows: Rows | None = None,
 ) -> Pieces:
     """Write the pieces of `gm` as `cut` divides it, with `ring` past residuals a stream.
 
@@ -78,9 +80,10 @@ def build_pieces(
     sums of how far its residuals are from a forecast of these, and of their size.
     `kernels` measures, predicts and refreshes: `fxcache.kernels.reference` or
     `fxcache.kernels.ops`. Residuals are kept in `cache_dtype` (None: as they are computed). Ranks
-    of the process `groups` measure the same. `gm` is not changed.
+    of the process `groups` measure the same, requests of a batch with `rows` each by itself. `gm`
+    is not changed.
     """
-    measurement = measurement_of(cut, probe, kernels, groups)
+    measurement = measurement_of(cut, probe, kernels, groups, rows)
     writer = _PiecesWriter(gm, cut, measurement, kernels, cache_dtype)
     head = None if probe is None else writer.head()
     return Pieces(head, writer.hit(ring), writer.miss(others))
@@ -263,12 +266,12 @@ def _laid_out_like(after: fx.Node, predicted: Any) -> Any:
 
 
 def measurement_of(
-    cut: Cut, probe: Probe | None, kernels: Any = reference, groups: Sequence[str] = ()
+    cut: Cut, probe: Probe | None, kernels: Any = reference, *how: Any
 ) -> Measurement | None:
-    """How `probe` is measured, None if nothing is."""
+    """How `probe` is measured, None if nothing is. `how`: see `Measurement`."""
     if probe is None:
         return None
-    return Measurement(probe, cut.streams[0].after, cut.facts.inputs.timestep, kernels, groups)
+    return Measurement(probe, cut.streams[0].after, cut.facts.inputs.timestep, kernels, *how)
 
 
 def state_fakes(

@@ -13,7 +13,7 @@ tell the two apart; only data can.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fxcache.passes.measure import shared
-from fxcache.runtime.regions import Regions, Values, Wiring
+from fxcache.runtime.regions import Evaluation, Values
 from fxcache.runtime.state import Buffers
 
 log = logging.getLogger("fxcache")
@@ -36,7 +36,7 @@ class Audit:
     """The audit of one captured graph.
 
     Args:
-        wiring: the compiled pieces.
+        begin: begins an evaluation by the compiled pieces.
         samples: places of the noisy inputs among the graph's inputs.
         outputs: places of what the caller gets among its outputs.
         what: says what was cut.
@@ -47,7 +47,7 @@ class Audit:
 
     def __init__(
         self,
-        wiring: Wiring,
+        begin: Callable[[Values, Buffers], Evaluation],
         samples: Sequence[int],
         outputs: Sequence[int],
         what: str,
@@ -56,7 +56,7 @@ class Audit:
         draws: bool,
         groups: Sequence[str] = (),
     ) -> None:
-        self.wiring, self.samples, self.outputs = wiring, tuple(samples), tuple(outputs)
+        self.begin, self.samples, self.outputs = begin, tuple(samples), tuple(outputs)
         self.what, self.device, self.draws, self.groups = what, device, draws, tuple(groups)
         #: None: not done yet, or it could not tell (nothing finite to compare).
         self.q: float | None = None
@@ -77,9 +77,9 @@ class Audit:
             moved = list(inputs)
             for place in self.samples:
                 moved[place] = _moved(inputs[place])
-            given, own = tuple(moved), _copied(buffers, self.device)
-            weights = [float(at == entry) for at in range(self.wiring.ring)]
-            trial = Regions(self.wiring).begin(given, own)
+            given, own = tuple(moved), copied(buffers, self.device)
+            weights = [float(at == entry) for at in range(len(buffers.rings[0]))]
+            trial = self.begin(given, own)
             hit, (full, _) = trial.hit(weights), trial.miss(entry)  # which overwrites the entry
             pairs = (hit, full), (outputs, full), (hit, outputs)
             sums = torch.stack([self._distance(a, b) for a, b in pairs])
@@ -135,7 +135,7 @@ def _is_fixed(sample: torch.Tensor) -> bool:
     return not is_continuous or any(size > 1 and stride == 0 for size, stride in pairs)
 
 
-def _copied(buffers: Buffers, device: torch.device) -> Buffers:
+def copied(buffers: Buffers, device: torch.device) -> Buffers:
     """Buffers that a trial may write into. Another's conditions are not looked at."""
     kept = {key: tensor.clone() for key, tensor in buffers.kept.items()}
     rings = tuple(

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -44,7 +45,7 @@ class CudaDevice:
         return graph.replay, results
 
     def read(self, source: torch.Tensor) -> Reading:
-        pinned, event = self._pinned()
+        pinned, event = self._pinned(source.numel())
         host = pinned[: source.numel()]
         host.copy_(source, non_blocking=True)
         event.record()
@@ -57,12 +58,14 @@ class CudaDevice:
 
         return numbers
 
-    def _pinned(self) -> tuple[torch.Tensor, Any]:
-        try:
-            return self.free.pop()
-        except IndexError:
-            with torch.inference_mode(False):  # later calls outside of inference_mode write it
-                return torch.empty(8, dtype=torch.float32, pin_memory=True), torch.cuda.Event()
+    def _pinned(self, numel: int) -> tuple[torch.Tensor, Any]:
+        with suppress(IndexError):
+            pinned, event = self.free.pop()
+            if len(pinned) >= numel:
+                return pinned, event
+        with torch.inference_mode(False):  # later calls outside of inference_mode write it
+            memory = torch.empty(max(numel, 8), dtype=torch.float32, pin_memory=True)
+            return memory, torch.cuda.Event()
 
 
 @functools.cache

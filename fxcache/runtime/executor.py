@@ -5,9 +5,9 @@ once, the metric and the timestep together; where the policy measures nothing, n
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,10 +20,40 @@ from fxcache.runtime.conditions import Conditions
 from fxcache.runtime.forecast_error import begin_error, nodes_of, weights_of
 from fxcache.runtime.freshness import Weights
 from fxcache.runtime.ranks import Ranks
-from fxcache.runtime.regions import Evaluation, Regions
+from fxcache.runtime.regions import Begins, Evaluation, Missed
 from fxcache.runtime.session import NewTrajectory, Outdated, Session
 from fxcache.runtime.state import BranchState, Buffers, Signature, Slot
 from fxcache.runtime.steps import Call, number_of, read_number
+
+
+class Read(NamedTuple):
+    """What an evaluation asks for: what its head measured."""
+
+    def __call__(self, evaluation: Evaluation) -> list[float]:
+        return evaluation.read()
+
+
+class Hit(NamedTuple):
+    """A hit, with these weights of the forecast by ring slot."""
+
+    weights: Sequence[float]
+
+    def __call__(self, evaluation: Evaluation) -> Sequence[Any]:
+        return evaluation.hit(self.weights)
+
+
+class Miss(NamedTuple):
+    """A miss that writes ring slot `slot`; the weights are those of what it is compared with."""
+
+    slot: int
+    weights: Sequence[float] = ()
+
+    def __call__(self, evaluation: Evaluation) -> Missed:
+        return evaluation.miss(self.slot, self.weights)
+
+
+Work = Read | Hit | Miss
+Steps = Generator[Work, Any, Sequence[Any]]
 
 
 class StepExecutor:
@@ -48,7 +78,7 @@ class StepExecutor:
     def __init__(
         self,
         session: Session,
-        make_regions: Callable[[Slot], Regions],
+        make_regions: Callable[[Slot], Begins],
         *,
         data: Mapping[int, str],
         has_numbers: bool,
@@ -71,49 +101,62 @@ class StepExecutor:
         #: A call of the model does nothing but run this graph.
         self.is_all = False
         # By buffers and not in the state: recompiled graphs of one span share the state.
-        self.regions: WeakKeyDictionary[Buffers, Regions] = WeakKeyDictionary()
+        self.regions: WeakKeyDictionary[Buffers, Begins] = WeakKeyDictionary()
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         session = self.session
         call = session.call.get() or self._settled(inputs)
         slot, state = call.slot, call.state
         try:
-            signature = self.signature(inputs)
-            if state.signature != signature:
-                if state.past and state.signature is not None:
-                    state.lost = Reason.CONTROL_CHANGED
-                state.allocate(signature, lambda: self.allocate(inputs))
+            self.prepare(state, inputs)
             evaluation = self._regions(slot, state.allocated).begin(inputs, state.allocated)
-            # Checked while a GPU computes the head or, where nothing is measured, the hit.
-            checks_late = session.policy.probe is None
-            if not checks_late:
-                self._check(state, inputs)
-            metric, call = self._measured(call, evaluation, inputs)
-            conditions = self.conditions
-            change = None
-            if conditions is not None:
-                change = partial(conditions.forbidding, inputs, state.allocated)
-            decision = session.decide(call, metric, change, self._agreed)
-            self.ranks.compare(state.step, state.label, metric, decision)
-            measured = metric if session.is_measured(state) else None
-            if decision.is_hit:
-                outputs = evaluation.hit(self._weights(state, state.step))
-            if checks_late and self._check(state, inputs) and decision.is_hit:
-                decision = Decision(False, state.lost, decision.score)
-            if checks_late:
-                self.ranks.compare(state.step, state.label, metric, decision)
-            if not decision.is_hit:
-                if conditions is not None:
-                    conditions.keep(inputs, state.allocated)
-                outputs = self._miss(state, evaluation, measured, inputs)
+            outputs = _driven(self.steps(call, inputs), evaluation)
         except (NewTrajectory, Outdated):  # nothing was written, and the evaluation comes again
             raise
         except BaseException:
             state.forget()  # whatever was half written is never read
             raise
-        self._commit(call, measured, decision, outputs)
         if session.call.get() is not None:  # else nobody asks, and the tensors would live on
             session.last_call.set((self, slot, inputs, outputs))
+        return outputs
+
+    def prepare(self, state: BranchState, inputs: Sequence[Any]) -> None:
+        """Give `state` buffers for the layout of the inputs, if it has others."""
+        signature = self.signature(inputs)
+        if state.signature != signature:
+            if state.past and state.signature is not None:
+                state.lost = Reason.CONTROL_CHANGED
+            state.allocate(signature, lambda: self.allocate(inputs))
+
+    def steps(self, call: Call, inputs: Sequence[Any]) -> Steps:
+        """One evaluation whose head was begun: asks for what is to be run, one after the other, and
+        ends with the outputs. Who runs it may run it together with that of others.
+        """
+        session, conditions, state = self.session, self.conditions, call.state
+        # Checked while a GPU computes the head or, where nothing is measured, the hit.
+        checks_late = session.policy.probe is None
+        if not checks_late:
+            self._check(state, inputs)
+        read = [] if checks_late else (yield Read())
+        metric, call = self._placed(call, read, inputs)
+        change = None
+        if conditions is not None:
+            change = partial(conditions.forbidding, inputs, state.allocated)
+        decision = session.decide(call, metric, change, self._agreed)
+        self.ranks.compare(state.step, state.label, metric, decision)
+        measured = metric if session.is_measured(state) else None
+        outputs: Sequence[Any] = ()
+        if decision.is_hit:
+            outputs = yield Hit(self._weights(state, state.step))
+        if checks_late and self._check(state, inputs) and decision.is_hit:
+            decision = Decision(False, state.lost, decision.score)
+        if checks_late:
+            self.ranks.compare(state.step, state.label, metric, decision)
+        if not decision.is_hit:
+            if conditions is not None:
+                conditions.keep(inputs, state.allocated)
+            outputs = yield from self._miss(state, measured, inputs)
+        self._commit(call, measured, decision, outputs)
         return outputs
 
     def _agreed(self, decision: Decision) -> Decision:
@@ -146,34 +189,26 @@ class StepExecutor:
             state.lose(reason)
         return reason is not None
 
-    def _regions(self, slot: Slot, buffers: Buffers) -> Regions:
+    def _regions(self, slot: Slot, buffers: Buffers) -> Begins:
         regions = self.regions.get(buffers)
         if regions is None:
             regions = self.regions[buffers] = self.make_regions(slot)
         return regions
 
-    def _measured(
-        self, call: Call, evaluation: Evaluation, inputs: Sequence[Any]
+    def _placed(
+        self, call: Call, read: Sequence[float], inputs: Sequence[Any]
     ) -> tuple[float, Call]:
-        """The metric (NaN if nothing is measured), and the call with its step."""
-        metric, read = math.nan, []
-        if self.session.policy.probe is not None:
-            metric, *read = evaluation.read()
+        """The metric (NaN if nothing was read), and the call with its step."""
+        metric, *times = read or (math.nan,)
         if call.step is not None:
             return metric, call
         value = None if self.timestep is None else inputs[self.timestep]
-        time = read[0] if read else number_of(value)
+        time = times[0] if times else number_of(value)
         if time is None and isinstance(value, torch.Tensor) and not call.slot.is_announced:
             time = read_number(value)
         return metric, self.session.completed(call, time)
 
-    def _miss(
-        self,
-        state: BranchState,
-        evaluation: Evaluation,
-        metric: float | None,
-        inputs: Sequence[Any],
-    ) -> Sequence[Any]:
+    def _miss(self, state: BranchState, metric: float | None, inputs: Sequence[Any]) -> Steps:
         if metric is not None and not math.isfinite(metric):
             # Either this evaluation or the last computed one is broken: no forecast from the two.
             state.forget()
@@ -187,7 +222,8 @@ class StepExecutor:
         weights = [] if forecast is None else weights_of(state, forecast, nodes, at)
         # While the piece writes, the slot's old residual is no longer one.
         state.past = [entry for entry in state.past if entry[1] != at]
-        outputs, sums = evaluation.miss(at, weights)
+        outputs: Sequence[Any]
+        outputs, sums = yield Miss(at, weights)
         state.refreshed(at)
         state.error = begin_error(state.step, nodes, sums, self.groups)
         if advice is not None:
@@ -216,3 +252,15 @@ class StepExecutor:
         session.evaluations += 1
         if session.observe is not None:
             session.observe(call.slot, state, math.nan if metric is None else metric, outputs)
+
+
+def _driven(steps: Steps, evaluation: Evaluation) -> Sequence[Any]:
+    """The outputs of an evaluation that is run by itself."""
+    reply = None
+    while True:
+        try:
+            work = steps.send(reply)
+        except StopIteration as end:
+            outputs: Sequence[Any] = end.value
+            return outputs
+        reply = work(evaluation)

@@ -31,10 +31,17 @@ class Compiled:
 
 
 class Evaluation(Protocol):
-    """One evaluation between its head and its decision."""
+    """One evaluation between its head and its decision: its inputs and what crosses, and what it
+    reads and writes.
+    """
+
+    values: Values
+    buffers: Buffers
 
     def read(self) -> list[float]:
-        """What was measured: [residual diff], or [residual diff, timestep]. The one read-back."""
+        """What was measured: [residual diff], or [residual diff, timestep], of each request. The
+        one read-back.
+        """
 
     def hit(self, weights: Sequence[float]) -> Sequence[Any]:
         """Run the forecast and the tail; `weights` are the forecast's, by ring slot."""
@@ -43,6 +50,12 @@ class Evaluation(Protocol):
         """Run span, refresh (of ring slot `slot`) and tail; `weights` are those of the forecast
         that the residual is compared with, by ring slot without `slot` (none: all 0).
         """
+
+
+class Begins(Protocol):
+    """Begins an evaluation: runs its head."""
+
+    def begin(self, inputs: Values, buffers: Buffers) -> Evaluation: ...
 
 
 class Wiring:
@@ -68,6 +81,8 @@ class Wiring:
         others: int,
     ) -> None:
         self.compiled, self.ring, self.others = compiled, ring, others
+        #: How many values it is given.
+        self.given = len(inputs)
         given = {key: i for i, key in enumerate(inputs)}
         slots = [slot_key(s) for s in range(streams)]
         rings = [ring_key(s, j) for s in range(streams) for j in range(ring)]

@@ -4,7 +4,7 @@ import itertools
 import logging
 import math
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,15 +20,13 @@ from fxcache.policy.verdict import verdict
 from fxcache.report import Record, Report
 from fxcache.runtime.advice import Advice
 from fxcache.runtime.forecast_error import Error
-from fxcache.runtime.state import BranchState, Slot, Verdict
+from fxcache.runtime.state import BranchState, Slot, Slots, Verdict
 from fxcache.runtime.steps import Call, Steps, Where, check_announcement, check_said
 
 log = logging.getLogger("fxcache")
 
 #: How many evaluations a report goes back.
 MAX_RECORDS = 10_000
-#: How many requests keep a state; of more, those that were not called for longest lose theirs.
-MAX_SLOTS = 64
 
 
 class NewTrajectory(Exception):  # noqa: N818 - a signal between executor and shortcut
@@ -49,8 +47,9 @@ class Session:
         self.policy = policy
         self.steps = Steps(self.begin, self.say_once)
         self.steps.looks = getattr(policy, "control_threshold", None) is None
-        self.slots: OrderedDict[Hashable, Slot] = OrderedDict()
-        self.numbers = itertools.count()
+        self.slots = Slots()
+        #: Of batches under CUDA graphs: what runs so many rows, and its memory.
+        self.buckets: dict[Hashable, Any] = {}
         #: Each with what waits for the error of the forecast at that miss, if it was measured.
         self.records: deque[tuple[Record, Error | None]] = deque(maxlen=MAX_RECORDS)
         self.evaluations = 0
@@ -70,6 +69,8 @@ class Session:
         self.call: ContextVar[Call | None] = ContextVar("fxcache_call", default=None)
         #: Whether the caller skipped the checks that a trajectory begins with.
         self.trusts_trajectory: ContextVar[bool] = ContextVar("fxcache_trusts", default=False)
+        #: Those of a batch, which it evaluates together.
+        self.calls: ContextVar[list[Call] | None] = ContextVar("fxcache_calls", default=None)
         #: Asked once the device is busy: whether what was learned of the model still holds.
         self.holds: ContextVar[Callable[[], bool] | None] = ContextVar(
             "fxcache_holds", default=None
@@ -86,12 +87,12 @@ class Session:
         self.advice: Advice | None = self._new_advice()
         self.advised: str | None = None
         self._warned: set[str] = set()
-        self._lock = threading.Lock()
 
     @property
     def may_hit(self) -> bool:
         """Whether the policy could ever hit, as far as its threshold says."""
-        limits = (getattr(self.deciding, name, math.inf) for name in ("threshold", "tolerance"))
+        policy = self.where.policy or self.policy
+        limits = (getattr(policy, name, math.inf) for name in ("threshold", "tolerance"))
         return 0 not in limits and not self.observe
 
     def _new_advice(self) -> Advice | None:
@@ -108,48 +109,42 @@ class Session:
         return self._where.get()
 
     @property
-    def deciding(self) -> Policy:
-        """The caller's policy; without one, the session's."""
-        return self._where.get().policy or self.policy
-
-    @property
     def slot(self) -> Slot:
         """The slot of the caller."""
-        key = self._where.get().slot
-        with self._lock:
-            slot = self.slots.get(key)
-            if slot is None:
-                slot = self.slots[key] = Slot(self.numbers, num_steps=self.expected_steps)
-            self.slots.move_to_end(key)
-            idle = [k for k, s in self.slots.items() if k != key and not s.is_announced]
-            for old in idle[: max(0, len(self.slots) - MAX_SLOTS)]:
-                del self.slots[old]
-        return slot
+        return self.slot_of(self._where.get())
+
+    def slot_of(self, where: Where) -> Slot:
+        """The slot of a caller who says this."""
+        return self.slots.of(where.slot, where.requests or {}, self.expected_steps)
 
     def release(self, key: Hashable) -> None:
         """Forget a request."""
-        with self._lock:
-            self.slots.pop(key, None)
+        self.slots.release(key)
 
     @contextmanager
     def at(self, **said: Any) -> Iterator[None]:
-        """What the caller says of the evaluations inside: slot, branch, step, policy."""
-        check_said(said.get("step"), said.get("policy"), self.policy)
-        key = said.get("slot")
+        """What the caller says of the evaluations inside: see `Where`."""
+        check_said(said, self.policy)
         token = self._where.set(replace(self._where.get(), **said))
         try:
             yield
         finally:
             self._where.reset(token)
-            slot = self.slots.get(key) if key is not None else None
-            if slot is not None and slot.is_over and not slot.is_announced:
-                self.begin(slot)  # its solve is over: the request will not come back
-                self.release(key)
+            for key in (said["slot"],) if "slot" in said else said.get("requests", ()):
+                slot = self.slots.get(key)
+                if slot is not None and slot.is_over and not slot.is_announced:
+                    self.begin(slot)  # its solve is over: the request will not come back
+                    self.release(key)
 
     @contextmanager
-    def settled(self, inputs: Mapping[str, Any], timestep: Any) -> Iterator[Call]:
-        """Inside, an evaluation of `inputs` (by name) is where `Steps` says it belongs."""
-        slot, me = self.slot, threading.get_ident()
+    def settled(
+        self, inputs: Mapping[str, Any], timestep: Any, where: Where | None = None
+    ) -> Iterator[Call]:
+        """Inside, an evaluation of `inputs` (by name) is where `Steps` says it belongs, for the
+        caller or another who says `where`.
+        """
+        where, me = where or self.where, threading.get_ident()
+        slot = self.slot_of(where)
         if slot.thread not in (None, me):
             self.say_once(
                 "threads",
@@ -157,7 +152,7 @@ class Session:
                 "their requests with denoiser.slot(...)",
             )
         slot.thread = me
-        call = self.steps.settle(slot, self.where, inputs, timestep)
+        call = self.steps.settle(slot, where, inputs, timestep)
         token = self.call.set(call)
         try:
             yield call
@@ -166,17 +161,20 @@ class Session:
             self.call.reset(token)
 
     @contextmanager
-    def trajectory(self, num_steps: int | None, first_step: int = 0) -> Iterator[None]:
+    def trajectory(
+        self, num_steps: int | None, first_step: int = 0, slot: Hashable = None
+    ) -> Iterator[None]:
         """Announce a trajectory: it starts clean, and nothing of it is left afterwards."""
         check_announcement(num_steps, first_step)
-        key, slot = self._where.get().slot, self.slot
-        self.begin(slot, announced=True, num_steps=num_steps, first_step=first_step)
+        where = self.where if slot is None else replace(self.where, slot=slot)
+        key, held = where.slot, self.slot_of(where)
+        self.begin(held, announced=True, num_steps=num_steps, first_step=first_step)
         try:
             yield
         finally:
-            self.begin(slot)
+            self.begin(held)
             if not self.keeps_buffers:
-                slot.release()
+                held.release()
             if key is not None:  # a request is over, and its name will not come back
                 self.release(key)
 
@@ -231,10 +229,11 @@ class Session:
     def reset(self, *, records: bool = True) -> None:
         """Forget everything (without `records`, all but what was recorded) and free the memory."""
         self.slots.clear()
+        self.buckets.clear()
         if self.next_policy is not None:
             self._adopt(self.next_policy)
         if records:
-            self.numbers = itertools.count()
+            self.slots.numbers = itertools.count()
             self.records.clear()
             self.advice, self.advised = self._new_advice(), None
         self.steps.rising = False
@@ -270,9 +269,10 @@ class Session:
         """
         slot, state, first = call.slot, call.state, call.slot.verdict
         is_led = first is not None and first.branch != state.label and first.step == state.step
-        if self.deciding.decide == "first" and first is not None and is_led:
+        policy = call.where.policy or self.policy
+        if policy.decide == "first" and first is not None and is_led:
             return self._unless_changed(agreed(self._led(first, state, metric)), change, agreed)
-        decision = self.deciding.rule(metric, state.history(slot.num_steps))
+        decision = policy.rule(metric, state.history(slot.num_steps))
         if decision.reason == Reason.NOTHING_CACHED and state.lost is not None:
             decision = replace(decision, reason=state.lost)
         decision = self._unless_changed(agreed(decision), change, agreed)

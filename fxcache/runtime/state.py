@@ -6,8 +6,9 @@ anything is decided by `past` alone, which every new trajectory and every except
 """
 
 import itertools
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,10 @@ class Buffers:
     rings: tuple[tuple[torch.Tensor, ...], ...]
     #: Of a policy that looks at it: the conditioning of the last computed step, by name.
     conditions: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def all(self) -> list[torch.Tensor]:
+        """What the pieces read and write."""
+        return [*self.kept.values(), *(entry for ring in self.rings for entry in ring)]
 
     def tensors(self) -> list[torch.Tensor]:
         """All that is cached; a kernel's scratch, whole numbers, is not."""
@@ -294,3 +299,34 @@ class Slot:
     def bytes_by_device(self) -> Counter[str]:
         buffers = (s.buffers for s in self.branches.values() if s.buffers is not None)
         return sum((own.bytes_by_device for own in buffers), Counter[str]())
+
+
+#: How many requests keep a state; of more, those that were not called for longest lose theirs.
+MAX_SLOTS = 64
+
+
+class Slots(OrderedDict[Hashable, Slot]):
+    """The slots of a session, those that were called last at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = itertools.count()
+        self._lock = threading.Lock()
+
+    def of(self, key: Hashable, together: Collection[Hashable], num_steps: int | None) -> Slot:
+        """The slot of request `key`. Others may be dropped, but for those called `together`."""
+        with self._lock:
+            slot = self.get(key)
+            if slot is None:
+                slot = self[key] = Slot(self.numbers, num_steps=num_steps)
+            self.move_to_end(key)
+            kept = {key, *together}
+            idle = [k for k, held in self.items() if k not in kept and not held.is_announced]
+            for old in idle[: max(0, len(self) - MAX_SLOTS)]:
+                del self[old]
+        return slot
+
+    def release(self, key: Hashable) -> None:
+        """Forget a request."""
+        with self._lock:
+            self.pop(key, None)

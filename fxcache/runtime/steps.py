@@ -7,7 +7,8 @@ one whose conditioning and layout the call continues. On doubt an evaluation is 
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,13 +27,20 @@ log = logging.getLogger("fxcache")
 @dataclass(frozen=True)
 class Where:
     """What the caller says of the calls inside: request, branch, step, and whose policy decides
-    (None: nothing).
+    (None: nothing). Of a batch, the requests with their policies, and the rows of each.
     """
 
     slot: Hashable = None
     branch: Hashable = None
     step: int | None = None
     policy: Policy | None = None
+    requests: Mapping[Hashable, Policy | None] | None = None
+    rows_per_request: int = 1
+
+    def of_requests(self) -> "list[Where]":
+        """What is said of each request of a batch."""
+        requests = self.requests or {}
+        return [replace(self, slot=s, policy=p or self.policy) for s, p in requests.items()]
 
 
 @dataclass(frozen=True)
@@ -81,8 +89,10 @@ class Steps:
         index = where.step
         if index is not None and index < slot.place and not slot.is_announced:
             self.begin(slot)
-        if index is None and self.clock is not None and not slot.is_announced:
-            index = self._read(slot, self.clock, time, timestep)
+        # Where a pipeline's scheduler is says nothing of a batch's requests.
+        has_clock = self.clock is not None and where.requests is None
+        if index is None and has_clock and not slot.is_announced:
+            index = self._read(slot, self.clock, time, timestep)  # type: ignore[arg-type]
 
         def was_called(state: BranchState) -> bool:
             if index is not None:
@@ -273,15 +283,29 @@ def check_announcement(num_steps: Any, first_step: Any) -> None:
         )
 
 
-def check_said(step: Any, policy: Any, own: Policy) -> None:
+def check_said(said: Mapping[str, Any], own: Policy) -> None:
     """Raise OptionError or PolicyError for what a caller cannot say; `own` is the session's."""
+    step, requests = said.get("step"), said.get("requests", {})
     if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
         raise OptionError(f"step must be an integer from 0 on, or None, got {step!r}")
-    if policy is None:
-        return
-    check_policy(policy)
-    if pieces_of(policy) != pieces_of(own) or policy.forecast != own.forecast:
-        raise PolicyError(
-            f"a request's policy must have the span, probe, forecast and control_threshold of the "
-            f"denoiser's own, {own!r}, got {policy!r}"
+    for policy in filter(None, (said.get("policy"), *requests.values())):
+        check_policy(policy)
+        if pieces_of(policy) != pieces_of(own) or policy.forecast != own.forecast:
+            raise PolicyError(
+                f"a request's policy must have the span, probe, forecast and control_threshold of "
+                f"the denoiser's own, {own!r}, got {policy!r}"
+            )
+
+
+def checked_requests(requests: Any, rows: Any) -> dict[Hashable, Policy | None]:
+    """A batch's requests and the policy of each. Raises OptionError if they are none."""
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise OptionError(f"rows_per_request must be a positive integer, got {rows!r}")
+    if isinstance(requests, str) or not isinstance(requests, Sequence | Mapping) or not requests:
+        raise OptionError(
+            f"requests must be names in a list, or policies by name, one at least, got {requests!r}"
         )
+    twice = [name for name, times in Counter(list(requests)).items() if times > 1]
+    if twice or None in requests:
+        raise OptionError(f"each request needs a name of its own, got {list(requests)!r}")
+    return dict(requests) if isinstance(requests, Mapping) else dict.fromkeys(requests)

@@ -59,7 +59,7 @@ def test_two_regions_a_step(model, monkeypatch):
             regions[name] = lambda *a, n=name, r=region: (called.append(n), r(*a))[1]
         return Compiled(**regions)
 
-    monkeypatch.setattr(fxcache.capture.backend, "compile_pieces", spy)
+    monkeypatch.setattr(fxcache.capture.rewrite, "compile_pieces", spy)
     denoiser = plain(model, ALWAYS, audit=False)
     for _ in range(3):
         denoiser(**token_inputs())

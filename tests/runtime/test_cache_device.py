@@ -50,7 +50,7 @@ def away(monkeypatch):
     """
     calls, begin = [], HostedRegions.begin
     monkeypatch.setattr(HostedRegions, "begin", lambda *given: calls.append(1) or begin(*given))
-    monkeypatch.setattr("fxcache.capture.backend.is_away", lambda host, device: bool(host))
+    monkeypatch.setattr("fxcache.capture.rewrite.is_away", lambda host, device: bool(host))
     return calls
 
 

@@ -74,7 +74,7 @@ def test_the_same_numbers_as_without_graphs(device, policy):
 @pytest.mark.slow
 def test_inductor_pieces(model, monkeypatch):
     device = CountingDevice()
-    monkeypatch.setattr("fxcache.capture.backend.graph_device", lambda _: device)
+    monkeypatch.setattr("fxcache.capture.rewrite.graph_device", lambda _: device)
     a, b = fxcache.transform(model, ALTERNATE, mode="reduce-overhead"), plain(model, ALTERNATE)
     for seed in (0, 1):
         assert_close(solve(a, 6, seed), solve(b, 6, seed))

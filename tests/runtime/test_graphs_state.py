@@ -163,12 +163,12 @@ class OnTheHost(Small):
 
 def test_an_input_on_another_device_is_said(device, caplog, monkeypatch):
     """A scalar on the host beside a model on the GPU: played with a device that does not match."""
-    original = fxcache.capture.backend.not_graphable
+    original = fxcache.capture.rewrite.not_graphable
 
     def with_another_device(inputs, device):
         return original(inputs, torch.device("cuda"))
 
-    monkeypatch.setattr("fxcache.capture.backend.not_graphable", with_another_device)
+    monkeypatch.setattr("fxcache.capture.rewrite.not_graphable", with_another_device)
     model = seeded(OnTheHost)
     denoiser = graphed(model, NEVER)
     for i in range(3):

@@ -42,7 +42,7 @@ def model():
 @pytest.fixture
 def make(request, monkeypatch):
     """One of `WAYS`. The CPU stands in for a GPU with host memory, or with CUDA graphs."""
-    monkeypatch.setattr("fxcache.capture.backend.is_away", lambda host, device: bool(host))
+    monkeypatch.setattr("fxcache.capture.rewrite.is_away", lambda host, device: bool(host))
     if request.param == "graphs":
         request.getfixturevalue("device")
     return WAYS[request.param]

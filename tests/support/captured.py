@@ -15,7 +15,7 @@ from torch import nn
 
 import fxcache
 from fxcache import AdaptiveCache, Explanation
-from fxcache.capture import backend
+from fxcache.capture import rewrite
 from fxcache.capture.compile import Compilers, compile_pieces
 from fxcache.capture.runner import Runner
 from fxcache.options import Options
@@ -68,9 +68,9 @@ def captured(model: nn.Module, *args: Any, policy: Policy = ALWAYS, **kwargs: An
     def rewrite_both(
         gm: Any, cut: Cut, probe: Any, session: Session, *how: Any, **more: Any
     ) -> Any:
-        run = backend.rewrite(gm, cut, probe, session, *how, **more)
+        run = rewrite.rewrite(gm, cut, probe, session, *how, **more)
         cuts.append(find_cut(cut.facts, beside.policy.span))
-        other = backend.rewrite(gm, cuts[-1], None, beside, *how, **more)
+        other = rewrite.rewrite(gm, cuts[-1], None, beside, *how, **more)
 
         def call(*inputs: Any) -> Any:
             if not beside.records:
@@ -117,7 +117,7 @@ def outlining(patch: pytest.MonkeyPatch) -> Compiler:
         both = ((getattr(divided, n), getattr(whole, n)) for n in ("head", "hit", "miss"))
         return Compiled(*(None if a is None else _compared(a, b) for a, b in both))
 
-    patch.setattr(backend, "compile_pieces", compile_both)
+    patch.setattr(rewrite, "compile_pieces", compile_both)
     return compiler
 
 

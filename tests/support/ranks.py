@@ -278,7 +278,7 @@ def uncaptured() -> None:
 
     device = CountingDevice()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fxcache.capture.backend.graph_device", lambda _: device)
+        patch.setattr("fxcache.capture.rewrite.graph_device", lambda _: device)
         patch.setattr("fxcache.capture.runner.Compilers", WithGraphs)
         outputs, hits = solved(as_written)
     counted = device.counts()

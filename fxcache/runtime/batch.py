@@ -1,0 +1,319 @@
+"""Several requests in one call: each decides by itself, and the pieces run on the rows of many.
+
+::
+
+    head(all rows) -> what each request measured
+    hit(rows of those that hit)       miss(rows of those that miss)
+
+A request keeps the state that it has when it is called alone. What the pieces read of it is put
+together for a call; what they write is put back. A forecast is made before, request by request, as
+each has weights of its own: the hit adds it as it is.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fxcache.errors import BatchError
+from fxcache.runtime.audit import copied, squares
+from fxcache.runtime.executor import Hit, Miss, Read, StepExecutor, Steps, Work
+from fxcache.runtime.regions import Evaluation, Missed, Regions, Wiring
+from fxcache.runtime.ring import forecast, store
+from fxcache.runtime.rows import Layout, Values
+from fxcache.runtime.session import NewTrajectory, Outdated
+from fxcache.runtime.state import Buffers
+
+#: By so much of its size may an output among others differ from what it is alone.
+LIMIT, LIMITS = 0.01, {torch.float16: 0.05, torch.bfloat16: 0.05}
+
+
+class Batch:
+    """The compiled pieces of one graph, for any number of requests.
+
+    Args:
+        head: all the pieces, of which the head is used.
+        body: hit and miss, which take what crosses among their inputs.
+        writes_on_hit: whether a hit changes what is kept.
+        make_regions: runs the pieces of a wiring.
+        buckets: where CUDA graphs, which want buffers that stay, keep those of so many rows; then
+            only 1, 2, 4, 8, ... requests run together, the last one several times.
+        draws: whether the graph draws random numbers, so that requests cannot be compared.
+    """
+
+    def __init__(
+        self,
+        head: Wiring,
+        body: Wiring,
+        layout: Layout,
+        *,
+        writes_on_hit: bool,
+        make_regions: Callable[[Wiring], Regions] = Regions,
+        buckets: dict[Any, Any] | None = None,
+        draws: bool = False,
+    ) -> None:
+        self.head, self.body, self.layout = head, body, layout
+        self.writes_on_hit, self.make_regions, self.buckets = writes_on_hit, make_regions, buckets
+        #: It is known that requests are computed apart.
+        self.is_checked = draws
+
+    def begin_all(self, inputs: Values, buffers: Sequence[Buffers]) -> "Together":
+        """Run the head, for requests with these buffers."""
+        ids = self.padded(range(len(buffers)))
+        values, measured = self.layout.take(inputs, ids, len(buffers)), []
+        if self.head.compiled.head is not None:
+            kept = self.merged_kept([buffers[i] for i in ids])
+            evaluation = self.run(self.head, values, kept, ())
+            values, measured = list(evaluation.values), evaluation.read()
+        width = len(measured) // len(ids)
+        each = [measured[i * width : (i + 1) * width] for i in range(len(buffers))]
+        return Together(self, values, list(buffers), len(ids), each)
+
+    def begin(self, inputs: Values, buffers: Buffers) -> Evaluation:
+        """Run the head, for one request: in the place of `Regions`."""
+        return _Alone(self.begin_all(inputs, [buffers]))
+
+    def run(
+        self,
+        wiring: Wiring,
+        values: Values,
+        kept: dict[str, torch.Tensor],
+        rings: tuple[tuple[torch.Tensor, ...], ...],
+    ) -> Evaluation:
+        """Begin to run the pieces of `wiring` on rows that were put together."""
+        given = Buffers(kept, rings)
+        if self.buckets is None:
+            return self.make_regions(wiring).begin(tuple(values), given)
+        key = (wiring, tuple(values[at] for at in self.layout.sizes))
+        if key not in self.buckets:
+            self.buckets[key] = self.make_regions(wiring), given
+        regions, buffers = self.buckets[key]
+        for own, now in zip(buffers.all(), given.all(), strict=True):
+            own.copy_(now)
+        evaluation: Evaluation = regions.begin(tuple(values), buffers)
+        return evaluation
+
+    def padded(self, ids: Sequence[int]) -> list[int]:
+        """`ids`, of buckets as many as fill one: the last again."""
+        number = len(ids) if self.buckets is None else 1 << (len(ids) - 1).bit_length()
+        return [*ids, *[ids[-1]] * (number - len(ids))]
+
+    def check(self, inputs: Values, buffers: Buffers, outputs: Values, fresh: Values) -> None:
+        """Compute a request by itself: gives it these outputs and fresh residuals? One read-back.
+
+        Raises BatchError if it does not: its rows read those of others.
+        """
+        dtype = self.layout.streams[0][1]
+        alone = copied(buffers, fresh[0].device)
+        alone = replace(alone, rings=tuple((torch.empty_like(each),) for each in fresh))
+        again, _ = self.begin(inputs, alone).miss(0)
+        pairs = [*zip(outputs, again, strict=True)]
+        pairs += [(own, ring[0]) for own, ring in zip(fresh, alone.rings, strict=True)]
+        tensors = [(a, b) for a, b in pairs if isinstance(a, torch.Tensor)]
+        off, size = squares([a - b for a, b in tensors]), squares([a for a, _ in tensors])
+        relative = torch.stack([off, size]).sqrt().tolist()
+        if not all(map(math.isfinite, relative)):
+            return
+        limit = LIMITS.get(dtype, LIMIT)
+        if relative[0] > limit * relative[1]:
+            raise BatchError(
+                f"requests of this model cannot be batched: computed by itself a request's output "
+                f"differs by {relative[0] / relative[1]:.2g} of its size from what it is among "
+                f"others (at most {limit:g} is rounding), so its rows read those of others"
+            )
+        self.is_checked = True
+
+    # --- what requests keep, put together and put back ---
+
+    def merged_kept(self, buffers: Sequence[Buffers]) -> dict[str, torch.Tensor]:
+        """What is measured, of these requests; what has no rows is repeated for each row."""
+        rows = self.layout.per_request
+
+        def of_rows(tensor: torch.Tensor, dimension: int | None) -> torch.Tensor:
+            return tensor.expand(rows, *tensor.shape) if dimension is None else tensor
+
+        return {
+            key: torch.cat([of_rows(own.kept[key], dim) for own in buffers], dim or 0)
+            for key, dim in self.layout.kept.items()
+        }
+
+    def put_back(self, kept: Mapping[str, torch.Tensor], buffers: Sequence[Buffers]) -> None:
+        """Give each request what was written of it."""
+        for key, dimension in self.layout.kept.items():
+            for own, part in zip(
+                buffers, kept[key].chunk(len(buffers), dimension or 0), strict=True
+            ):
+                own.kept[key].copy_(part[0] if dimension is None else part)
+
+    def forecasts(
+        self, works: Sequence[Hit], buffers: Sequence[Buffers], device: torch.device
+    ) -> tuple[tuple[torch.Tensor], ...]:
+        """For each stream, what the requests' rings forecast."""
+        return tuple(
+            (
+                torch.cat(
+                    [
+                        forecast(own.rings[stream], work.weights, dtype, device)
+                        for work, own in zip(works, buffers, strict=True)
+                    ],
+                    dimension,
+                ),
+            )
+            for stream, (dimension, dtype) in enumerate(self.layout.streams)
+        )
+
+    def fresh(
+        self, buffers: Sequence[Buffers], device: torch.device
+    ) -> tuple[tuple[torch.Tensor], ...]:
+        """For each stream, memory for the residuals of these requests."""
+        merged = []
+        for (dimension, dtype), ring in zip(self.layout.streams, buffers[0].rings, strict=True):
+            shape = list(ring[0].shape)
+            shape[dimension] *= len(buffers)
+            merged.append((torch.empty(shape, dtype=dtype, device=device),))
+        return tuple(merged)
+
+
+class Together:
+    """One evaluation of several requests between its head and their decisions.
+
+    `values` are those of `padded` requests, of which the first have `buffers` and `measured`.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        values: list[Any],
+        buffers: list[Buffers],
+        padded: int,
+        measured: list[list[float]],
+    ) -> None:
+        self.batch, self.values, self.buffers = batch, values, buffers
+        self.padded, self.measured = padded, measured
+
+    def hit(self, asked: Mapping[int, Hit]) -> dict[int, Values]:
+        """The outputs of requests that hit."""
+        batch, ids = self.batch, self.batch.padded(list(asked))
+        buffers, values = self._rows(ids)
+        rings = batch.forecasts([asked[i] for i in ids], buffers, self._device)
+        evaluation = batch.run(batch.body, values, batch.merged_kept(buffers), rings)
+        outputs = evaluation.hit((1.0,))
+        if batch.writes_on_hit:
+            batch.put_back(evaluation.buffers.kept, buffers)
+        return dict(zip(asked, self._split(outputs, len(ids)), strict=False))
+
+    def miss(self, asked: Mapping[int, Miss]) -> dict[int, Missed]:
+        """The outputs and the sums of the error of requests that miss."""
+        batch, ids = self.batch, self.batch.padded(list(asked))
+        buffers, values = self._rows(ids)
+        rings = batch.fresh(buffers, self._device)
+        evaluation = batch.run(batch.body, values, batch.merged_kept(buffers), rings)
+        outputs, _ = evaluation.miss(0)
+        own = evaluation.buffers
+        batch.put_back(own.kept, buffers)
+        streams = zip(own.rings, batch.layout.streams, strict=True)
+        fresh = list(
+            zip(*(ring[0].chunk(len(ids), dim) for ring, (dim, _) in streams), strict=True)
+        )
+        split = self._split(outputs, len(ids))
+        if len(asked) > 1 and not batch.is_checked:
+            given = batch.layout.take(self.values, [ids[0]], self.padded)[: batch.layout.inputs]
+            batch.check(given, buffers[0], split[0], fresh[0])
+        stored = (
+            store(asked[i], own, self.buffers[i]) for i, own in zip(asked, fresh, strict=False)
+        )
+        return dict(zip(asked, zip(split, stored, strict=False), strict=False))
+
+    def _rows(self, ids: Sequence[int]) -> tuple[list[Buffers], list[Any]]:
+        return [self.buffers[i] for i in ids], self.batch.layout.take(self.values, ids, self.padded)
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.values[next(iter(self.batch.layout.held))].device
+        return device
+
+    def _split(self, outputs: Values, number: int) -> list[list[Any]]:
+        """Each request's outputs."""
+        parts = [
+            [out] * number if dimension is None else out.chunk(number, dimension)
+            for out, dimension in zip(outputs, self.batch.layout.outputs, strict=True)
+        ]
+        return [[each[i] for each in parts] for i in range(number)]
+
+
+class _Alone:
+    """The evaluation of one request. See `Evaluation`."""
+
+    def __init__(self, together: Together) -> None:
+        self.together = together
+        self.values, self.buffers = tuple(together.values), together.buffers[0]
+
+    def read(self) -> list[float]:
+        return self.together.measured[0]
+
+    def hit(self, weights: Sequence[float]) -> Values:
+        return self.together.hit({0: Hit(weights)})[0]
+
+    def miss(self, slot: int, weights: Sequence[float] = ()) -> Missed:
+        return self.together.miss({0: Miss(slot, weights)})[0]
+
+
+class BatchExecutor:
+    """Callable in the place of a captured graph, for a batch of requests.
+
+    Args:
+        executor: evaluates one of them.
+        batch: runs the pieces for all of them.
+    """
+
+    def __init__(self, executor: StepExecutor, batch: Batch) -> None:
+        self.executor, self.batch = executor, batch
+        #: Two threads must not use the same buckets.
+        self._lock = threading.Lock()
+
+    def __call__(self, *inputs: Any) -> Values:
+        calls = self.executor.session.calls.get() or []
+        try:
+            with self._lock:
+                own = self.batch.layout.split(inputs)
+                for call, given in zip(calls, own, strict=True):
+                    self.executor.prepare(call.state, given)
+                together = self.batch.begin_all(inputs, [call.state.allocated for call in calls])
+                each = map(self.executor.steps, calls, own)
+                outputs = _driven(list(each), together)
+        except (NewTrajectory, Outdated):  # nothing was written, and the evaluation comes again
+            raise
+        except BaseException:
+            for call in calls:
+                call.state.forget()  # whatever was half written is never read
+            raise
+        return [
+            parts[0] if dimension is None else torch.cat(parts, dimension)
+            for parts, dimension in zip(
+                zip(*outputs, strict=True), self.batch.layout.outputs, strict=True
+            )
+        ]
+
+
+def _driven(steps: Sequence[Steps], together: Together) -> list[Values]:
+    """The outputs of evaluations that are run together: whoever asks for the same, at once."""
+    outputs: dict[int, Values] = {}
+    asked: dict[int, Work] = {}
+    replies: dict[int, Any] = dict.fromkeys(range(len(steps)))
+    while replies:
+        for i, reply in replies.items():
+            try:
+                asked[i] = steps[i].send(reply)
+            except StopIteration as end:
+                outputs[i] = end.value
+        reads = {i: together.measured[i] for i, work in asked.items() if isinstance(work, Read)}
+        hits = {i: work for i, work in asked.items() if isinstance(work, Hit)}
+        misses = {i: work for i, work in asked.items() if isinstance(work, Miss)}
+        # Who hits may find late that it must miss: it does so with the others.
+        replies = reads or (together.hit(hits) if hits else {})
+        replies = replies or (together.miss(misses) if misses else {})
+        asked = {i: work for i, work in asked.items() if i not in replies}
+    return [outputs[i] for i in range(len(steps))]
