@@ -31,9 +31,7 @@ class Batches:
         self.others: set[Any] = set()
 
     def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One evaluation of a batch, each request where it belongs. A request that is the only one
-        is called alone.
-        """
+        """One evaluation of a batch, each request where it belongs."""
         runner, session, where = self.runner, self.runner.session, self.runner.session.where
         inputs, timestep = runner.placed_by(args, kwargs)
         check_rows(inputs, session.steps.samples, where)
@@ -43,10 +41,8 @@ class Batches:
         with ExitStack() as stack:
             placed = zip(times, each, strict=True)
             calls = [stack.enter_context(session.settled({}, time, one)) for time, one in placed]
-            token = session.calls.set(calls if len(calls) > 1 else None)
+            token = session.calls.set(calls)
             try:
-                if len(calls) == 1:
-                    return runner.evaluate_placed(args, kwargs)
                 return self._together(args, kwargs)
             except BaseException:
                 for call in calls:
@@ -57,8 +53,8 @@ class Batches:
                 session.last_call.set(None)
 
     def _together(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One evaluation of several requests. That all tensors that have as many rows as the batch
-        are the batch's is believed until a capture shows that it is not so.
+        """One evaluation of these. That all tensors that have as many rows as the batch are the
+        batch's is believed until a capture shows that it is not so.
         """
         rows = self.runner.session.where.rows_per_request
         try:
@@ -82,22 +78,24 @@ class Batches:
             )
         if rows not in self.compiled:
             self.compiled[rows] = runner.compile(runner.new_backend(rows), rows=rows)
-        given, of_rows = self._with_symbolic_rows((args, kwargs), len(calls) * rows)
+        given, of_rows = self._with_symbolic_rows((args, kwargs), rows, len(calls))
         together = () if rows in self.unsure else of_rows
         return self.compiled[rows](runner.model, *given, forward, together)
 
-    def _with_symbolic_rows(self, arguments: Any, rows: int) -> tuple[Any, tuple[int, ...]]:
-        """`arguments` with aliases of the tensors that have `rows` rows, as far as is known, whose
+    def _with_symbolic_rows(
+        self, arguments: Any, rows: int, requests: int
+    ) -> tuple[Any, tuple[int, ...]]:
+        """`arguments` with aliases of the tensors that have so many rows, as far as is known, whose
         number Dynamo then makes a symbol (a fixed size where it is another thing), and the places
-        of these leaves.
+        of these leaves. A symbol is at least 2 to Dynamo: a single request comes twice.
         """
         paths, spec = pytree.tree_flatten_with_path(arguments)
         leaves, of_rows = [leaf for _, leaf in paths], []
         for place, (path, leaf) in enumerate(paths):
             if not isinstance(leaf, torch.Tensor) or path in self.others:
                 continue
-            if leaf.shape[:1] == (rows,):
-                leaves[place] = leaf.detach()
+            if leaf.shape[:1] == (rows * requests,):
+                leaves[place] = torch.cat([leaf, leaf]) if requests == 1 else leaf.detach()
                 torch._dynamo.maybe_mark_dynamic(leaves[place], 0)
                 of_rows.append(place)
             else:

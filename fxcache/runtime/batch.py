@@ -14,6 +14,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -275,14 +276,16 @@ class BatchExecutor:
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Any) -> Values:
-        calls = self.executor.session.calls.get() or []
+        calls, layout = self.executor.session.calls.get() or [], self.batch.layout
         try:
-            with self._lock:
-                own = self.batch.layout.split(inputs)
-                for call, given in zip(calls, own, strict=True):
-                    self.executor.prepare(call.state, given)
-                together = self.batch.begin_all(inputs, [call.state.allocated for call in calls])
-                each = map(self.executor.steps, calls, own)
+            with self._lock:  # a single request came twice
+                given = layout.take(inputs, range(len(calls)), layout.number(inputs))
+                own = layout.split(given)
+                for call, one in zip(calls, own, strict=True):
+                    self.executor.prepare(call.state, one)
+                together = self.batch.begin_all(given, [call.state.allocated for call in calls])
+                current = self.executor.weights.now(inputs)
+                each = map(self.executor.steps, calls, own, repeat(current))
                 outputs = _driven(list(each), together)
         except (NewTrajectory, Outdated):  # nothing was written, and the evaluation comes again
             raise

@@ -18,7 +18,7 @@ from fxcache.policy.reasons import Reason
 from fxcache.runtime.audit import Audit
 from fxcache.runtime.conditions import Conditions
 from fxcache.runtime.forecast_error import begin_error, nodes_of, weights_of
-from fxcache.runtime.freshness import Weights
+from fxcache.runtime.freshness import Stamp, Weights
 from fxcache.runtime.ranks import Ranks
 from fxcache.runtime.regions import Begins, Evaluation, Missed
 from fxcache.runtime.session import NewTrajectory, Outdated, Session
@@ -110,7 +110,8 @@ class StepExecutor:
         try:
             self.prepare(state, inputs)
             evaluation = self._regions(slot, state.allocated).begin(inputs, state.allocated)
-            outputs = _driven(self.steps(call, inputs), evaluation)
+            steps = self.steps(call, inputs, self.weights.now(inputs))
+            outputs = _driven(steps, evaluation)
         except (NewTrajectory, Outdated):  # nothing was written, and the evaluation comes again
             raise
         except BaseException:
@@ -128,15 +129,16 @@ class StepExecutor:
                 state.lost = Reason.CONTROL_CHANGED
             state.allocate(signature, lambda: self.allocate(inputs))
 
-    def steps(self, call: Call, inputs: Sequence[Any]) -> Steps:
+    def steps(self, call: Call, inputs: Sequence[Any], current: Callable[[], Stamp]) -> Steps:
         """One evaluation whose head was begun: asks for what is to be run, one after the other, and
-        ends with the outputs. Who runs it may run it together with that of others.
+        ends with the outputs. Who runs it may run it together with that of others. `current` gives
+        the stamp of the weights.
         """
         session, conditions, state = self.session, self.conditions, call.state
         # Checked while a GPU computes the head or, where nothing is measured, the hit.
         checks_late = session.policy.probe is None
         if not checks_late:
-            self._check(state, inputs)
+            self._check(state, inputs, current)
         read = [] if checks_late else (yield Read())
         metric, call = self._placed(call, read, inputs)
         change = None
@@ -148,14 +150,14 @@ class StepExecutor:
         outputs: Sequence[Any] = ()
         if decision.is_hit:
             outputs = yield Hit(self._weights(state, state.step))
-        if checks_late and self._check(state, inputs) and decision.is_hit:
+        if checks_late and self._check(state, inputs, current) and decision.is_hit:
             decision = Decision(False, state.lost, decision.score)
         if checks_late:
             self.ranks.compare(state.step, state.label, metric, decision)
         if not decision.is_hit:
             if conditions is not None:
                 conditions.keep(inputs, state.allocated)
-            outputs = yield from self._miss(state, measured, inputs)
+            outputs = yield from self._miss(state, measured, inputs, current)
         self._commit(call, measured, decision, outputs)
         return outputs
 
@@ -173,7 +175,9 @@ class StepExecutor:
         session.steps.knows_time = True
         return session.steps.settle(session.slot, session.where, given, time)
 
-    def _check(self, state: BranchState, inputs: Sequence[Any]) -> bool:
+    def _check(
+        self, state: BranchState, inputs: Sequence[Any], current: Callable[[], Stamp]
+    ) -> bool:
         """Forget the residuals of other weights than these; whether they were others.
 
         Raises Outdated if the caller came past Dynamo, and what was learned does not hold.
@@ -184,7 +188,8 @@ class StepExecutor:
             raise Outdated
         if not state.past or session.trusts_trajectory.get():
             return False
-        state.stamp, reason = self.weights.check(state.stamp, inputs, are_same=holds is not None)
+        are_same = holds is not None
+        state.stamp, reason = self.weights.check(state.stamp, inputs, current, are_same=are_same)
         if reason is not None:
             state.lose(reason)
         return reason is not None
@@ -208,12 +213,18 @@ class StepExecutor:
             time = read_number(value)
         return metric, self.session.completed(call, time)
 
-    def _miss(self, state: BranchState, metric: float | None, inputs: Sequence[Any]) -> Steps:
+    def _miss(
+        self,
+        state: BranchState,
+        metric: float | None,
+        inputs: Sequence[Any],
+        current: Callable[[], Stamp],
+    ) -> Steps:
         if metric is not None and not math.isfinite(metric):
             # Either this evaluation or the last computed one is broken: no forecast from the two.
             state.forget()
         if not state.past:
-            state.stamp = self.weights.stamp(inputs)
+            state.stamp = current().keep(self.weights.pick(inputs))
         advice = None if self.session.observe else self.session.advice
         computed = advice.before_miss(state) if advice is not None else []
         at = state.oldest_slot()

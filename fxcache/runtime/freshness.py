@@ -49,6 +49,8 @@ class Stamp:
 
     def keep(self, tensors: Sequence[torch.Tensor]) -> "Stamp":
         """This stamp, which is void once one of `tensors` is gone or stepped by an optimizer."""
+        if self in _stamps:  # requests of a batch have one
+            return self
         _watch_optimizers()
         void = functools.partial(_void, weakref.ref(self))
         self.references = [weakref.ref(tensor, void) for tensor in tensors]
@@ -72,20 +74,26 @@ class Weights:
         self.pick, self.registered, self.numbers = picker(tensors), tuple(registered), dict(numbers)
         self.constants = functools.cache(constants)  # what they are read from need not be kept
 
-    def stamp(self, inputs: Sequence[Any]) -> Stamp:
-        """What the weights among `inputs` are now."""
-        return Stamp(self, inputs).keep(self.pick(inputs))
+    def now(self, inputs: Sequence[Any]) -> Callable[[], Stamp]:
+        """What gives the stamp of the weights among `inputs`, made when it is first asked."""
+        return functools.cache(lambda: Stamp(self, inputs))
 
     def check(
-        self, then: Stamp, inputs: Sequence[Any], *, are_same: bool = False
+        self,
+        then: Stamp,
+        inputs: Sequence[Any],
+        current: Callable[[], Stamp],
+        *,
+        are_same: bool = False,
     ) -> tuple[Stamp, Reason | None]:
         """Why what is of the stamp `then` must be forgotten (None: nothing changed), and a stamp
-        for next time. With `are_same`, it is known that the weights are the same tensors.
+        for next time. `current` gives that of now (see `now`); with `are_same`, it is known that
+        the weights are the same tensors.
         """
         is_own = then.weights is self and not then.is_void
         if are_same and is_own and _versions(self.pick(inputs), then.owners) == then.versions:
             return then, None
-        now = Stamp(self, inputs)
+        now = current()
         is_same = then.shared == now.shared
         if is_own:
             is_same = (then.ids, then.versions) == (now.ids, now.versions)

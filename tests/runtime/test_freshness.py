@@ -22,24 +22,32 @@ def weights(count=3, **options):
     return Weights(range(count), **{**given, **options})
 
 
+def stamped(weights, inputs):
+    return weights.now(inputs)().keep(weights.pick(inputs))
+
+
+def checked(weights, stamp, inputs):
+    return weights.check(stamp, inputs, weights.now(inputs))
+
+
 def test_what_changes_a_stamp(tensors):
     own = weights()
-    stamp = own.stamp(tensors)
-    assert own.check(stamp, tensors) == (stamp, None)
+    stamp = stamped(own, tensors)
+    assert checked(own, stamp, tensors) == (stamp, None)
     tensors[1].add_(1)  # counted
-    new, reason = own.check(stamp, tensors)
+    new, reason = checked(own, stamp, tensors)
     assert reason == "weights changed"
-    assert own.check(new, tensors) == (new, None)
+    assert checked(own, new, tensors) == (new, None)
     tensors[0] = nn.Parameter(tensors[0].clone())
-    new, reason = own.check(new, tensors)
+    new, reason = checked(own, new, tensors)
     assert reason == "weights changed"
     tensors[0], tensors[2] = tensors[2], tensors[0]  # the same ones in other places
-    assert own.check(new, tensors)[1] == "weights changed"
+    assert checked(own, new, tensors)[1] == "weights changed"
 
 
 def test_a_weight_that_is_gone_voids_the_stamp(tensors):
     own = weights()
-    stamp = own.stamp(tensors)
+    stamp = stamped(own, tensors)
     reference = weakref.ref(tensors[2])
     tensors[2] = nn.Parameter(torch.ones(1))
     gc.collect()
@@ -49,7 +57,7 @@ def test_a_weight_that_is_gone_voids_the_stamp(tensors):
 
 def test_an_optimizers_step_voids_the_stamps_of_its_parameters(tensors):
     own, others = weights(), [nn.Parameter(torch.ones(1)) for _ in range(3)]
-    stamp, other = own.stamp(tensors), own.stamp(others)
+    stamp, other = stamped(own, tensors), stamped(own, others)
     tensors[0].grad = torch.ones(3)
     torch.optim.AdamW([tensors[0]], fused=True).step()
     assert stamp.is_void
@@ -60,29 +68,29 @@ def test_inference_tensors_have_no_count_of_writes():
     with torch.inference_mode():
         tensors = [torch.ones(1) for _ in range(3)]
     own = weights()
-    assert own.check(own.stamp(tensors), tensors)[1] is None
+    assert checked(own, stamped(own, tensors), tensors)[1] is None
 
 
 def test_numbers_of_the_model():
     number = torch.tensor(0.5)
     own = Weights([], [], {"scale": 0}, lambda: {"shift": frozenset({"== 1"})})
-    stamp = own.stamp([number])
-    assert own.check(stamp, [torch.tensor(0.5)])[1] is None
-    assert own.check(stamp, [torch.tensor(0.25)])[1] == "a number of the model changed"
+    stamp = stamped(own, [number])
+    assert checked(own, stamp, [torch.tensor(0.5)])[1] is None
+    assert checked(own, stamp, [torch.tensor(0.25)])[1] == "a number of the model changed"
 
 
 def test_another_graph_of_the_same_model(tensors):
     """Tables that models keep may be others, parameters and numbers may not."""
     own = weights()
-    stamp = own.stamp(tensors)
+    stamp = stamped(own, tensors)
     other = weights(constants=lambda: {"scale": frozenset({"== 1"})})
     table = torch.zeros(5)
-    new, reason = other.check(stamp, [tensors[0], table, tensors[2]])
+    new, reason = checked(other, stamp, [tensors[0], table, tensors[2]])
     assert reason is None
     assert new.weights is other
     third = weights(constants=lambda: {"scale": frozenset({"== 2"})})
-    assert third.check(new, tensors)[1] == "a number of the model changed"
-    assert own.check(stamp, [tensors[2], tensors[1], tensors[2]])[1] == "weights changed"
+    assert checked(third, new, tensors)[1] == "a number of the model changed"
+    assert checked(own, stamp, [tensors[2], tensors[1], tensors[2]])[1] == "weights changed"
 
 
 # --- past Dynamo: what its guards check is checked late ---
