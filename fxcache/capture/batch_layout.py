@@ -57,7 +57,7 @@ def layout_of(
                 f"what the blocks compute of the sizes {tuple(residual.shape)} is one for all of "
                 f"the batch's rows: requests of this model cannot be batched"
             )
-        streams.append((dimension, residual.dtype))
+        streams.append((dimension, residual.dtype, residual.device))
     return Layout(
         rows.per_request,
         rows.symbol,

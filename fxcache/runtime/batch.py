@@ -32,6 +32,10 @@ from fxcache.runtime.state import Buffers
 LIMIT, LIMITS = 0.01, {torch.float16: 0.05, torch.bfloat16: 0.05}
 
 
+#: One entry a stream, for many requests.
+Rings = tuple[tuple[torch.Tensor], ...]
+
+
 class Batch:
     """The compiled pieces of one graph, for any number of requests.
 
@@ -82,7 +86,7 @@ class Batch:
         wiring: Wiring,
         values: Values,
         kept: dict[str, torch.Tensor],
-        rings: tuple[tuple[torch.Tensor, ...], ...],
+        rings: Rings,
     ) -> Evaluation:
         """Begin to run the pieces of `wiring` on rows that were put together."""
         given = Buffers(kept, rings)
@@ -144,35 +148,26 @@ class Batch:
     def put_back(self, kept: Mapping[str, torch.Tensor], buffers: Sequence[Buffers]) -> None:
         """Give each request what was written of it."""
         for key, dimension in self.layout.kept.items():
-            for own, part in zip(
-                buffers, kept[key].chunk(len(buffers), dimension or 0), strict=True
-            ):
+            parts = kept[key].chunk(len(buffers), dimension or 0)
+            for own, part in zip(buffers, parts, strict=True):
                 own.kept[key].copy_(part[0] if dimension is None else part)
 
-    def forecasts(
-        self, works: Sequence[Hit], buffers: Sequence[Buffers], device: torch.device
-    ) -> tuple[tuple[torch.Tensor], ...]:
+    def forecasts(self, works: Sequence[Hit], buffers: Sequence[Buffers]) -> Rings:
         """For each stream, what the requests' rings forecast."""
-        return tuple(
-            (
-                torch.cat(
-                    [
-                        forecast(own.rings[stream], work.weights, dtype, device)
-                        for work, own in zip(works, buffers, strict=True)
-                    ],
-                    dimension,
-                ),
-            )
-            for stream, (dimension, dtype) in enumerate(self.layout.streams)
-        )
+        merged = []
+        for stream, (dimension, dtype, device) in enumerate(self.layout.streams):
+            each = [
+                forecast(own.rings[stream], work.weights, dtype, device)
+                for work, own in zip(works, buffers, strict=True)
+            ]
+            merged.append((torch.cat(each, dimension),))
+        return tuple(merged)
 
-    def fresh(
-        self, buffers: Sequence[Buffers], device: torch.device
-    ) -> tuple[tuple[torch.Tensor], ...]:
+    def fresh(self, buffers: Sequence[Buffers]) -> Rings:
         """For each stream, memory for the residuals of these requests."""
         merged = []
-        for (dimension, dtype), ring in zip(self.layout.streams, buffers[0].rings, strict=True):
-            shape = list(ring[0].shape)
+        for stream, (dimension, dtype, device) in enumerate(self.layout.streams):
+            shape = list(buffers[0].rings[stream][0].shape)
             shape[dimension] *= len(buffers)
             merged.append((torch.empty(shape, dtype=dtype, device=device),))
         return tuple(merged)
@@ -199,7 +194,7 @@ class Together:
         """The outputs of requests that hit."""
         batch, ids = self.batch, self.batch.padded(list(asked))
         buffers, values = self._rows(ids)
-        rings = batch.forecasts([asked[i] for i in ids], buffers, self._device)
+        rings = batch.forecasts([asked[i] for i in ids], buffers)
         evaluation = batch.run(batch.body, values, batch.merged_kept(buffers), rings)
         outputs = evaluation.hit((1.0,))
         if batch.writes_on_hit:
@@ -210,15 +205,14 @@ class Together:
         """The outputs and the sums of the error of requests that miss."""
         batch, ids = self.batch, self.batch.padded(list(asked))
         buffers, values = self._rows(ids)
-        rings = batch.fresh(buffers, self._device)
+        rings = batch.fresh(buffers)
         evaluation = batch.run(batch.body, values, batch.merged_kept(buffers), rings)
         outputs, _ = evaluation.miss(0)
         own = evaluation.buffers
         batch.put_back(own.kept, buffers)
         streams = zip(own.rings, batch.layout.streams, strict=True)
-        fresh = list(
-            zip(*(ring[0].chunk(len(ids), dim) for ring, (dim, _) in streams), strict=True)
-        )
+        parts = [ring[0].chunk(len(ids), dimension) for ring, (dimension, *_) in streams]
+        fresh = list(zip(*parts, strict=True))
         split = self._split(outputs, len(ids))
         if len(asked) > 1 and not batch.is_checked:
             given = batch.layout.take(self.values, [ids[0]], self.padded)[: batch.layout.inputs]
@@ -230,11 +224,6 @@ class Together:
 
     def _rows(self, ids: Sequence[int]) -> tuple[list[Buffers], list[Any]]:
         return [self.buffers[i] for i in ids], self.batch.layout.take(self.values, ids, self.padded)
-
-    @property
-    def _device(self) -> torch.device:
-        device: torch.device = self.values[next(iter(self.batch.layout.held))].device
-        return device
 
     def _split(self, outputs: Values, number: int) -> list[list[Any]]:
         """Each request's outputs."""

@@ -46,14 +46,14 @@ def begin_error(
         if groups:  # ranks that vote may be at other steps: one that compared waits for this one
             shared(torch.zeros_like(sums), groups)
         return None
-    steps, read = (step, *(at for at, _ in nodes)), begin_read(shared(sums, groups))
+    steps, unread = (step, *(at for at, _ in nodes)), [begin_read(shared(sums, groups))]
     known: list[ForecastError] = []
     lock = threading.Lock()  # a report may ask in another thread, and what is read is read once
 
     def error() -> ForecastError:
         with lock:
             if not known:
-                off, size = read()
+                off, size = unread.pop()()  # records keep no tensor
                 relative = off / size if size else (math.inf if off else 0.0)
                 known.append(ForecastError(steps, relative))
             return known[0]

@@ -19,7 +19,7 @@ class Layout:
     rows in them. `held` are the inputs (and, behind them, what crosses from the head) that hold
     rows: by place, along which dimension, and their shape and strides by formulas. `kept` and
     `outputs` say along which dimension the rows of what is measured and returned lie (None: it
-    holds none), `streams` that of the residuals, with the dtype that they are computed in.
+    holds none), `streams` that of the residuals, with dtype and device where they are computed.
     """
 
     per_request: int
@@ -28,7 +28,7 @@ class Layout:
     sizes: Mapping[int, Any]
     held: Mapping[int, tuple[int, tuple[Any, ...], tuple[Any, ...]]]
     kept: Mapping[str, int | None]
-    streams: tuple[tuple[int, torch.dtype], ...]
+    streams: tuple[tuple[int, torch.dtype, torch.device], ...]
     outputs: tuple[int | None, ...]
 
     def number(self, inputs: Values) -> int:
