@@ -144,7 +144,8 @@ class DenoiserMethods:
         that `at(slot=...)` gives it, so it may come and go, be called alone, and be at a timestep
         of its own; it is freed when its last step was seen, or by `release`. Its rule is asked with
         its own history, and the blocks run at most twice: once on the rows that miss, once on those
-        that hit. Tensors whose first size follows the number of rows belong to rows, others to all.
+        that hit. Tensors with a size that follows the number of rows belong to rows, others to all.
+        Where a step makes several calls, name their `branch`: else they are misses.
 
         `requests` may map each to a policy of its own (None: the denoiser's), as in `at`.
 

@@ -9,7 +9,14 @@ from torch._subclasses import FakeTensor
 
 from fxcache.capture.layout import sizes_of
 from fxcache.errors import BatchError
-from fxcache.passes.graph import GraphInputs, is_tensor, outputs_of, tensor_of, value_of
+from fxcache.passes.graph import (
+    GraphInputs,
+    is_tensor,
+    numel_of,
+    outputs_of,
+    tensor_of,
+    value_of,
+)
 from fxcache.passes.measure import REFERENCE
 from fxcache.passes.pieces import Pieces
 from fxcache.passes.rows import Rows
@@ -42,6 +49,12 @@ def layout_of(
 
     Raises BatchError where that cannot be told.
     """
+    time = inputs.timestep
+    if time is not None and numel_of(time) > 1 and rows.dimension(tensor_of(time)) is None:
+        raise BatchError(
+            f"the model does not take {inputs.paths[time]} row by row, so requests at steps of "
+            f"their own cannot be batched"
+        )
     placeholders = gm.graph.find_nodes(op="placeholder")
     crossing = () if pieces.head is None else pieces.head.results
     held: dict[int, Any] = {}

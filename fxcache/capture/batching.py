@@ -31,18 +31,23 @@ class Batches:
         self.others: set[Any] = set()
 
     def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One evaluation of a batch, each request where it belongs."""
+        """One evaluation of a batch, each request where it belongs. A request that is the only one
+        is called alone.
+        """
         runner, session, where = self.runner, self.runner.session, self.runner.session.where
         inputs, timestep = runner.placed_by(args, kwargs)
         check_rows(inputs, session.steps.samples, where)
         each = where.of_requests()
-        is_known = all(session.slot_of(one).is_announced for one in each)
+        is_known = where.branch is not None
+        is_known = is_known and all(session.slot_of(one).is_announced for one in each)
         times = times_of(timestep, len(each), where.rows_per_request, is_known=is_known)
         with ExitStack() as stack:
             placed = zip(times, each, strict=True)
             calls = [stack.enter_context(session.settled({}, time, one)) for time, one in placed]
-            token = session.calls.set(calls)
+            token = session.calls.set(calls if len(calls) > 1 else None)
             try:
+                if len(calls) == 1:
+                    return runner.evaluate_placed(args, kwargs)
                 return self._together(args, kwargs)
             except BaseException:
                 for call in calls:
@@ -53,8 +58,8 @@ class Batches:
                 session.last_call.set(None)
 
     def _together(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One evaluation of these. That all tensors that have as many rows as the batch are the
-        batch's is believed until a capture shows that it is not so.
+        """One evaluation of several requests. That all tensors that have as many rows as the batch
+        are the batch's is believed until a capture, or what it computes, shows that it is not so.
         """
         rows = self.runner.session.where.rows_per_request
         try:
@@ -64,6 +69,7 @@ class Batches:
                 raise
             log.info("trying again without one number of rows for all: %s", error)
             self.unsure.add(rows)
+            self.others.clear()
             self.compiled.pop(rows, None)
             return self.runner.evaluate_checked(args, kwargs)
 
@@ -78,24 +84,22 @@ class Batches:
             )
         if rows not in self.compiled:
             self.compiled[rows] = runner.compile(runner.new_backend(rows), rows=rows)
-        given, of_rows = self._with_symbolic_rows((args, kwargs), rows, len(calls))
+        given, of_rows = self._with_symbolic_rows((args, kwargs), rows * len(calls))
         together = () if rows in self.unsure else of_rows
         return self.compiled[rows](runner.model, *given, forward, together)
 
-    def _with_symbolic_rows(
-        self, arguments: Any, rows: int, requests: int
-    ) -> tuple[Any, tuple[int, ...]]:
-        """`arguments` with aliases of the tensors that have so many rows, as far as is known, whose
+    def _with_symbolic_rows(self, arguments: Any, rows: int) -> tuple[Any, tuple[int, ...]]:
+        """`arguments` with aliases of the tensors that have `rows` rows, as far as is known, whose
         number Dynamo then makes a symbol (a fixed size where it is another thing), and the places
-        of these leaves. A symbol is at least 2 to Dynamo: a single request comes twice.
+        of these leaves.
         """
         paths, spec = pytree.tree_flatten_with_path(arguments)
         leaves, of_rows = [leaf for _, leaf in paths], []
         for place, (path, leaf) in enumerate(paths):
             if not isinstance(leaf, torch.Tensor) or path in self.others:
                 continue
-            if leaf.shape[:1] == (rows * requests,):
-                leaves[place] = torch.cat([leaf, leaf]) if requests == 1 else leaf.detach()
+            if leaf.shape[:1] == (rows,):
+                leaves[place] = leaf.detach()
                 torch._dynamo.maybe_mark_dynamic(leaves[place], 0)
                 of_rows.append(place)
             else:

@@ -20,6 +20,7 @@ from fxcache.capture.batching import Batches
 from fxcache.capture.compile import Compilers
 from fxcache.capture.evaluate import evaluate, own_evaluate
 from fxcache.errors import (
+    BatchError,
     BrokenGraphError,
     CaptureError,
     FxCacheError,
@@ -60,6 +61,7 @@ class Runner:
         self.gave_up = False
         #: After how many evaluations all captures were dropped.
         self._renewed_at: int | None = None
+        self.batches = Batches(self)
         self.shortcut = Shortcut(self.session, checks=options.guards == "always")
         self.uncached = (
             evaluate if options.is_eager else self.compile(self.compilers.piece, fullgraph=False)
@@ -85,7 +87,7 @@ class Runner:
         #: The model is one graph; it became so with more of Dynamo's switches on.
         self.backend, self.is_whole, self.captures_more = backend, True, False
         self.cached = self.compile(backend)
-        self.batches = Batches(self)
+        self.batches.compiled.clear()
 
     def compile(
         self, backend: Callable[..., Any], *, fullgraph: bool = True, rows: int | None = None
@@ -110,7 +112,7 @@ class Runner:
             return self.evaluate_uncached(args, kwargs)
         try:
             return self.evaluate(args, kwargs)
-        except (StackNotFoundError, CaptureError) as error:
+        except (StackNotFoundError, CaptureError, BatchError) as error:
             if not self.options.fallback:
                 raise
             warnings.warn(f"fxcache runs this model uncached: {error}", stacklevel=3)
@@ -272,9 +274,10 @@ class Runner:
         trajectory's time, the model is not captured any more.
         """
         own = hooks.own_forward(self.model)
-        if self.session.calls.get() is not None:
-            return self.batches.call(args, kwargs, own)
+        is_batch = self.session.calls.get() is not None
         try:
+            if is_batch:
+                return self.batches.call(args, kwargs, own)
             return self.cached(self.model, args, kwargs, own)
         except internals.FailOnRecompileLimitHit:
             evaluations, self._renewed_at = self._renewed_at, self.session.evaluations
@@ -291,6 +294,9 @@ class Runner:
         log.info(
             f"{name} was captured {graphs} times and is captured anew. What failed last: {why}"
         )
+        if is_batch:
+            self.batches.compiled.clear()
+            return self.batches.call(args, kwargs, own)
         self.cached = self.compile(self.backend, fullgraph=self.is_whole)
         return self.cached(self.model, args, kwargs, own)
 

@@ -30,7 +30,8 @@ class Rows:
         if isinstance(size, int) or not size.node.expr.is_Symbol:
             raise BatchError(
                 f"the number of rows of {facts.inputs.paths[sample]} is fixed in the model's graph "
-                f"({size}): its code asks for it, and requests cannot be batched"
+                f"({size}): its code asks for it, or rows meet a tensor that does not have them "
+                f"first. Requests of it cannot be batched"
             )
         return cls(size.node.expr, per_request)
 

@@ -115,8 +115,8 @@ class ThresholdPolicy(NamedPolicy):
             raise PolicyError(
                 f"start={self.start}, end={self.end}, final_steps={self.final_steps} of "
                 f"{type(self).__name__} need the number of the trajectory's steps, which is not "
-                f"known: call the sampler inside `with denoiser.trajectory(num_steps=...)`, or "
-                f"set start=0, end=1 and final_steps=0"
+                f"known: call the sampler inside `with denoiser.trajectory(num_steps=...)` (and "
+                f"slot=... for a request of a batch), or set start=0, end=1 and final_steps=0"
             )
         return history.num_steps
 

@@ -71,23 +71,22 @@ class Audit:
         """Try the residual in ring entry `entry` of `buffers`, which were filled by the evaluation
         of `inputs` that gave `outputs`. Writes into none of them. One read-back.
         """
-        if self.device.type == "meta" or any(map(_is_fixed, (inputs[p] for p in self.samples))):
+        if self.device.type == "meta" or any(is_fixed(inputs[p]) for p in self.samples):
             return  # nothing to compare, or no way to move it
         with torch.no_grad(), self._generators():
-            moved = list(inputs)
+            given, own = list(inputs), _copied(buffers, self.device)
             for place in self.samples:
-                moved[place] = _moved(inputs[place])
-            given, own = tuple(moved), copied(buffers, self.device)
+                given[place] = moved(inputs[place])
             weights = [float(at == entry) for at in range(len(buffers.rings[0]))]
-            trial = self.begin(given, own)
+            trial = self.begin(tuple(given), own)
             hit, (full, _) = trial.hit(weights), trial.miss(entry)  # which overwrites the entry
             pairs = (hit, full), (outputs, full), (hit, outputs)
             sums = torch.stack([self._distance(a, b) for a, b in pairs])
-            error, scale, moved = shared(sums, self.groups).sqrt().tolist()
+            error, scale, change = shared(sums, self.groups).sqrt().tolist()
         if not math.isfinite(error) or not math.isfinite(scale):
             return
         self.q = error / scale if scale > 0 else (0.0 if error == 0 else math.inf)
-        self.is_frozen = moved == 0 < scale
+        self.is_frozen = change == 0 < scale
         log.info("audit: q = %.2f", self.q)
         if self.failed:
             still = ", and did not move at all" if self.is_frozen else ""
@@ -113,29 +112,29 @@ class Audit:
         return forked
 
 
-def _moved(sample: torch.Tensor) -> torch.Tensor:
+def moved(sample: torch.Tensor, seed: int = 0) -> torch.Tensor:
     """`sample` with noise of a tenth of its standard deviation (of its size, if it is constant)."""
-    generator = torch.Generator(sample.device).manual_seed(0)
+    generator = torch.Generator(sample.device).manual_seed(seed)
     noise = torch.empty_like(sample, dtype=torch.float32)
     noise = noise.normal_(generator=generator)
     values = torch.view_as_real(sample) if sample.is_complex() else sample
     spread = values.float().std() if values.numel() > 1 else values.float().abs().sum()
     size = values.float().square().mean().sqrt()
     scale = torch.where(spread > 1e-6 * size, spread, torch.where(size > 0, size, 1.0))
-    moved = torch.empty_strided(  # the compiled pieces assume the strides
+    result = torch.empty_strided(  # the compiled pieces assume the strides
         sample.shape, sample.stride(), dtype=sample.dtype, device=sample.device
     )
-    return moved.copy_(sample + (MOVE * scale * noise))
+    return result.copy_(sample + (MOVE * scale * noise))
 
 
-def _is_fixed(sample: torch.Tensor) -> bool:
+def is_fixed(sample: torch.Tensor) -> bool:
     """Whether `sample` holds whole numbers, or elements that share memory (expanded dimensions)."""
     pairs = zip(sample.shape, sample.stride(), strict=True)
     is_continuous = sample.is_floating_point() or sample.is_complex()
     return not is_continuous or any(size > 1 and stride == 0 for size, stride in pairs)
 
 
-def copied(buffers: Buffers, device: torch.device) -> Buffers:
+def _copied(buffers: Buffers, device: torch.device) -> Buffers:
     """Buffers that a trial may write into. Another's conditions are not looked at."""
     kept = {key: tensor.clone() for key, tensor in buffers.kept.items()}
     rings = tuple(

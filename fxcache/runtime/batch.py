@@ -10,27 +10,20 @@ together for a call; what they write is put back. A forecast is made before, req
 each has weights of its own: the hit adds it as it is.
 """
 
-import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
 import torch
 
-from fxcache.errors import BatchError
-from fxcache.runtime.audit import copied, squares
+from fxcache.runtime import apart
 from fxcache.runtime.executor import Hit, Miss, Read, StepExecutor, Steps, Work
 from fxcache.runtime.regions import Evaluation, Missed, Regions, Wiring
 from fxcache.runtime.ring import forecast, store
 from fxcache.runtime.rows import Layout, Values
 from fxcache.runtime.session import NewTrajectory, Outdated
 from fxcache.runtime.state import Buffers
-
-#: By so much of its size may an output among others differ from what it is alone.
-LIMIT, LIMITS = 0.01, {torch.float16: 0.05, torch.bfloat16: 0.05}
-
 
 #: One entry a stream, for many requests.
 Rings = tuple[tuple[torch.Tensor], ...]
@@ -105,31 +98,6 @@ class Batch:
         """`ids`, of buckets as many as fill one: the last again."""
         number = len(ids) if self.buckets is None else 1 << (len(ids) - 1).bit_length()
         return [*ids, *[ids[-1]] * (number - len(ids))]
-
-    def check(self, inputs: Values, buffers: Buffers, outputs: Values, fresh: Values) -> None:
-        """Compute a request by itself: gives it these outputs and fresh residuals? One read-back.
-
-        Raises BatchError if it does not: its rows read those of others.
-        """
-        dtype = self.layout.streams[0][1]
-        alone = copied(buffers, fresh[0].device)
-        alone = replace(alone, rings=tuple((torch.empty_like(each),) for each in fresh))
-        again, _ = self.begin(inputs, alone).miss(0)
-        pairs = [*zip(outputs, again, strict=True)]
-        pairs += [(own, ring[0]) for own, ring in zip(fresh, alone.rings, strict=True)]
-        tensors = [(a, b) for a, b in pairs if isinstance(a, torch.Tensor)]
-        off, size = squares([a - b for a, b in tensors]), squares([a for a, _ in tensors])
-        relative = torch.stack([off, size]).sqrt().tolist()
-        if not all(map(math.isfinite, relative)):
-            return
-        limit = LIMITS.get(dtype, LIMIT)
-        if relative[0] > limit * relative[1]:
-            raise BatchError(
-                f"requests of this model cannot be batched: computed by itself a request's output "
-                f"differs by {relative[0] / relative[1]:.2g} of its size from what it is among "
-                f"others (at most {limit:g} is rounding), so its rows read those of others"
-            )
-        self.is_checked = True
 
     # --- what requests keep, put together and put back ---
 
@@ -214,9 +182,6 @@ class Together:
         parts = [ring[0].chunk(len(ids), dimension) for ring, (dimension, *_) in streams]
         fresh = list(zip(*parts, strict=True))
         split = self._split(outputs, len(ids))
-        if len(asked) > 1 and not batch.is_checked:
-            given = batch.layout.take(self.values, [ids[0]], self.padded)[: batch.layout.inputs]
-            batch.check(given, buffers[0], split[0], fresh[0])
         stored = (
             store(asked[i], own, self.buffers[i]) for i, own in zip(asked, fresh, strict=False)
         )
@@ -265,14 +230,16 @@ class BatchExecutor:
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Any) -> Values:
-        calls, layout = self.executor.session.calls.get() or [], self.batch.layout
+        calls = self.executor.session.calls.get() or []
         try:
-            with self._lock:  # a single request came twice
-                given = layout.take(inputs, range(len(calls)), layout.number(inputs))
-                own = layout.split(given)
-                for call, one in zip(calls, own, strict=True):
-                    self.executor.prepare(call.state, one)
-                together = self.batch.begin_all(given, [call.state.allocated for call in calls])
+            with self._lock:
+                own = self.batch.layout.split(inputs)
+                for call, given in zip(calls, own, strict=True):
+                    self.executor.prepare(call.state, given)
+                buffers = [call.state.allocated for call in calls]
+                if not self.batch.is_checked:
+                    self.batch.is_checked = apart.check(self.batch, inputs, buffers)
+                together = self.batch.begin_all(inputs, buffers)
                 current = self.executor.weights.now(inputs)
                 each = map(self.executor.steps, calls, own, repeat(current))
                 outputs = _driven(list(each), together)

@@ -157,7 +157,7 @@ class StepExecutor:
         if not decision.is_hit:
             if conditions is not None:
                 conditions.keep(inputs, state.allocated)
-            outputs = yield from self._miss(state, measured, inputs, current)
+            outputs = yield from self._miss(call, measured, inputs, current)
         self._commit(call, measured, decision, outputs)
         return outputs
 
@@ -215,11 +215,12 @@ class StepExecutor:
 
     def _miss(
         self,
-        state: BranchState,
+        call: Call,
         metric: float | None,
         inputs: Sequence[Any],
         current: Callable[[], Stamp],
     ) -> Steps:
+        state = call.state
         if metric is not None and not math.isfinite(metric):
             # Either this evaluation or the last computed one is broken: no forecast from the two.
             state.forget()
@@ -239,7 +240,11 @@ class StepExecutor:
         state.error = begin_error(state.step, nodes, sums, self.groups)
         if advice is not None:
             advice.after_miss(state, computed)
-        if self.audit is not None and self.audit.q is None and self.session.may_hit:
+        if (
+            self.audit is not None
+            and self.audit.q is None
+            and self.session.may_hit(call.where.policy)
+        ):
             self.audit.run(tuple(inputs), outputs, state.allocated, at)
             if self.audit.q is not None:
                 self.session.audits.append(self.audit.q)

@@ -21,7 +21,7 @@ from fxcache.report import Record, Report
 from fxcache.runtime.advice import Advice
 from fxcache.runtime.forecast_error import Error
 from fxcache.runtime.state import BranchState, Slot, Slots, Verdict
-from fxcache.runtime.steps import Call, Steps, Where, check_announcement, check_said
+from fxcache.runtime.steps import REPEATED, Call, Steps, Where, check_announcement, check_said
 
 log = logging.getLogger("fxcache")
 
@@ -88,10 +88,9 @@ class Session:
         self.advised: str | None = None
         self._warned: set[str] = set()
 
-    @property
-    def may_hit(self) -> bool:
-        """Whether the policy could ever hit, as far as its threshold says."""
-        policy = self.where.policy or self.policy
+    def may_hit(self, own: Policy | None = None) -> bool:
+        """Whether the policy (a request's `own`) could ever hit, as far as its threshold says."""
+        policy = own or self.policy
         limits = (getattr(policy, name, math.inf) for name in ("threshold", "tolerance"))
         return 0 not in limits and not self.observe
 
@@ -99,7 +98,7 @@ class Session:
         """None for what was fitted to its steps already, checks itself, or never hits."""
         forecast = self.policy.forecast
         has_own = isinstance(forecast, Fitted | Within)
-        return None if has_own or not self.may_hit else Advice(forecast)
+        return None if has_own or not self.may_hit() else Advice(forecast)
 
     # --- where an evaluation belongs ---
 
@@ -125,12 +124,14 @@ class Session:
     def at(self, **said: Any) -> Iterator[None]:
         """What the caller says of the evaluations inside: see `Where`."""
         check_said(said, self.policy)
+        if "slot" in said:  # one request, and not those of a batch around it
+            said["requests"] = None
         token = self._where.set(replace(self._where.get(), **said))
         try:
             yield
         finally:
             self._where.reset(token)
-            for key in (said["slot"],) if "slot" in said else said.get("requests", ()):
+            for key in said.get("requests") or filter(None, [said.get("slot")]):
                 slot = self.slots.get(key)
                 if slot is not None and slot.is_over and not slot.is_announced:
                     self.begin(slot)  # its solve is over: the request will not come back
@@ -303,11 +304,7 @@ class Session:
         """Note what was decided."""
         state = call.state
         if call.is_repeat and call.where.branch is None:
-            self.say_once(
-                "repeat",
-                "several evaluations at one timestep in one branch: if they are the branches of "
-                "classifier-free guidance, name them with denoiser.branch(...)",
-            )
+            self.say_once("repeat", REPEATED)
         is_predicted = checked(self.policy) and decision.reason != Reason.CONTROL_CHANGED
         record = Record(
             state.step,

@@ -23,6 +23,11 @@ from fxcache.runtime.timeline import Clock, Timeline
 
 log = logging.getLogger("fxcache")
 
+REPEATED = (
+    "several evaluations at one timestep in one branch: if they are the branches of "
+    "classifier-free guidance, name them with denoiser.branch(...)"
+)
+
 
 @dataclass(frozen=True)
 class Where:
@@ -120,7 +125,13 @@ class Steps:
             is_known = time is not None or (timestep is None and self.knows_time)
             state = self._recognised(search, state, time) if is_known else state or search.begin()
             is_repeat = time is not None and time == state.timestep and not slot.is_announced
+            is_second = where.requests is not None and where.branch is None
+            if is_second and state.is_running and time is not None and time == state.timestep:
+                slot.is_mixed = True  # a batch shows too little of a call to tell branches apart
+                self.say_once("repeat", REPEATED)
             step = self._counted(slot, state, time) if is_known else None
+        if slot.is_mixed and where.requests is not None:
+            state.lose(Reason.UNKNOWN_BRANCH)
         search.note(state)
         state.time_seen = seen
         slot.step = max(slot.step, state.step)

@@ -4,18 +4,15 @@ import math
 
 import pytest
 import torch
-from batches import NAMES, Requests, decisions
+from batches import NAMES, Requests, decisions, of_net, together
 from helpers import ALWAYS, assert_close, assert_identical, graphed, plain
-from nets import Net, Residual, tokens
+from nets import Net, Residual
 
 import fxcache
 from fxcache import (
     AdaptiveCache,
-    BatchError,
     EasyCache,
     FirstBlockCache,
-    OptionError,
-    PolicyError,
     SeaCache,
     StepSchedule,
     Taylor,
@@ -33,17 +30,6 @@ CASES = {
     "ltx_video": ADAPTIVE,  # a mask, of which the model makes others
     "sdxl_unet": ADAPTIVE,  # sizes of several inputs in one formula
 }
-
-
-def together(denoiser, names, x, t, **options):
-    with torch.no_grad(), denoiser.batch(names, **options):
-        return denoiser(x, t)
-
-
-def at(step, requests=2, seed=0):
-    """Rows of a small net: one a request."""
-    x, t = tokens(step, seed)
-    return x.repeat(requests, 1, 1)[:requests].clone(), t[:1].repeat(requests)
 
 
 @pytest.fixture
@@ -68,7 +54,7 @@ def test_decisions_and_numbers_are_those_of_each_request_alone(name):
         hits += sum(is_hit for is_hit, _ in decisions(one, request))
     assert 0 < hits < len(NAMES) * requests.steps
     report = many.report()
-    assert report.graphs == 1  # of any number of requests
+    assert report.graphs == 2  # of one request, and of any number
     assert report.cached_bytes == 0  # all of them are over
 
 
@@ -128,7 +114,7 @@ def test_only_the_rows_that_miss_run_the_blocks(net):
         if step == 5:
             denoiser.release(3)
         rows.clear()
-        together(denoiser, names, *at(step, 8))
+        together(denoiser, names, *of_net(step, 8))
         hits = [decisions(denoiser, name)[-1][0] for name in names]
         if step > 0:  # at first, one request is computed by itself, too
             assert rows == [8 - sum(hits)] * 4 * (sum(hits) < 8)
@@ -139,7 +125,7 @@ def test_nan_in_one_row_touches_no_other(net):
     """It is a miss of its request, then and after."""
     denoiser, clean = (plain(net, FirstBlockCache(threshold=0.3), audit=False) for _ in range(2))
     for step in range(4):
-        x, t = at(step, 3)
+        x, t = of_net(step, 3)
         expected = together(clean, list("abc"), x, t)
         if step == 2:
             x[1] = math.nan
@@ -153,12 +139,12 @@ def test_nan_in_one_row_touches_no_other(net):
 def test_a_request_is_called_alone_and_with_others(net):
     """In turn: it has one state, and hits where it would."""
     denoiser = plain(net, ALWAYS, audit=False)
-    x, t = at(0, 2)
+    x, t = of_net(0, 2)
     together(denoiser, ["a", "b"], x, t)
     with torch.no_grad(), denoiser.slot("a"):
-        denoiser(*at(1, 1))
-    together(denoiser, ["a"], *at(2, 1))
-    together(denoiser, ["b", "a"], *at(3, 2))
+        denoiser(*of_net(1, 1))
+    together(denoiser, ["a"], *of_net(2, 1))
+    together(denoiser, ["b", "a"], *of_net(3, 2))
     assert [is_hit for is_hit, _ in decisions(denoiser, "a")] == [False, True, True, True]
     assert [is_hit for is_hit, _ in decisions(denoiser, "b")] == [False, True]
 
@@ -169,7 +155,7 @@ def test_branches_of_requests(net):
     for step in range(3):
         for branch in ("cond", "uncond"):
             with denoiser.branch(branch):
-                together(denoiser, ["a", "b"], *at(step))
+                together(denoiser, ["a", "b"], *of_net(step))
     records = denoiser.report("a").records
     assert [(r.branch, r.is_hit) for r in records] == [
         (branch, step > 0) for step in range(3) for branch in ("cond", "uncond")
@@ -180,7 +166,7 @@ def test_each_request_has_its_own_policy(net):
     denoiser = plain(net, ADAPTIVE, audit=False)
     policies = {"strict": AdaptiveCache(tolerance=0), "loose": AdaptiveCache(tolerance=9)}
     for step in range(6):
-        together(denoiser, policies, *at(step))
+        together(denoiser, policies, *of_net(step))
     assert not any(is_hit for is_hit, _ in decisions(denoiser, "strict"))
     assert any(is_hit for is_hit, _ in decisions(denoiser, "loose"))
 
@@ -199,7 +185,7 @@ def test_conditioning_is_looked_at_by_request(net):
         if step == 2:
             control = control * torch.tensor([1.0, 2.0])[:, None, None]
         with torch.no_grad(), denoiser.batch(["a", "b"]):
-            denoiser(*at(step), control)
+            denoiser(*of_net(step), control)
     assert [is_hit for is_hit, _ in decisions(denoiser, "a")] == [False, True, True]
     assert decisions(denoiser, "b")[-1] == (False, "control changed")
 
@@ -210,7 +196,7 @@ def test_new_weights_are_a_miss_of_all(net):
         if step == 5:
             with torch.no_grad():
                 net.blocks[2].up.weight.mul_(1.1)
-        together(denoiser, ["a", "b"], *at(step))
+        together(denoiser, ["a", "b"], *of_net(step))
     for name in "ab":
         assert decisions(denoiser, name)[-1] == (False, "weights changed")
         assert any(is_hit for is_hit, _ in decisions(denoiser, name))
@@ -236,6 +222,92 @@ def test_as_many_rows_as_tokens(net):
         assert_close(fewer, model(x.flip(0)[:5], torch.ones(5), places))
 
 
+def test_a_table_with_as_many_entries_as_the_batch(net):
+    """Belongs to all: who reads its first entry reads it for each request, alone in a miss, too."""
+
+    class Reading(Net):
+        def forward(self, x, t, table):
+            return super().forward(x + table[0], t)
+
+    torch.manual_seed(0)
+    model, table = Reading().eval(), torch.randn(2, 16, 8)
+    denoiser = plain(model, ALWAYS, audit=False)
+    with torch.no_grad():
+        for step in range(3):
+            if step == 2:
+                denoiser.release("b")
+            x, t = of_net(step)
+            with denoiser.batch(["a", "b"]):
+                output = denoiser(x, t, table)
+        assert [r.is_hit for r in denoiser.report().records[-2:]] == [True, False]
+        assert_close(output[1], model(x, t, table)[1])
+
+
+def test_outputs_of_other_kinds(net):
+    """Views of inputs, switches, and what has no rows."""
+
+    class Telling(Net):
+        def forward(self, x, t):
+            out = super().forward(x, t)
+            return {"out": out, "given": x[:, :2], "high": out > 0, "name": "telling"}
+
+    torch.manual_seed(0)
+    model = Telling().eval()
+    denoiser = plain(model, ALWAYS, audit=False)
+    for names in (["a"], ["a", "b"], ["b"]):
+        x, t = of_net(0, len(names))
+        denoiser.reset()
+        output, expected = together(denoiser, names, x, t), model(x, t)
+        assert output.keys() == expected.keys()
+        assert_close(output["out"], expected["out"])
+        assert_identical(output["given"], expected["given"])
+        assert output["high"].shape == expected["high"].shape
+
+
+def test_calls_of_a_step_that_have_no_names_never_hit(net):
+    """A batch shows too little of a call to tell branches apart."""
+    denoiser = plain(net, ALWAYS, audit=False)
+    for step in range(3):
+        for _ in ("cond", "uncond"):
+            together(denoiser, ["a", "b"], *of_net(step))
+    assert decisions(denoiser, "a")[1:] == [(False, "which branch it is cannot be told")] * 5
+
+
+def test_requests_have_their_audit(net):
+    """Made where a request's own policy may hit, and no other."""
+    never, always = FirstBlockCache(threshold=0), ALWAYS
+    for own, other, audits in ((never, always, 1), (always, never, 0)):
+        denoiser = plain(net, own)
+        together(denoiser, {"a": other, "b": other}, *of_net(0))
+        assert len(denoiser._fxcache.session.audits) == audits
+
+
+def test_a_slot_inside_of_a_batch_is_that_slot(net):
+    denoiser = plain(net, ALWAYS, audit=False)
+    with denoiser.batch(["a", "b"]):
+        denoiser(*of_net(0))
+        with denoiser.slot("a"):
+            denoiser(*of_net(1, 1))
+        denoiser(*of_net(2))
+    assert [is_hit for is_hit, _ in decisions(denoiser, "a")] == [False, True, True]
+
+
+def test_more_kinds_of_calls_than_dynamo_captures(net):
+    """They are captured anew, as those of single requests are."""
+
+    class Worded(Net):
+        def forward(self, x, t, word):
+            return super().forward(x * len(word), t)
+
+    torch.manual_seed(0)
+    model = Worded().eval()
+    denoiser, (x, t) = plain(model, ALWAYS, audit=False), of_net(0)
+    for length in range(1, 11):
+        denoiser.reset()
+        with torch.no_grad(), denoiser.batch(["a", "b"]):
+            assert_close(denoiser(x, t, "x" * length), model(x, t, "x" * length))
+
+
 # --- what is left ---
 
 
@@ -243,13 +315,13 @@ def test_finished_requests_leave_nothing(net):
     """With steps that are known, when the last was seen; else when they are released."""
     denoiser = plain(net, ALWAYS, audit=False)
     for step in range(3):
-        together(denoiser, ["a", "b"], *at(step))
+        together(denoiser, ["a", "b"], *of_net(step))
     held = denoiser.report().cached_bytes
     denoiser.release("a")
     assert denoiser.report().cached_bytes == held // 2
     with denoiser.trajectory(num_steps=2, slot="c"):
         for step in range(3, 5):
-            together(denoiser, ["b", "c"], *at(step))
+            together(denoiser, ["b", "c"], *of_net(step))
     assert denoiser.report().cached_bytes == held // 2
     assert [is_hit for is_hit, _ in decisions(denoiser, "b")] == [False] + [True] * 4
     denoiser.reset()
@@ -260,107 +332,17 @@ def test_more_requests_than_slots_are_kept(net):
     """None of a batch is dropped for another of it."""
     denoiser = plain(net, ALWAYS, audit=False)
     for step in range(2):
-        together(denoiser, list(range(80)), *at(step, 80))
+        together(denoiser, list(range(80)), *of_net(step, 80))
     assert all(record.is_hit for record in denoiser.report().records[80:])
 
 
 def test_an_error_leaves_no_half_written_state(net, monkeypatch):
     """Of those in the call: others go on."""
     denoiser = plain(net, ALWAYS, audit=False)
-    together(denoiser, ["a", "b", "c"], *at(0, 3))
+    together(denoiser, ["a", "b", "c"], *of_net(0, 3))
     with monkeypatch.context() as patch:
         patch.setattr(Wiring, "hit", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            together(denoiser, ["a", "b"], *at(1))
-    together(denoiser, ["a", "b", "c"], *at(2, 3))
+            together(denoiser, ["a", "b"], *of_net(1))
+    together(denoiser, ["a", "b", "c"], *of_net(2, 3))
     assert [decisions(denoiser, name)[-1][0] for name in "abc"] == [False, False, True]
-
-
-# --- bad input ---
-
-
-@pytest.mark.parametrize(
-    ("requests", "rows", "message"),
-    [
-        (["a", "b", "a"], 1, "a name of its own"),
-        (["a", None], 1, "a name of its own"),
-        ([], 1, "one at least"),
-        ({}, 1, "one at least"),
-        ("ab", 1, "in a list"),
-        (["a"], 0, "positive integer"),
-        (["a"], True, "positive integer"),
-        (["a", "b", "c"], 1, "has 3 rows"),
-        (["a"], 2, "x has the shape (3, 16, 8)"),
-    ],
-)
-def test_bad_requests_change_nothing(net, requests, rows, message):
-    """Rows that do not divide, a name twice: an error, and the next call goes on."""
-    denoiser = plain(net, ALWAYS, audit=False)
-    together(denoiser, ["a", "b", "c"], *at(0, 3))
-    x, t = at(1, 2 if message == "has 3 rows" else 3)
-    with pytest.raises(OptionError, match=message.replace("(", r"\(").replace(")", r"\)")):
-        together(denoiser, requests, x, t, rows_per_request=rows)
-    together(denoiser, ["a", "b", "c"], *at(1, 3))
-    assert [record.is_hit for record in denoiser.report().records] == [False] * 3 + [True] * 3
-
-
-def test_a_policy_that_needs_other_pieces_is_refused(net):
-    denoiser = plain(net, ADAPTIVE)
-    with pytest.raises(PolicyError, match="must have the span"), denoiser.batch({"a": ALWAYS}):
-        pass
-
-
-class Mixing(Residual):
-    """Its rows read each other's."""
-
-    def forward(self, x, t):
-        return super().forward(x + 0.5 * x.mean(0, keepdim=True), t)
-
-
-class Asking(Net):
-    """Asks for the number of rows."""
-
-    def forward(self, x, t):
-        return super().forward(x + torch.tensor([0.0] * len(x))[:, None, None], t)
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [(lambda: Net(Mixing), "read those of others"), (Asking, "is fixed in the model's graph")],
-)
-def test_models_whose_rows_are_not_apart_are_refused(model, message):
-    """And go on alone."""
-    torch.manual_seed(0)
-    denoiser = plain(model().eval(), ALWAYS, audit=False)
-    x = torch.randn(2, 16, 8)
-    for _ in range(2):
-        with pytest.raises(BatchError, match=message):
-            together(denoiser, ["a", "b"], x, torch.ones(2))
-    for step in range(2):
-        with torch.no_grad(), denoiser.slot("a"):
-            denoiser(*at(step, 1))
-    assert [is_hit for is_hit, _ in decisions(denoiser, "a")] == [False, True]
-
-
-def test_a_model_that_breaks_into_graphs_is_refused(net):
-    class Broken(Net):
-        def forward(self, x, t):
-            torch._dynamo.graph_break()
-            return super().forward(x, t)
-
-    torch.manual_seed(0)
-    denoiser = plain(Broken().eval(), ALWAYS, fullgraph=False, audit=False)
-    with torch.no_grad():
-        denoiser(*at(0, 1))
-    with pytest.raises(BatchError, match="breaks into graphs"):
-        together(denoiser, ["a", "b"], *at(0))
-
-
-def test_with_gradients_nothing_is_cached(net):
-    denoiser = plain(net, ALWAYS, audit=False)
-    together(denoiser, ["a", "b"], *at(0))
-    x, t = at(1)
-    with torch.enable_grad(), denoiser.batch(["a", "b"]):
-        assert_identical(denoiser(x, t), net(x, t))
-    together(denoiser, ["a", "b"], *at(2))
-    assert decisions(denoiser, "a")[-1] == (False, "after an uncached evaluation")

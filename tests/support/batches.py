@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import zoo
 from helpers import tensors
+from nets import tokens
 from torch.utils import _pytree as pytree
 
 STEPS = 8
@@ -98,3 +99,14 @@ class Requests:
 def decisions(denoiser: Any, request: str) -> list[tuple[bool, Any]]:
     """Of a request: whether each evaluation hit, and why not."""
     return [(record.is_hit, record.reason) for record in denoiser.report(request).records]
+
+
+def together(denoiser, names, x, t, **options):
+    with torch.no_grad(), denoiser.batch(names, **options):
+        return denoiser(x, t)
+
+
+def of_net(step, requests=2, seed=0):
+    """Rows of a small net: one a request."""
+    x, t = tokens(step, seed)
+    return x.repeat(requests, 1, 1)[:requests].clone(), t[:1].repeat(requests)
