@@ -131,8 +131,8 @@ class Session:
             yield
         finally:
             self._where.reset(token)
-            for key in said.get("requests") or filter(None, [said.get("slot")]):
-                slot = self.slots.get(key)
+            for key in said.get("requests") or [said.get("slot")]:
+                slot = None if key is None else self.slots.get(key)
                 if slot is not None and slot.is_over and not slot.is_announced:
                     self.begin(slot)  # its solve is over: the request will not come back
                     self.release(key)
