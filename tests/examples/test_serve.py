@@ -97,7 +97,9 @@ def test_an_error_is_that_of_whoever_waits(serving, denoiser):
     assert denoiser.report().cached_bytes == 0
 
 
-def test_the_script(monkeypatch, capsys, tmp_path):
+def test_the_script(serving, model, monkeypatch, capsys, tmp_path):
+    """On a smaller model."""
+    monkeypatch.setattr(serving, "load_denoiser", lambda: (model, ()))
     given = ["--requests", "3", "--rate", "50", "--most", "2", "--backend", "eager", "--steps", "8"]
     printed = scripts.run(monkeypatch, capsys, "serve", *given, "--output", str(tmp_path))
     rows = [line for line in printed.splitlines() if line.endswith(" dB")]
