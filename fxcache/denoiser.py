@@ -149,9 +149,9 @@ class DenoiserMethods:
 
         `requests` may map each to a policy of its own (None: the denoiser's), as in `at`.
 
-        Raises OptionError for a name twice, no names, or rows that do not divide; PolicyError as
-        `at`; and at a call BatchError for a model whose rows are not computed apart. What requests
-        keep is as before.
+        Raises OptionError for a name twice, no names, or rows that do not divide, and PolicyError
+        as `at`: what requests keep is then as before. At a call, BatchError for a model whose rows
+        are not computed apart.
         """
         said = {"requests": checked_requests(requests, rows_per_request)}
         return self._fxcache.session.at(**said, rows_per_request=rows_per_request)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fxcache.errors import BatchError
 from fxcache.runtime import apart
 from fxcache.runtime.executor import Hit, Miss, Read, StepExecutor, Steps, Work
 from fxcache.runtime.regions import Evaluation, Missed, Regions, Wiring
@@ -243,7 +244,7 @@ class BatchExecutor:
                 current = self.executor.weights.now(inputs)
                 each = map(self.executor.steps, calls, own, repeat(current))
                 outputs = _driven(list(each), together)
-        except (NewTrajectory, Outdated):  # nothing was written, and the evaluation comes again
+        except (NewTrajectory, Outdated, BatchError):  # nothing was written
             raise
         except BaseException:
             for call in calls:

@@ -299,7 +299,9 @@ def check_said(said: Mapping[str, Any], own: Policy) -> None:
     step, requests = said.get("step"), said.get("requests", {})
     if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
         raise OptionError(f"step must be an integer from 0 on, or None, got {step!r}")
-    for policy in filter(None, (said.get("policy"), *requests.values())):
+    for policy in (said.get("policy"), *requests.values()):
+        if policy is None:
+            continue
         check_policy(policy)
         if pieces_of(policy) != pieces_of(own) or policy.forecast != own.forecast:
             raise PolicyError(

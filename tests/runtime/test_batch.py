@@ -32,6 +32,24 @@ CASES = {
 }
 
 
+#: How many rows passed through each block.
+ROWS = []
+
+
+@torch.library.custom_op("fxcache_tests::noted", mutates_args=())
+def noted(x: torch.Tensor) -> torch.Tensor:
+    ROWS.append(len(x))
+    return x.clone()
+
+
+noted.register_fake(torch.empty_like)
+
+
+class Noting(Residual):
+    def forward(self, x, t):
+        return x + noted(super().forward(x, t) - x)
+
+
 @pytest.fixture
 def net():
     torch.manual_seed(0)
@@ -71,7 +89,7 @@ def test_inductor(name):
 
 @pytest.mark.parametrize("policy", [ADAPTIVE, FirstBlockCache(threshold=0.3)])
 def test_cuda_graphs_run_buckets(device, policy):
-    """Three requests run as four, and graphs of as many are replayed."""
+    """Graphs of 1, 2, 4 and 8 requests are replayed, and of no other number."""
     requests = Requests("sequential_dit", names=tuple("abcde"), gap=1, steps=10)
     many = graphed(requests.model, policy, audit=False)
     one = plain(requests.model, policy, audit=False)
@@ -80,7 +98,18 @@ def test_cuda_graphs_run_buckets(device, policy):
         assert decisions(many, request) == decisions(one, request)
         assert_close(outputs[request], expected[request])
     assert device.replays > 0
-    assert device.captures <= 2 * 3 * 4  # of pieces: warm-ups apart, one of 1, 2, 4 and 8 requests
+
+
+def test_buckets_are_filled_up(device):
+    """As many rows run as fill one: seen by the blocks."""
+    torch.manual_seed(0)
+    many = graphed(Net(Noting, depth=4).eval(), ADAPTIVE, audit=False)
+    ROWS.clear()
+    for step in range(6):
+        for number in (3, 5, 6, 7):
+            with torch.no_grad(), many.batch(list(range(number))):
+                many(*of_net(step, number))
+    assert set(ROWS) == {1, 2, 4, 8}  # 1 and 2: how it is tried that requests are apart
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
@@ -95,29 +124,16 @@ def test_residuals_of_another_dtype(dtype):
 
 def test_only_the_rows_that_miss_run_the_blocks(net):
     """Counted in what passes through the blocks' last layers."""
-    rows = []
-
-    @torch.library.custom_op("fxcache_tests::noted", mutates_args=())
-    def noted(x: torch.Tensor) -> torch.Tensor:
-        rows.append(len(x))
-        return x.clone()
-
-    noted.register_fake(torch.empty_like)
-
-    class Noting(Residual):
-        def forward(self, x, t):
-            return x + noted(super().forward(x, t) - x)
-
     torch.manual_seed(0)
     denoiser, names = plain(Net(Noting, depth=4).eval(), ADAPTIVE, audit=False), list(range(8))
     for step in range(6):
         if step == 5:
             denoiser.release(3)
-        rows.clear()
+        ROWS.clear()
         together(denoiser, names, *of_net(step, 8))
         hits = [decisions(denoiser, name)[-1][0] for name in names]
         if step > 0:  # at first, one request is computed by itself, too
-            assert rows == [8 - sum(hits)] * 4 * (sum(hits) < 8)
+            assert [8 - sum(hits)] * 4 * (sum(hits) < 8) == ROWS
     assert hits == [name != 3 for name in names]
 
 

@@ -46,6 +46,8 @@ def test_bad_requests_change_nothing(net, requests, rows, message):
 
 def test_a_policy_that_needs_other_pieces_is_refused(net):
     denoiser = plain(net, ADAPTIVE)
+    with pytest.raises(PolicyError, match="must be a policy"), denoiser.batch({"a": 0}):
+        pass
     with pytest.raises(PolicyError, match="must have the span"), denoiser.batch({"a": ALWAYS}):
         pass
 
