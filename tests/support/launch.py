@@ -4,6 +4,7 @@
 collective that waits for more than half a minute raises: what hangs is an error.
 """
 
+import gc
 import importlib
 import os
 import subprocess
@@ -54,6 +55,7 @@ if __name__ == "__main__":
     import torch
     from torch import distributed
 
+    gc.set_threshold(200_000, 50, 1000)  # as in `conftest.py`
     distributed.init_process_group("gloo", timeout=timedelta(seconds=LIMIT))
     torch.set_num_threads(1)
     for scenario in sys.argv[1:]:
