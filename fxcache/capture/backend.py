@@ -7,11 +7,13 @@ It serves `fxcache.transform` (which brings its own session) and
 import logging
 import sys
 import types
+import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxcache.capture import torch_internals as internals
 from fxcache.capture.compile import Compilers
@@ -170,6 +172,15 @@ def _num_weights(cut: Cut) -> int:
     inside = facts.nodes[cut.start + 1 : max(cut.end, cut.blocks) + 1]
     read = {operand for node in inside for operand in node.all_input_nodes}
     return sum(tensor_of(node).numel() for node in read & set(facts.inputs.weights))
+
+
+def repeated_weights(reference: "weakref.ref[nn.Module]") -> int:
+    """How many elements those parameters of a model have whose shape is not the only one: others
+    are of no stack. Compiled code, which keeps this, must not keep the model.
+    """
+    model = reference()
+    sizes = Counter(p.shape for p in model.parameters()) if model is not None else Counter()
+    return sum(n * shape.numel() for shape, n in sizes.items() if n > 1)
 
 
 def is_dropout(node: fx.Node) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 
 from fxcache.capture import shards
 from fxcache.capture import torch_internals as internals
-from fxcache.capture.backend import Backend
+from fxcache.capture.backend import Backend, repeated_weights
 from fxcache.capture.batching import Batches
 from fxcache.capture.compile import Compilers
 from fxcache.capture.evaluate import evaluate, own_evaluate
@@ -73,7 +73,7 @@ class Runner:
             self.session,
             self.compilers,
             argument_names=self.names,
-            num_weights=functools.partial(_num_weights, weakref.ref(self.model)),
+            num_weights=functools.partial(repeated_weights, weakref.ref(self.model)),
             rows_per_request=rows_per_request,
         )
 
@@ -308,9 +308,15 @@ class Runner:
             with internals.capturing(more=self.captures_more):
                 outputs = self._call(args, kwargs)
         except internals.BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, FxCacheError):
-                raise error.inner_exception from None
-            raise
+            inner = error.inner_exception
+            if isinstance(inner, FxCacheError):
+                raise inner from None
+            if isinstance(inner, torch.OutOfMemoryError):
+                raise
+            raise CaptureError(
+                f"{type(self.model).__name__} was captured and could not be compiled: "
+                f"{type(inner).__name__}: {inner}"
+            ) from error
         except (*internals.NOT_CAPTURED, internals.TorchRuntimeError) as error:
             cause = hooks.obstacles(self.model) or ""
             if not cause and isinstance(error, internals.TorchRuntimeError):
@@ -337,11 +343,3 @@ class Runner:
                 "state, and nothing is cached",
             )
         return outputs
-
-
-def _num_weights(reference: weakref.ref[nn.Module]) -> int:
-    """How many elements a model's parameters have. Compiled code, which keeps this, must not keep
-    the model.
-    """
-    model = reference()
-    return 0 if model is None else sum(p.numel() for p in model.parameters())

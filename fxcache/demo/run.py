@@ -15,7 +15,7 @@ import torch
 
 from fxcache.api import explain, transform
 from fxcache.demo.metrics import psnr, ssim
-from fxcache.demo.sampler import load_denoiser, sample, trajectory, tuned_schedule
+from fxcache.demo.sampler import load_denoiser, trajectory, tuned_schedule
 from fxcache.policy import AdaptiveCache, FirstBlockCache, Forecast, Policy, Reuse, Taylor
 
 IMAGES = 32
@@ -97,27 +97,36 @@ def run_demo(
     model, classes = load_denoiser()
     labels = torch.arange(IMAGES) % len(classes)
     inputs = {"timestep": torch.ones(2), "class_labels": labels[:2]}
-    cached, skipped = [], {}
-    for name, policy in settings(threshold, steps).items():
-        cached.append(Run(name, transform(model, policy, backend=backend), steps))
+    policies = settings(threshold, steps)
+    skipped = {}  # equal spans skip as much
+    for span, policy in {policy.span: policy for policy in policies.values()}.items():
         found = explain(model, torch.randn(2, 3, 32, 32), policy=policy, **inputs)
-        skipped[name] = found.skipped_share
+        skipped[span] = found.skipped_share
+    cached = [
+        Run(name, transform(model, policy, backend=backend), steps)
+        for name, policy in policies.items()
+    ]
     plain = model if backend == "eager" else torch.compile(model, backend=backend)
     base = Run("uncached", plain, steps)
 
-    for run in cached:  # which rival is fair depends on the hits, so these are counted first
-        sample(run.denoiser, labels[:IMAGES], steps=steps, seed=seed)
-        run.hits = run.denoiser.report().hits
-        run.cost = 1 - run.hits / steps * skipped[run.name]
-    rivals = [Run("", plain, max(1, round(run.cost * steps))) for run in cached]
+    for run in cached:  # the capture and the first hit's audit are no part of a trajectory's cost
+        for _ in trajectory(run.denoiser, labels, steps=steps, seed=seed):
+            if run.denoiser.report().hits:
+                break
+        run.denoiser.reset()
 
-    runs = [base, *cached, *rivals]
     rounds = 1 if backend == "eager" else ROUNDS
-    with tqdm(total=rounds * sum(run.steps for run in runs), desc="sampling", unit="step") as bar:
+    with tqdm(total=rounds * steps * (1 + len(cached)), desc="sampling", unit="step") as bar:
         for _ in range(rounds):
-            for run in cached:
-                run.denoiser.reset()
-            take_turns(runs, labels, seed, bar.update)
+            take_turns([base, *cached], labels, seed, bar.update)
+        for run in cached:  # which rival is fair depends on the hits
+            run.hits = sum(record.is_hit for record in run.denoiser.report().records[-steps:])
+            run.cost = 1 - run.hits / steps * skipped[run.denoiser.policy.span]
+        rivals = [Run("", plain, max(1, round(run.cost * steps))) for run in cached]
+        bar.total += rounds * sum(run.steps for run in rivals)
+        for _ in range(rounds):
+            take_turns(rivals, labels, seed, bar.update)
+    runs = [base, *cached, *rivals]
     for run in runs[1:]:
         run.psnr, run.ssim = psnr(run.pictures, base.pictures), ssim(run.pictures, base.pictures)
 

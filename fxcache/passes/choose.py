@@ -171,7 +171,10 @@ def _named(cut: Cut, stack: Run, span: Span) -> Cut:
 
 
 def _boundaries(facts: Facts, word: int) -> Iterator[int]:
-    """Positions between two heavy operations where the width has just fallen, narrowest first."""
+    """Positions between two heavy operations where the width has just fallen, narrowest first, and
+    where a part was taken of what is alive (of a joint sequence the image tokens): that is wider
+    only as long as its whole counts.
+    """
     best = narrowest(facts, word)
     yield best
     p = best
@@ -180,10 +183,23 @@ def _boundaries(facts: Facts, word: int) -> Iterator[int]:
         yield p
     low = facts.heavy[word - 1] if word > 0 else 0
     high = facts.heavy[word] if word < len(facts.heavy) else len(facts.nodes) - 1
-    width = facts.width
-    fallen = [p for p in range(low + 1, high) if 0 < width[p] < width[p - 1]]
+    width, between = facts.width, range(low + 1, high)
+    parts = [
+        p for p in between if _is_part(facts, p) and bytes_of(facts.nodes[p]) <= 2 * width[best]
+    ]
+    yield from sorted(parts, key=lambda p: (bytes_of(facts.nodes[p]), -p))[:2]
+    fallen = [p for p in between if 0 < width[p] < width[p - 1]]
     fallen = [p for p in fallen if p != best and width[p] <= 2 * width[best]]
     yield from sorted(fallen, key=lambda p: (width[p], -p))[:4]
+
+
+def _is_part(facts: Facts, p: int) -> bool:
+    """Whether at `p` a part is taken of a tensor that depends on the sample."""
+    node = facts.nodes[p]
+    if not (is_view(node) and is_numeric(node) and facts.depends(node)):
+        return False
+    whole = node.all_input_nodes[0]
+    return is_numeric(whole) and bytes_of(node) < bytes_of(whole)
 
 
 def _cut_u_shape(facts: Facts, span: Span, tried: list[str]) -> Cut | None:

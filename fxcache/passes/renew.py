@@ -64,7 +64,8 @@ class Writer:
             return self.zeros(operand) if self.facts.depends(operand) else self.read(operand)
 
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), argument)
-        target: Any = node.target
+        # The leaves may lie in memory otherwise than what the model took a view of.
+        target: Any = aten.reshape.default if name in ("view", "_unsafe_view") else node.target
         return self.call(target, args, kwargs)
 
     def _emit_sum(self, node: fx.Node, name: str, values: dict[fx.Node, fx.Node]) -> fx.Node:
