@@ -9,10 +9,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from helpers import ALWAYS, CountingDevice
-from zoo import SequentialDiT
+from helpers import CountingDevice, plain, seeded
+from opened import Small
+from zoo import token_inputs
 
-import fxcache
 from fxcache.capture.compile import Compilers
 
 
@@ -29,27 +29,44 @@ def pytest_sessionfinish():
     gc.unfreeze()
 
 
-@pytest.fixture(autouse=True)
-def clean_dynamo():
-    """Every test starts without compiled code and samples without gradients."""
+@pytest.fixture(scope="module", autouse=True)
+def clean_module():
+    """No module is left the compiled code of another. Dynamo's guards look at the threads."""
     torch.set_num_threads(1)
     torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def clean_dynamo(request):
+    """Every test starts without compiled code, unless its module has CAPTURES_ARE_SHARED, draws
+    the same numbers whatever ran before it, and samples without gradients.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if not hasattr(request.module, "CAPTURES_ARE_SHARED"):
+        torch._dynamo.reset()
     with torch.no_grad():
         yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture
 def model():
-    """A small hand-written denoiser of four blocks."""
-    torch.manual_seed(0)
-    return SequentialDiT().eval()
+    """A denoiser of two blocks, which is captured in a moment."""
+    return seeded(Small)
 
 
 @pytest.fixture
 def denoiser(model):
     """`model`, transformed: it hits whenever it may."""
-    return fxcache.transform(model, ALWAYS, backend="eager")
+    return plain(model)
+
+
+@pytest.fixture
+def inputs():
+    """What `model` is called with."""
+    return token_inputs()
 
 
 @pytest.fixture

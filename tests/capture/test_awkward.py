@@ -5,16 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ALWAYS, adopt, assert_close, assert_identical, hits, plain, seeded
+from comparing import assert_close, assert_identical
+from helpers import adopt, hits, plain, seeded
 from opened import Small, SmallBlock
+from policies import ALWAYS
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from zoo import Block, BreaksAfter, BreaksBefore, token_inputs
 
 import fxcache
 from fxcache import FirstBlockCache, Taylor
-
-# --- graph breaks ---
 
 
 @pytest.mark.parametrize("cls", [BreaksBefore, BreaksAfter])
@@ -32,12 +32,11 @@ def test_graph_breaks_outside_the_stack(cls, caplog):
         plain(model, fullgraph=True)(**given)
 
 
-class KeywordTime(BreaksBefore):
-    def forward(self, x, *, timestep):
-        return super().forward(x, timestep)
-
-
 def test_a_keyword_only_time_input_is_seen_behind_a_graph_break():
+    class KeywordTime(BreaksBefore):
+        def forward(self, x, *, timestep):
+            return super().forward(x, timestep)
+
     denoiser = plain(KeywordTime(2).eval(), fullgraph=False)
     for t in (1.0, 0.9, 1.0):
         denoiser(token_inputs()["x"], timestep=torch.full((2,), t))
@@ -45,18 +44,17 @@ def test_a_keyword_only_time_input_is_seen_behind_a_graph_break():
     assert hits(denoiser) == [False, True, False]
 
 
-class Vocabulary(BreaksBefore):
-    """Most of its weights are a table of words, which no stack has."""
-
-    def __init__(self):
-        super().__init__(2)
-        self.words = nn.Embedding(4096, 4)
-
-    def forward(self, x, t):
-        return super().forward(x + self.words.weight[7], t)
-
-
 def test_a_stack_has_most_of_the_weights_that_repeat():
+    """The others are a table of words."""
+
+    class Vocabulary(BreaksBefore):
+        def __init__(self):
+            super().__init__(2)
+            self.words = nn.Embedding(4096, 4)
+
+        def forward(self, x, t):
+            return super().forward(x + self.words.weight[7], t)
+
     denoiser = plain(Vocabulary().eval(), fullgraph=False)
     for _ in range(2):
         denoiser(**token_inputs())
@@ -97,15 +95,14 @@ def test_denoisers_behind_graph_breaks_do_not_use_up_each_others_compilations():
         assert hits(denoiser) == [False, True]
 
 
-class BreaksInside(Small):
-    def stack(self, h):
-        for block in self.blocks:
-            h = block(h)
-            torch._dynamo.graph_break()
-        return h
-
-
 def test_graph_breaks_inside_the_stack_are_refused():
+    class BreaksInside(Small):
+        def stack(self, h):
+            for block in self.blocks:
+                h = block(h)
+                torch._dynamo.graph_break()
+            return h
+
     model = BreaksInside().eval()
     with pytest.raises(fxcache.StackNotFoundError, match="graph"):
         plain(model, fullgraph=False)(**token_inputs())
@@ -124,9 +121,6 @@ def test_what_fails_while_it_is_compiled_is_named(model, monkeypatch):
         plain(model)(**given)
     with pytest.warns(UserWarning, match="uncached"):
         assert_identical(plain(model, fallback=True)(**given), model(**given))
-
-
-# --- writes, views, loops, contexts ---
 
 
 class Blocks(Small):
@@ -248,13 +242,12 @@ def test_writes_across_the_cut_are_followed():
     assert hits(denoiser) == [False, True]
 
 
-class WritesItsInput(Small):
-    def forward(self, x, t):
-        y = super().forward(x, t)
-        x.add_(y)
-        return y
-
-
 def test_a_span_that_computes_what_is_written_into_an_input_is_refused():
+    class WritesItsInput(Small):
+        def forward(self, x, t):
+            y = super().forward(x, t)
+            x.add_(y)
+            return y
+
     with pytest.raises(fxcache.CaptureError, match="writes in place into x"):
         plain(WritesItsInput().eval())(**token_inputs())

@@ -1,11 +1,12 @@
 """``torch.compile(model, backend="fxcache")``, the same pass under torch's own roof."""
 
-import math
-
 import pytest
 import torch
-from helpers import ALWAYS, assert_close, assert_identical, count_products, hits, plain, seeded
-from zoo import BreaksAfter, BreaksBefore, SequentialDiT, token_inputs
+from comparing import assert_close, assert_identical, count_products
+from helpers import hits, plain, seeded
+from opened import Small
+from policies import ALWAYS
+from zoo import BreaksAfter, BreaksBefore
 
 import fxcache
 
@@ -20,11 +21,8 @@ def at(t, seed=0):
     return x, torch.full((2,), t)
 
 
-def test_it_is_registered():
-    assert "fxcache" in torch._dynamo.list_backends()
-
-
-def test_misses_are_identical_hits_skip_and_trajectories_are_recognised(model):
+def test_misses_are_identical_hits_skip_and_trajectories_are_recognised():
+    model = seeded(lambda: Small(4))
     always = compiled(model, ALWAYS)
     whole = count_products(lambda: model(*at(1.0)))
     assert_identical(always(*at(1.0)), model(*at(1.0)))
@@ -34,9 +32,9 @@ def test_misses_are_identical_hits_skip_and_trajectories_are_recognised(model):
     assert_identical(always(*at(1.0, seed=1)), model(*at(1.0, seed=1)))
 
 
-def test_the_default_is_adaptive_cache_and_inductor(caplog):
+def test_the_default_is_adaptive_cache_and_inductor(model, caplog):
     caplog.set_level("INFO", logger="fxcache")
-    model = seeded(lambda: SequentialDiT(depth=2))
+    assert "fxcache" in torch._dynamo.list_backends()
     plain = torch.compile(model, backend="fxcache")
     assert_close(plain(*at(1.0)), model(*at(1.0)))
     assert "2 of 2 units" in caplog.text  # without a head block that is measured
@@ -44,15 +42,17 @@ def test_the_default_is_adaptive_cache_and_inductor(caplog):
     assert sum(counters.values()) > 0
 
 
-def test_gradients_are_right_and_nothing_is_cached(model):
+def test_gradients_are_right_and_nothing_is_cached(model, caplog):
     always = compiled(model, ALWAYS)
     with torch.enable_grad():
         for _ in range(2):
             x, t = at(1.0)
             y = x.clone()
-            always(x.requires_grad_(), t).square().sum().backward()
-            model(y.requires_grad_(), t).square().sum().backward()
+            got, expected = always(x.requires_grad_(), t), model(y.requires_grad_(), t)
+            assert_identical(got, expected)
+            got.square().sum().backward(), expected.square().sum().backward()
             assert_close(x.grad, y.grad)
+    assert "gradients are enabled" in caplog.text
 
 
 def test_errors_name_their_cause(model):
@@ -60,40 +60,19 @@ def test_errors_name_their_cause(model):
         compiled(model, fxcache.FirstBlockCache(head_blocks=4))(*at(1.0))
     with pytest.raises(Exception, match="unknown backend"):
         compiled(model, ALWAYS, backend="nonsense")(*at(1.0))
+    with pytest.raises(Exception, match="must be a policy"):
+        compiled(model, "first block")(*at(1.0))
     with pytest.raises(Exception, match="no block stack"):
         compiled(torch.nn.Sequential(torch.nn.Linear(4, 4)), ALWAYS)(torch.ones(2, 8, 4))
 
 
 @pytest.mark.parametrize("cls", [BreaksBefore, BreaksAfter])
 def test_graph_breaks_outside_the_stack(cls):
-    torch.manual_seed(0)
-    model = cls().eval()
+    model = seeded(cls)
     always = compiled(model, ALWAYS)
     assert_identical(always(*at(1.0)), model(*at(1.0)))
     whole = count_products(lambda: model(*at(1.0)))
     assert count_products(lambda: always(*at(1.0))) < whole / 2
-
-
-def test_policies_are_checked(model):
-    with pytest.raises(Exception, match="must be a policy"):
-        compiled(model, "first block")(*at(1.0))
-
-
-def test_a_callable_backend_compiles_the_pieces(model):
-    seen = []
-
-    def backend(gm, example_inputs):
-        seen.append(len(example_inputs))
-        return gm.forward
-
-    policy = fxcache.FirstBlockCache(threshold=math.inf)
-    denoiser = fxcache.transform(model, policy, backend=backend)
-    given = token_inputs()
-    assert_identical(denoiser(**given), model(**given))
-    assert len(seen) == 4  # head, hit, the span's block, what a miss does behind it
-
-
-# --- a denoiser inside what somebody else compiles ---
 
 
 def steps(denoiser, x, num_steps=4):

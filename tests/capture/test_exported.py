@@ -1,14 +1,14 @@
 """Exported programs: the same numbers and decisions as the denoiser, with the decision inside."""
 
+import functools
 import math
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
 import zoo
-from helpers import assert_identical
+from helpers import assert_identical, hits, plain
+from opened import Small
+from scripts import compiled_fast
 
 import fxcache
 from fxcache import AdaptiveCache, EasyCache, FirstBlockCache, MagCache, StepSchedule, Taylor
@@ -18,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 
 STEPS = 8
 FIRST_BLOCK = FirstBlockCache(threshold=0.15)
+ALWAYS = FirstBlockCache(threshold=math.inf)
 ADAPTIVE = AdaptiveCache(tolerance=0.6)
 POLICIES = {
     "first block": FIRST_BLOCK,
@@ -30,19 +31,14 @@ POLICIES = {
 }
 #: With the policy that each is tried with.
 MODELS = {
-    "flux": "adaptive",
-    "sd3": "limits",
+    "flux": "limits",
     "wan_t2v": "adaptive",
-    "dit": "limits",
-    "pixart": "limits",
     "sana": "schedule",
-    "ltx_video": "adaptive",
-    "chroma": "adaptive",
     "sd15_unet": "adaptive",
     "uvit": "limits",
     "structured_dit": "easy",
 }
-OWN = ("sequential_dit", "structured_dit", "uvit")
+OWN = ("structured_dit", "uvit")
 DYNAMIC = torch.export.Dim.DYNAMIC
 
 
@@ -66,22 +62,43 @@ def solve(exported, calls, **options):
 
 
 def expected(model, policy, calls):
-    denoiser = fxcache.transform(model, policy, backend="eager", audit=False)
+    denoiser = plain(model, policy, audit=False)
     with torch.no_grad(), denoiser.trajectory(num_steps=len(calls)):
         outputs = [denoiser(**inputs) for inputs in calls]
-    return outputs, [record.is_hit for record in denoiser.report().records]
+    return outputs, hits(denoiser)
+
+
+def check(exported, model, policy, calls):
+    """Bit for bit, hits and misses."""
+    outputs, decisions = solve(exported, calls)
+    wanted, wanted_decisions = expected(model, policy, calls)
+    assert decisions == wanted_decisions
+    assert any(decisions)
+    assert_identical(outputs, wanted)
 
 
 @pytest.fixture(scope="module")
 def net():
-    model, inputs = zoo.make("sequential_dit")
+    torch.manual_seed(0)
+    model, inputs = Small().eval(), zoo.token_inputs()
     return model, [zoo.at_step("sequential_dit", inputs, step) for step in range(STEPS)]
 
 
 @pytest.fixture(scope="module")
-def exported(net):
+def export(net):
+    """`net` by policy and form, each exported once."""
     model, calls = net
-    return fxcache.export(model, FIRST_BLOCK, kwargs=calls[0])
+
+    @functools.cache
+    def export(policy, form="cond"):
+        return fxcache.export(model, policy, kwargs=calls[0], form=form)
+
+    return export
+
+
+@pytest.fixture(scope="module")
+def exported(export):
+    return export(FIRST_BLOCK)
 
 
 # --- the same as the denoiser ---
@@ -90,37 +107,21 @@ def exported(net):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_models_are_as_their_denoisers(name):
-    """Bit for bit, hits and misses."""
     model, inputs = zoo.make(name)
     calls, policy = [at(name, inputs, step) for step in range(STEPS)], POLICIES[MODELS[name]]
-    outputs, hits = solve(fxcache.export(model, policy, kwargs=calls[0]), calls)
-    wanted, decisions = expected(model, policy, calls)
-    assert hits == decisions
-    assert any(hits)
-    assert_identical(outputs, wanted)
+    check(fxcache.export(model, policy, kwargs=calls[0]), model, policy, calls)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("form", ["cond", "pieces"])
-def test_policies_are_as_in_the_denoiser(net, name, form):
-    model, calls = net
-    outputs, hits = solve(fxcache.export(model, POLICIES[name], kwargs=calls[0], form=form), calls)
-    wanted, decisions = expected(model, POLICIES[name], calls)
-    assert hits == decisions
-    assert any(hits)
-    assert_identical(outputs, wanted)
+def test_policies_are_as_in_the_denoiser(net, export, name, form):
+    check(export(POLICIES[name], form), net[0], POLICIES[name], net[1])
 
 
-def test_any_policy_decides_between_pieces(net):
-    model, calls = net
-    ratios = [1.0, 1.0, *[0.97] * 6]
+def test_any_policy_decides_between_pieces(net, export):
+    ratios = (1.0, 1.0, *[0.97] * 6)
     policy = MagCache(ratios=ratios, threshold=0.06, retention_ratio=0.2)
-    exported = fxcache.export(model, policy, kwargs=calls[0], form="pieces")
-    outputs, hits = solve(exported, calls)
-    wanted, decisions = expected(model, policy, calls)
-    assert hits == decisions
-    assert any(hits)
-    assert_identical(outputs, wanted)
+    check(export(policy, "pieces"), net[0], policy, net[1])
 
 
 def test_other_sizes(net):
@@ -130,10 +131,7 @@ def test_other_sizes(net):
     exported = fxcache.export(model, ADAPTIVE, kwargs=calls[0], dynamic_shapes=dynamic)
     others = [{"x": given["x"][:1, :5], "t": given["t"][:1]} for given in calls]
     for sizes in (others, calls):
-        outputs, hits = solve(exported, sizes)
-        wanted, decisions = expected(model, ADAPTIVE, sizes)
-        assert hits == decisions
-        assert_identical(outputs, wanted)
+        check(exported, model, ADAPTIVE, sizes)
     with pytest.raises(fxcache.OptionError, match="inputs must be those of the first step"):
         exported.initial_state()
 
@@ -148,15 +146,14 @@ def test_the_threshold_is_an_input(exported, net):
 
 
 @pytest.mark.parametrize("form", ["cond", "pieces"])
-def test_the_side_that_is_not_taken_does_not_run(net, form):
+def test_the_side_that_is_not_taken_does_not_run(net, export, form):
     """A poisoned residual shows on a hit only, and a poisoned span on a miss only."""
-    model, calls = net
-    exported = fxcache.export(model, FIRST_BLOCK, kwargs=calls[0], form=form)
+    (model, calls), exported = net, export(FIRST_BLOCK, form)
     plain, state = exported.step(calls[0], exported.initial_state())
     poisoned = {**state, "entry_0_0": torch.full_like(state["entry_0_0"], math.nan)}
     assert exported.step(calls[1], poisoned, decision=True)[0].isnan().all()
     assert exported.step(calls[1], poisoned, decision=False)[0].isfinite().all()
-    weight = model.blocks[2].mlp[0].weight
+    weight = model.blocks[1].up.weight
     kept = weight.detach().clone()
     try:
         weight.data.fill_(math.nan)
@@ -168,13 +165,12 @@ def test_the_side_that_is_not_taken_does_not_run(net, form):
 
 
 @pytest.mark.parametrize("form", ["cond", "pieces"])
-def test_nan_is_a_miss_and_forgets(net, form):
+def test_nan_is_a_miss_and_forgets(net, export, form):
     model, calls = net
-    exported = fxcache.export(model, FIRST_BLOCK, kwargs=calls[0], form=form)
     broken = [dict(given) for given in calls]
     broken[3]["x"] = torch.full_like(calls[3]["x"], math.nan)
-    _, hits = solve(exported, broken, threshold=math.inf)
-    assert hits == expected(model, FirstBlockCache(threshold=math.inf), broken)[1]
+    _, hits = solve(export(FIRST_BLOCK, form), broken, threshold=math.inf)
+    assert hits == expected(model, ALWAYS, broken)[1]
     assert hits[3:5] == [False, False]
 
 
@@ -189,102 +185,91 @@ def test_branches_return_what_they_change(exported, net):
     assert all(after[name] is state[name] for name in ("entry_0_0", "fxcache_reference"))
 
 
+def hosted(path, state, calls):
+    """`solve` with torch's own loader."""
+    step, outputs, hits = torch._inductor.aoti_load_package(str(path)), [], []
+    del state["key"]
+    for inputs in calls:
+        output, changed = step(inputs, state)
+        slot = int(changed["slot"])
+        state["numbers"] = changed["numbers"]
+        if slot >= 0:
+            state[f"entry_0_{slot}"] = changed["fresh_0"]
+            state["fxcache_reference"] = changed["fxcache_reference"]
+        outputs.append(output)
+        hits.append(slot < 0)
+    return outputs, hits
+
+
+def close(got, expected):
+    assert got[1] == expected[1]
+    torch.testing.assert_close(got[0], expected[0], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.slow
-def test_a_package_runs_alone(exported, net, tmp_path):
-    """In a process that has neither this library nor the model's code."""
+def test_a_package_is_as_what_was_packaged(exported, net, tmp_path):
+    """That it runs alone, in a process without this library, `test_export_and_run` shows."""
     _, calls = net
-    path = exported.package(tmp_path / "model.pt2")
-    torch.save((calls, exported.initial_state()), tmp_path / "given.pt")
-    script = """
-        import sys, torch
-        folder = sys.argv[1]
-        calls, state = torch.load(f"{folder}/given.pt")
-        step = torch._inductor.aoti_load_package(f"{folder}/model.pt2")
-        del state["key"]
-        results = []
-        for inputs in calls:
-            output, changed = step(inputs, state)
-            slot = int(changed["slot"])
-            state["numbers"] = changed["numbers"]
-            if slot >= 0:
-                state[f"entry_0_{slot}"] = changed["fresh_0"]
-                state["fxcache_reference"] = changed["fxcache_reference"]
-            results.append((output, slot < 0))
-        torch.save(results, f"{folder}/results.pt")
-        assert not {"fxcache", "diffusers"} & set(sys.modules)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    outputs, hits = solve(exported, calls)
-    results = torch.load(tmp_path / "results.pt")
-    assert [hit for _, hit in results] == hits
-    torch.testing.assert_close([output for output, _ in results], outputs, atol=1e-5, rtol=1e-5)
+    with compiled_fast():
+        path = exported.package(tmp_path / "model.pt2")
+    close(hosted(path, exported.initial_state(), calls), solve(exported, calls))
     loaded = fxcache.load_exported(path)
-    again, decisions = solve(loaded, calls)
-    assert decisions == hits
-    torch.testing.assert_close(again, outputs, atol=1e-5, rtol=1e-5)
+    close(solve(loaded, calls), solve(exported, calls))
     with pytest.raises(fxcache.OptionError, match="compiled already"):
         loaded.package(tmp_path / "again.pt2")
 
 
 @pytest.mark.slow
-def test_packaged_pieces(net, tmp_path):
-    model, calls = net
-    exported = fxcache.export(model, ADAPTIVE, kwargs=calls[0], form="pieces")
-    path = exported.package(tmp_path / "pieces.pt2")
+def test_packaged_pieces(export, net, tmp_path):
+    exported = export(ADAPTIVE, "pieces")
+    with compiled_fast():
+        path = exported.package(tmp_path / "pieces.pt2")
     with pytest.raises(fxcache.OptionError, match="policy must be the AdaptiveCache"):
         fxcache.load_exported(path)
-    outputs, hits = solve(fxcache.load_exported(path, ADAPTIVE), calls)
-    wanted, decisions = solve(exported, calls)
-    assert hits == decisions
-    torch.testing.assert_close(outputs, wanted, atol=1e-5, rtol=1e-5)
+    close(solve(fxcache.load_exported(path, ADAPTIVE), net[1]), solve(exported, net[1]))
 
 
 # --- bad input ---
 
 
-def test_what_does_not_fit(exported, net):
+def test_what_does_not_fit(exported, export, net):
     model, calls = net
-    with pytest.raises(fxcache.PolicyError, match="MagCache has no rule in tensor arithmetic"):
-        fxcache.export(model, MagCache(ratios=[1.0, 1.0]), kwargs=calls[0])
     hermite = FirstBlockCache(forecast=fxcache.Hermite(order=2))
-    with pytest.raises(fxcache.PolicyError, match="has no weights in tensor arithmetic"):
-        fxcache.export(model, hermite, kwargs=calls[0])
-    with pytest.raises(fxcache.PolicyError, match="control_threshold"):
-        fxcache.export(model, FirstBlockCache(control_threshold=0.1), kwargs=calls[0])
-    with pytest.raises(fxcache.OptionError, match="dynamic_shapes has y"):
-        fxcache.export(model, FIRST_BLOCK, kwargs=calls[0], dynamic_shapes={"y": {0: DYNAMIC}})
-    with pytest.raises(fxcache.OptionError, match='form must be "cond" or "pieces"'):
-        fxcache.export(model, FIRST_BLOCK, kwargs=calls[0], form="both")
+    for policy, said in (
+        (MagCache(ratios=[1.0, 1.0]), "MagCache has no rule in tensor arithmetic"),
+        (hermite, "has no weights in tensor arithmetic"),
+        (FirstBlockCache(control_threshold=0.1), "control_threshold"),
+    ):
+        with pytest.raises(fxcache.PolicyError, match=said):
+            fxcache.export(model, policy, kwargs=calls[0])
+    for options, said in (
+        ({"dynamic_shapes": {"y": {0: DYNAMIC}}}, "dynamic_shapes has y"),
+        ({"form": "both"}, 'form must be "cond" or "pieces"'),
+        ({"model": fxcache.transform(Small().eval())}, "denoiser already"),
+    ):
+        with pytest.raises(fxcache.OptionError, match=said):
+            fxcache.export(**{"model": model, "policy": FIRST_BLOCK, "kwargs": calls[0], **options})
     with pytest.raises(fxcache.OptionError, match="threshold must be in"):
         exported.initial_state(threshold=math.nan)
     with pytest.raises(fxcache.OptionError, match="inputs must be x, t"):
         exported.step({"x": calls[0]["x"]}, exported.initial_state())
-    easy = fxcache.export(model, POLICIES["easy"], kwargs=calls[0])
+    easy = export(POLICIES["easy"])
     with pytest.raises(fxcache.OptionError, match="num_steps must be"):
         easy.initial_state()
     with pytest.raises(fxcache.OptionError, match="not one of this program"):
         exported.step(calls[0], easy.initial_state(num_steps=8))
-    with pytest.raises(fxcache.OptionError, match="denoiser already"):
-        fxcache.export(fxcache.transform(model), FIRST_BLOCK, kwargs=calls[0])
-    pieces = fxcache.export(model, FIRST_BLOCK, kwargs=calls[0], form="pieces")
     with pytest.raises(fxcache.OptionError, match="head, hit, miss"):
-        _ = pieces.program
+        _ = export(FIRST_BLOCK, "pieces").program
 
 
 def test_states_of_a_deeper_model_and_dropout_are_refused(exported, net):
     _, calls = net
-    deeper = fxcache.export(zoo.SequentialDiT(depth=5).eval(), FIRST_BLOCK, kwargs=calls[0])
+    deeper = fxcache.export(Small(depth=3).eval(), FIRST_BLOCK, kwargs=calls[0])
     assert deeper.layout.shapes == exported.layout.shapes
     with pytest.raises(fxcache.OptionError, match="not one of this program"):
         exported.step(calls[0], deeper.initial_state())
 
-    class Dropping(zoo.SequentialDiT):
+    class Dropping(Small):
         def forward(self, x, t):
             return super().forward(torch.nn.functional.dropout(x, 0.1, self.training), t)
 
@@ -293,7 +278,7 @@ def test_states_of_a_deeper_model_and_dropout_are_refused(exported, net):
 
 
 def test_a_model_that_writes_is_refused():
-    class Counting(zoo.SequentialDiT):
+    class Counting(Small):
         def __init__(self):
             super().__init__()
             self.register_buffer("calls", torch.zeros(()))

@@ -5,28 +5,20 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import (
-    ALWAYS,
-    NEVER,
-    assert_close,
-    assert_identical,
-    graphed,
-    hits,
-    plain,
-    seeded,
-    tensors,
-)
+from comparing import assert_close, assert_identical, tensors
+from helpers import graphed, hits, plain, seeded
+from opened import Small
+from policies import ALWAYS, NEVER
 from torch import nn
 from torch.utils._pytree import tree_map
-from zoo import SequentialDiT, at_step, make, token_inputs
+from zoo import BreaksBefore, SequentialDiT, at_step, make, token_inputs
 
 import fxcache
 from fxcache import StepSchedule
 
 MODELS = {
-    "sequential_dit": torch.bfloat16,
-    "uvit": torch.float16,
-    "wan_t2v": torch.bfloat16,  # some of it is in float32 all the same
+    "uvit": (torch.float16, {}),
+    "wan_t2v": (torch.bfloat16, {"num_layers": 2}),  # some is in float32 all the same
 }
 
 
@@ -39,22 +31,14 @@ def cast(tree, dtype):
 
 
 def steps(denoiser, inputs, count=3):
-    """The outputs of a trajectory on inputs of `SequentialDiT`."""
+    """The outputs of a trajectory on the usual inputs."""
     return [denoiser(inputs["x"] * (1 + 0.05 * i), inputs["t"] - 0.1 * i) for i in range(count)]
 
 
-@pytest.fixture
-def inputs():
-    torch.manual_seed(0)
-    return token_inputs()
-
-
-# --- models in half precision ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "dtype"), MODELS.items())
-def test_models_in_half_precision(name, dtype):
-    model, inputs = make(name)
+@pytest.mark.parametrize("name", MODELS)
+def test_models_in_half_precision(name):
+    dtype, config = MODELS[name]
+    model, inputs = make(name, **config)
     model.to(dtype)
     inputs = cast(inputs, dtype)
     denoiser = plain(model)
@@ -66,13 +50,10 @@ def test_models_in_half_precision(name, dtype):
         assert [out.dtype for out in outputs] == [out.dtype for out in expected]
         assert all(out.isfinite().all() for out in outputs)
     assert hits(denoiser) == [False, True, True]
-    if name == "sequential_dit":  # what is kept is of that dtype, too: a residual and a probe
-        assert denoiser.report().cached_bytes == 2 * (2 * 8 * 16) * dtype.itemsize
 
 
-def test_half_precision_under_inductor(inputs):
+def test_half_precision_under_inductor(model, inputs):
     """As near to the truth as plain torch.compile: both round, at other places."""
-    model = seeded(lambda: SequentialDiT(depth=2))
     exact = copy.deepcopy(model).double()(**cast(inputs, torch.float64))
     model, given = model.to(torch.bfloat16), cast(inputs, torch.bfloat16)
     denoiser = fxcache.transform(model, ALWAYS)
@@ -83,11 +64,10 @@ def test_half_precision_under_inductor(inputs):
     assert (outputs[0] - exact).norm() < 1.5 * usual < 0.05 * exact.norm()
 
 
-def test_the_metric_is_accumulated_in_float32():
+def test_the_metric_is_accumulated_in_float32(model):
     """Sums of absolute values go far beyond what float16 holds (65504)."""
-    model = seeded(lambda: SequentialDiT(depth=2))
-    model.blocks[0].mlp[2].weight *= 100
-    model.blocks[0].mlp[2].bias += 100
+    model.blocks[0].proj.weight *= 100
+    model.blocks[0].proj.bias += 100
     inputs = {"x": torch.randn(2, 512, 4), "t": torch.ones(2)}
     denoiser, metrics = plain(model), []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -96,12 +76,13 @@ def test_the_metric_is_accumulated_in_float32():
         outputs = steps(denoiser, cast(inputs, dtype))
         assert all(out.isfinite().all() for out in outputs)
         assert hits(denoiser) == [False, True, True]
+        # What is kept is of that dtype, too: a residual and a probe.
+        assert denoiser.report().cached_bytes == 2 * (2 * 512 * 16) * dtype.itemsize
         metrics.append([record.metric for record in denoiser.report().records[1:]])
     assert metrics[1:] == [pytest.approx(metrics[0], rel=0.05)] * 2
 
 
-def test_autocast_of_a_float32_model(inputs):
-    model = seeded(lambda: SequentialDiT(depth=2))
+def test_autocast_of_a_float32_model(model, inputs):
     denoiser, dtype = plain(model), torch.float16
     with torch.autocast("cpu", dtype=dtype):
         expected = model(**inputs)
@@ -113,10 +94,7 @@ def test_autocast_of_a_float32_model(inputs):
     assert_identical(steps(denoiser, inputs)[0], model(**inputs))
 
 
-# --- a model that changes -------------------------------------------------------------------------
-
-
-class Casting(SequentialDiT):
+class Casting(Small):
     """Takes inputs of any dtype, as diffusers' models do."""
 
     def forward(self, x, t):
@@ -126,7 +104,7 @@ class Casting(SequentialDiT):
 
 def test_another_dtype_amid_a_trajectory_and_back(inputs):
     """Nothing of before is reused, though the inputs are the same and time goes on."""
-    model = seeded(lambda: Casting(depth=2))
+    model = seeded(Casting)
     expected = model(**inputs)
     denoiser = plain(model)
     x, t = inputs["x"], inputs["t"]
@@ -145,7 +123,7 @@ def test_another_dtype_amid_a_trajectory_and_back(inputs):
 
 def test_another_device(inputs):
     """ "meta" stands in for it: nothing may be read back from there, so a schedule decides."""
-    model = seeded(lambda: Casting(depth=2))
+    model = seeded(Casting)
     denoiser = plain(model, StepSchedule(mask=[False, True, True]))
     devices = []
     for device in ("cpu", "meta"):
@@ -154,9 +132,6 @@ def test_another_device(inputs):
             devices += [out.device.type for out in steps(denoiser, inputs)]
     assert devices == ["cpu"] * 3 + ["meta"] * 3
     assert hits(denoiser) == [False, True, True] * 2
-
-
-# --- quantized weights ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -178,10 +153,8 @@ def quantize():
     return quantize
 
 
-def test_a_dynamically_quantized_model(quantize, inputs):
+def test_a_dynamically_quantized_model(model, denoiser, quantize, inputs):
     """Quantized after transform. Its products are counted by their shapes, as if it were not."""
-    model = seeded(lambda: SequentialDiT(depth=2))
-    denoiser = plain(model)
     full = fxcache.explain(model, **inputs)
     quantize(model, "dynamic")
     found = fxcache.explain(model, **inputs)
@@ -194,21 +167,18 @@ def test_a_dynamically_quantized_model(quantize, inputs):
     assert (denoiser.report().graphs, denoiser.report().recompiles) == (1, 0)
 
 
-def test_a_quantized_model_that_is_captured_in_pieces(quantize):
-    from zoo import BreaksBefore
-
-    model, given = quantize(seeded(BreaksBefore)), token_inputs()
+def test_a_quantized_model_that_is_captured_in_pieces(quantize, inputs):
+    model = quantize(seeded(lambda: BreaksBefore(2)))
     denoiser = plain(model, fullgraph=False)
-    assert_identical(steps(denoiser, given)[0], model(**given))
+    assert_identical(steps(denoiser, inputs)[0], model(**inputs))
     assert hits(denoiser) == [False, True, True]
 
 
-def test_quantizing_between_trajectories_and_amid_one(quantize, inputs):
+def test_quantizing_between_trajectories_and_amid_one(model, quantize, inputs):
     """By the denoiser or by the model."""
-    model = seeded(lambda: SequentialDiT(depth=2))
     denoiser, x, t = plain(model), inputs["x"], inputs["t"]
     steps(denoiser, inputs)
-    assert quantize(denoiser, sizes=[64]) is denoiser
+    assert quantize(denoiser, sizes=[32]) is denoiser
     assert_identical(denoiser(x, t), model(x, t))
     denoiser(x, t - 0.1)
     quantize(model, sizes=[16])
@@ -226,8 +196,8 @@ def test_quantized_blocks_are_compiled_once(quantize, inputs, monkeypatch):
         counted.append(gm)
         return gm.forward
 
-    model = seeded(lambda: SequentialDiT(depth=7))
-    quantize(model.blocks[1:4])
+    model = seeded(lambda: SequentialDiT(depth=5))
+    quantize(model.blocks[1:3])
     denoiser = fxcache.transform(model, ALWAYS, backend=count)
     assert_identical(denoiser(**inputs), model(**inputs))
     assert len(counted) == 5  # head, hit, a block of either kind, the miss's tail
@@ -235,7 +205,7 @@ def test_quantized_blocks_are_compiled_once(quantize, inputs, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*_stable_hash_for_caching:UserWarning")
 def test_quantized_weights_under_inductor(quantize, inputs):
-    model = quantize(seeded(lambda: SequentialDiT(depth=2)))
+    model = quantize(seeded(Small))
     denoiser = fxcache.transform(model, ALWAYS)
     first, second = steps(denoiser, inputs, 2)
     assert_close(first, model(**inputs))
@@ -245,12 +215,12 @@ def test_quantized_weights_under_inductor(quantize, inputs):
 
 def test_replaced_quantized_weights_are_captured_anew(device, quantize, inputs):
     """A graph replays where weights lay: a wrapper has no memory, the tensors inside it have."""
-    model = quantize(seeded(lambda: SequentialDiT(depth=2)))
+    model = quantize(seeded(Small))
     denoiser = graphed(model, NEVER)
     for _ in range(3):
         steps(denoiser, inputs, 2)
     assert device.counts()[0] == 2
-    other = quantize(SequentialDiT(depth=2).eval())
+    other = quantize(Small().eval())
     model.load_state_dict(other.state_dict(), assign=True)
     for _ in range(3):
         assert_identical(denoiser(**inputs), other(**inputs))
@@ -261,7 +231,7 @@ def test_diffusers_own_quantization(tmp_path):
     """Saved whole, loaded quantized."""
     quantization = pytest.importorskip("torchao.quantization")
     diffusers = pytest.importorskip("diffusers")
-    model, inputs = make("flux")
+    model, inputs = make("flux", num_layers=1)
     model.save_pretrained(tmp_path)
     config = diffusers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
     model = type(model).from_pretrained(

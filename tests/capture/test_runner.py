@@ -1,32 +1,28 @@
-"""How a model is captured and called: captures that end, logging, complex streams, sizes."""
+"""How a model is captured, compiled and called: captures that end, complex streams, sizes."""
 
+import itertools
 import logging
+import math
 
 import pytest
 import torch
-from helpers import (
-    ALTERNATE,
-    ALWAYS,
-    NEVER,
-    assert_close,
-    assert_identical,
-    hits,
-    plain,
-    sample,
-    seeded,
-    times,
-)
+from comparing import assert_close, assert_identical
+from helpers import hits, plain, sample, seeded, times
 from nets import Net, tokens
+from opened import Small
+from policies import ALTERNATE, ALWAYS, NEVER
 from torch import nn
-from zoo import SequentialDiT
+from zoo import Denoiser, SequentialDiT, at_step, make, token_inputs
 
 import fxcache
-from fxcache import EasyCache, FirstBlockCache, Taylor
+from fxcache import EasyCache, FirstBlockCache, StepSchedule, Taylor
+from fxcache.capture.compile import compile_pieces
+from fxcache.runtime.regions import Compiled
 
 log = logging.getLogger("some.library")
 
 
-class Counting(SequentialDiT):
+class Counting(Small):
     """Keeps a number that a graph depends on, and that is another at each call."""
 
     calls = 0
@@ -36,17 +32,9 @@ class Counting(SequentialDiT):
         return super().forward(x * (1 + 0 * self.calls), t)
 
 
-class Logging(SequentialDiT):
-    """Says something at each call."""
-
-    def forward(self, x, t):
-        log.warning("unknown argument")
-        return super().forward(x, t)
-
-
 @torch._dynamo.config.patch(recompile_limit=3)
 def test_a_model_that_is_captured_again_and_again_runs_uncached_in_the_end(caplog):
-    model, twin = (seeded(lambda: Counting(depth=2)) for _ in range(2))
+    model, twin = (seeded(Counting) for _ in range(2))
     denoiser = plain(model, ALWAYS)
     for run in range(3):
         for i in range(4):
@@ -63,15 +51,17 @@ def test_a_model_that_is_captured_again_and_again_runs_uncached_in_the_end(caplo
 
 
 def test_logging_in_forward_is_captured_around():
+    class Logging(Small):
+        def forward(self, x, t):
+            log.warning("unknown argument")
+            return super().forward(x, t)
+
     model = seeded(Logging)
     for fullgraph in (None, True):
         denoiser = plain(model, NEVER, fullgraph=fullgraph)
         x, t = sample(), times(1.0)
         assert_identical(denoiser(x, t), model(x, t))
         assert denoiser.report().graphs == 1
-
-
-# --- complex streams ---
 
 
 class Waves(nn.Module):
@@ -92,7 +82,7 @@ class Waves(nn.Module):
         return self.o(z.imag)
 
 
-def test_the_metric_sees_a_change_of_the_imaginary_part_alone():
+def test_the_metric_and_a_forecast_see_the_imaginary_part():
     model = seeded(Waves)
     denoiser = plain(model, FirstBlockCache(threshold=1e-6))
     denoiser(sample(), times(1.0))
@@ -100,10 +90,6 @@ def test_the_metric_sees_a_change_of_the_imaginary_part_alone():
     assert hits(denoiser) == [False, False]
     assert denoiser.report().records[-1].metric > 0.1
     assert_identical(out, model(sample(seed=1), times(0.5)))
-
-
-def test_a_forecast_keeps_the_imaginary_part():
-    model = seeded(Waves)
     policy = fxcache.StepSchedule(mask=[False, False, True], forecast=Taylor(order=1))
     denoiser = plain(model, policy)
     for i in range(3):  # inputs that hardly change: any forecast is right
@@ -112,15 +98,23 @@ def test_a_forecast_keeps_the_imaginary_part():
     assert_close(out, model(sample(), times(1.0)), 1e-5)
 
 
-# --- dynamic sizes ---
-
-
 EASY = EasyCache(warmup_steps=0, final_steps=0, threshold=1.0)
 
 
 @pytest.mark.parametrize("policy", [ALTERNATE, EASY], ids=["blocks", "whole model"])
 def test_dynamic_sizes_change_no_decision(policy):
-    model = seeded(lambda: Net(depth=2))
+
+    class Sized(Net):
+        """Sizes of the sequence are asked for again and again."""
+
+        def stack(self, h, t):
+            for block in self.blocks:
+                h = h + block.down(
+                    block(h, t).reshape(*h.shape[:2], 2, -1).flatten(2).repeat(1, 1, 2)
+                )
+            return h
+
+    model = seeded(lambda: Sized(depth=2))
     static, dynamic = plain(model, policy, dynamic=False), plain(model, policy, dynamic=True)
     for length in (8, 6):
         for i in range(4):
@@ -144,9 +138,119 @@ def test_sizes_of_one_model_say_nothing_of_anothers():
         return gm
 
     for number in (8, 12):
-        denoiser = fxcache.transform(seeded(SequentialDiT), ALWAYS, backend=look)
+        denoiser = fxcache.transform(seeded(Small), ALWAYS, backend=look)
         denoiser(sample(2, number), times(1.0))
     assert symbolic
     assert not any(symbolic)
     denoiser(sample(2, 16), times(1.0))  # its own second size is a change
     assert any(symbolic)
+
+
+@pytest.mark.slow
+def test_inductor_computes_what_eager_does():
+    """Of several streams, two kinds of blocks and a forecast."""
+    model, inputs = make("structured_dit")
+    policy = FirstBlockCache(threshold=math.inf, warmup_steps=2, forecast=Taylor(order=1))
+    compiled, eager = fxcache.transform(model, policy), plain(model, policy)
+    for step in range(4):
+        given = at_step("structured_dit", inputs, step)
+        assert_close(compiled(**given), eager(**given), tolerance=1e-4)
+    assert hits(compiled) == hits(eager) == [False, False, True, True]
+    report = compiled.report()
+    assert (report.graphs, report.recompiles) == (1, 0)
+
+
+@pytest.mark.slow
+def test_a_warm_start_finds_every_piece_on_disk():
+    """Whether blocks are outlined or not. A miss is what torch.compile computes."""
+    counters = torch._dynamo.utils.counters["aot_autograd"]
+    policy = FirstBlockCache(threshold=math.inf, forecast=Taylor(order=1))
+    given = {"x": sample(), "t": times(1.0)}
+    for outline, start in itertools.product((True, False), ("cold", "warm")):
+        torch._dynamo.reset()
+        counters.clear()
+        model = seeded(lambda: SequentialDiT(depth=3))
+        output = fxcache.transform(model, policy, outline=outline)(**given)
+        assert counters["autograd_cache_bypass"] == 0, (outline, start)
+        if start == "warm":
+            assert counters["autograd_cache_hit"] > 0, outline
+            assert counters["autograd_cache_miss"] == 0, outline
+            assert_close(output, torch.compile(model, fullgraph=True)(**given))
+
+
+def test_two_regions_a_step(model, monkeypatch):
+    """head, then hit or miss: nothing else is called in a step."""
+    called = []
+
+    def spy(*args):
+        compiled = compile_pieces(*args)
+        regions = {}
+        for name in ("head", "hit", "miss"):
+            region = getattr(compiled, name)
+            regions[name] = lambda *a, n=name, r=region: (called.append(n), r(*a))[1]
+        return Compiled(**regions)
+
+    monkeypatch.setattr(fxcache.capture.rewrite, "compile_pieces", spy)
+    denoiser = plain(model, ALWAYS, audit=False)
+    for _ in range(3):
+        denoiser(**token_inputs())
+    assert called == ["head", "miss", "head", "hit", "head", "hit"]
+
+
+class Lengths(Denoiser):
+    """A sequence whose length is a formula of the input's: half of it, four times."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(9)]
+        self.blocks = nn.ModuleList(nn.Sequential(*layers[i::3]) for i in range(3))
+
+    def stack(self, h):
+        length = h.shape[1]
+        h = torch.cat([h.unflatten(1, (length // 2, 2)).mean(2)] * 4, 1)
+        for block in self.blocks:
+            h = h + block(h)
+        return h[:, : length // 2].repeat_interleave(2, 1)
+
+
+@pytest.mark.slow
+def test_dynamic_shapes_share_one_compilation():
+    model = seeded(Lengths)
+    denoiser = fxcache.transform(model, StepSchedule(mask=[False, True]), dynamic=True)
+    for batch, length in ((2, 8), (3, 8), (2, 12), (4, 16)):
+        x = sample(batch, length)
+        for t in (1.0, 1 - 1e-6):  # another step
+            assert_close(denoiser(x, times(t, batch)), model(x, times(t, batch)))
+    assert hits(denoiser) == [False, True] * 4
+    assert (denoiser.report().graphs, denoiser.report().recompiles) == (1, 0)
+
+
+def test_guards_may_be_filtered(model):
+    skip = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    options = {"guard_filter_fn": skip}
+    denoiser = plain(model, NEVER, options=options)
+    given = token_inputs()
+    assert_close(denoiser(**given), model(**given))
+    assert options == {"guard_filter_fn": skip}  # torch.compile empties what it is given
+
+
+class Selecting(Small):
+    """Text tokens that a mask selects stand before the image's, as in HunyuanVideo FramePack."""
+
+    def stack(self, h):
+        text = self.text[self.mask].expand(len(h), -1, -1)
+        return super().stack(torch.cat([text, h], 1))[:, len(text[0]) :]
+
+    def forward(self, x, t, text, mask):
+        self.text, self.mask = self.embed(text), mask
+        return super().forward(x, t)
+
+
+@pytest.mark.slow
+def test_sizes_that_depend_on_data():
+    model = seeded(Selecting)
+    given = sample(), times(1.0), torch.randn(6, 4), torch.arange(6) % 2 == 0
+    denoiser = fxcache.transform(model, ALWAYS)
+    for _ in range(2):
+        assert_close(denoiser(*given), model(*given), tolerance=1e-4)
+    assert hits(denoiser) == [False, True]

@@ -111,9 +111,6 @@ def assert_rounded(actual, exact):
     assert (error <= ulps * torch.finfo(actual.dtype).eps * exact.abs() + float32_error).all()
 
 
-# --- residual_diff
-
-
 @both
 @layouts
 def test_residual_diff(kernels, name, dtype):
@@ -242,9 +239,6 @@ def test_an_operator_refuses_to_read_out_of_bounds():
     """Operators check no more than that; the functions in front of them check the rest."""
     with pytest.raises(ValueError, match="one shape"):
         torch.ops.fxcache.refresh(*(torch.zeros(n, device=DEVICE) for n in (3, 4, 5)))
-
-
-# --- forecast, refresh and refresh_error
 
 
 @both

@@ -12,15 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from captured import Captured, Compiler, captured, outlining
-from helpers import (
-    ALWAYS,
-    NEVER,
-    Marked,
-    assert_close,
-    assert_identical,
-    count_products,
-    tensors,
-)
+from comparing import Marked, assert_close, assert_identical, count_products, tensors
+from policies import ALWAYS, NEVER
 from torch import nn
 from zoo import ZOO, Entry, at_step, make
 
@@ -29,13 +22,12 @@ from fxcache.capture import compile as compiling
 
 pytest.importorskip("diffusers")
 
+CAPTURES_ARE_SHARED = True
 GOLDEN = Path(__file__).parent / "golden"
 
-
-#: Like another entry but for an input more or less, or blocks of fewer kinds. (Of the framepack
-#: sizes depend on data: see `test_inductor`.)
-LIKE_OTHERS = "flux_guidance hunyuan_framepack pixart wan_t2v"
-NAMES = [name for name in ZOO if name not in LIKE_OTHERS.split()]
+#: Like another entry but for an input more or less, or blocks of fewer kinds.
+LIKE_OTHERS = ("pixart", "sd3", "wan_t2v")
+NAMES = [name for name in ZOO if name not in LIKE_OTHERS]
 
 
 class Case(NamedTuple):
@@ -71,15 +63,7 @@ def make_case(name: str) -> Case:
 
 @pytest.fixture(scope="module", params=NAMES)
 def case(request):
-    yield make_case(request.param)
-    torch._dynamo.reset()
-
-
-@pytest.fixture(autouse=True)
-def clean_dynamo():
-    """In place of what other tests do: compiled code stays as long as its case."""
-    with torch.no_grad():
-        yield
+    return make_case(request.param)
 
 
 def test_a_policy_that_never_hits_is_bit_identical(case):

@@ -1,4 +1,4 @@
-"""What else is done with pipelines goes on working when fxcache was applied."""
+"""What else is done with pipelines and their models goes on working when fxcache was applied."""
 
 import copy
 import json
@@ -6,9 +6,13 @@ import logging
 
 import pytest
 import torch
-from helpers import ALTERNATE, NEVER, adopt, assert_identical
+from comparing import assert_identical
+from helpers import adopt, hits
+from policies import ALTERNATE, ALWAYS, NEVER
+from zoo import make
 
 import fxcache
+from fxcache import FirstBlockCache
 
 pytest.importorskip("diffusers")
 import diffusers
@@ -179,36 +183,6 @@ def test_compiling_around_it(pipe):
     assert handle.report().graphs == 1
 
 
-def test_guidance_that_ends_amid_a_run():
-    """The batch is halved: what was cached of two branches is not used for one."""
-    family = PIPELINES["sdxl"]
-
-    def end_guidance(pipe, step, timestep, given):
-        if step == 2:
-            pipe._guidance_scale = 0.0
-            given = {name: value.chunk(2)[-1] for name, value in given.items()}
-        return given
-
-    def guided(pipe):
-        names = ["prompt_embeds", "add_text_embeds", "add_time_ids"]
-        return pipe(
-            "a fox", num_inference_steps=8, height=32, width=32, output_type="pt",
-            generator=torch.Generator().manual_seed(0), callback_on_step_end=end_guidance,
-            callback_on_step_end_tensor_inputs=names,
-        )[0]  # fmt: skip
-
-    pipe = family.build()
-    expected = guided(pipe)
-    with fxcache.apply(pipe, NEVER, backend="eager", dynamic=False) as handle:
-        assert_identical(guided(pipe), expected)
-        adopt(pipe.unet, ALTERNATE)
-        guided(pipe)
-        records = handle.report().records
-    assert [r.is_hit for r in records] == [False, True, False] + [False, True] * 2 + [False]
-    assert [r.step for r in records if r.reason == "nothing cached"] == [0, 3]
-    assert len({r.trajectory for r in records}) == 1
-
-
 def test_a_modular_pipeline(pipe):
     modular = pytest.importorskip("diffusers.modular_pipelines.flux")
     blocks = modular.FluxAutoBlocks().init_pipeline()
@@ -231,3 +205,56 @@ def test_a_modular_pipeline(pipe):
             (0, False), (1, True), (2, False), (3, True)
         ]  # fmt: skip
     assert_identical(sample(), expected)
+
+
+def weights(unet):
+    """An adapter for `unet`, as its files hold it: a projection, and keys and values a layer."""
+    torch.manual_seed(1)
+    width = unet.config.cross_attention_dim
+    projection = {
+        "proj.weight": torch.randn(width * 4, 12),
+        "proj.bias": torch.randn(width * 4),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    layers = {}
+    for number, name in enumerate(n for n in unet.attn_processors if "attn2" in n):
+        to_k = unet.get_submodule(name.removesuffix(".processor")).to_k
+        for key in ("to_k_ip", "to_v_ip"):
+            layers[f"{2 * number + 1}.{key}.weight"] = torch.randn(to_k.out_features, width)
+    return [{"image_proj": projection, "ip_adapter": layers}]
+
+
+def solve(model, inputs, picture, steps=4):
+    given = {**inputs, "added_cond_kwargs": {"image_embeds": [picture]}}
+    samples = [inputs["sample"] + 0.1 * step for step in range(steps)]
+    times = [torch.tensor(900 - 100 * step) for step in range(steps)]
+    return [
+        model(**{**given, "sample": x, "timestep": t}) for x, t in zip(samples, times, strict=True)
+    ]
+
+
+def test_features_of_a_picture():
+    unet, inputs = make("sd15_unet")
+    unet._load_ip_adapter_weights(weights(unet), low_cpu_mem_usage=False)
+    picture = torch.randn(inputs["sample"].shape[0], 1, 12)
+    expected = solve(unet, inputs, picture)
+    assert not torch.allclose(expected[0].sample, solve(unet, inputs, 0 * picture)[0].sample)
+    denoiser = fxcache.transform(unet, NEVER, backend="eager")
+    assert_identical(solve(denoiser, inputs, picture), expected)
+    first = solve(adopt(denoiser, ALWAYS), inputs, picture)
+    assert hits(denoiser) == [False, True, True, True]
+    assert_identical(first[0], expected[0])
+    # Another picture is another trajectory's matter: nothing of the first one is left.
+    again = solve(denoiser, inputs, -picture)
+    assert_identical(again[0], solve(unet, inputs, -picture)[0])
+
+    # Amid a trajectory, a policy that looks notices it.
+    adopt(denoiser, FirstBlockCache(threshold=float("inf"), control_threshold=0.1))
+    solve(denoiser, inputs, picture, steps=3)
+    moved = {**inputs, "sample": inputs["sample"] + 0.3}
+    for number, scale in enumerate((1.05, -1.0, -1.0)):
+        given = {"added_cond_kwargs": {"image_embeds": [scale * picture]}}
+        denoiser(**{**moved, **given, "timestep": torch.tensor(500 - 100 * number)})
+    assert hits(denoiser) == [False, True, True, True, False, True]
+    assert denoiser.report().records[4].reason == "control changed"

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from helpers import ALTERNATE, NEVER, adopt, assert_identical
+from comparing import assert_identical
+from helpers import adopt
+from policies import ALTERNATE, NEVER
 
 import fxcache
 
@@ -13,7 +15,7 @@ from pipelines import PIPELINES
 # PEFT says so of each second adapter.
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a .peft_config.")
 WAN = PIPELINES["wan_t2v"]  # the fastest to be captured
-TARGETS = ["to_q", "to_v", "proj"]
+TARGETS = ["attn1.to_q", "proj"]
 
 
 def make():

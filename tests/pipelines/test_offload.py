@@ -6,21 +6,17 @@ changes nothing). Hooks of diffusers are in test_offload_layers.py.
 
 import pytest
 import torch
-from helpers import ALTERNATE, ALWAYS, NEVER, assert_identical, hits, plain, short
+from comparing import assert_identical
+from helpers import evaluate, plain, short
+from opened import Small
+from policies import ALTERNATE, ALWAYS, NEVER
 from torch import nn
-from zoo import SequentialDiT, token_inputs
 
 import fxcache
 from fxcache import CaptureError, StackNotFoundError
 
 accelerate = pytest.importorskip("accelerate")
 hooks = accelerate.hooks
-
-
-@pytest.fixture
-def inputs():
-    torch.manual_seed(0)
-    return token_inputs()
 
 
 class Resting(hooks.ModelHook):
@@ -48,17 +44,6 @@ class Resting(hooks.ModelHook):
 
 def dtypes(model):
     return {p.dtype for p in model.parameters()}
-
-
-def evaluate(denoiser, inputs, expected):
-    denoiser.reset()
-    given = dict(inputs)
-    for step in range(3):
-        given["t"] = inputs["t"] - 0.1 * step
-        output = denoiser(**given)
-        if step == 0:
-            assert_identical(output, expected)
-    assert hits(denoiser) == [False, True, True]
 
 
 PLACES = [
@@ -161,7 +146,7 @@ def test_a_hook_where_nothing_is_cached(model, inputs, options):
 
 def test_explain_runs_the_hook(model, inputs):
     hooks.add_hook_to_module(model, Resting())
-    assert fxcache.explain(model, **inputs).blocks == tuple(f"blocks.{i}" for i in range(4))
+    assert fxcache.explain(model, **inputs).blocks == tuple(f"blocks.{i}" for i in range(2))
     assert dtypes(model) == {torch.float64}
 
 
@@ -217,12 +202,9 @@ def test_model_offloading_of_a_pipeline():
         assert not {"_hf_hook", "_old_forward"} & vars(model).keys()
 
 
-# --- on layers: refused ---
-
-
 @pytest.mark.parametrize(("where", "fullgraph"), [("before", True), ("after", False)])
 def test_sequential_offloading_is_refused(inputs, where, fullgraph):
-    model = SequentialDiT(depth=2).eval()
+    model = Small().eval()
     expected = model(**inputs)
     if where == "before":
         accelerate.cpu_offload(model, "cpu")
@@ -230,7 +212,7 @@ def test_sequential_offloading_is_refused(inputs, where, fullgraph):
     if where == "after":
         accelerate.cpu_offload(denoiser, "cpu")
     kind = CaptureError if fullgraph else StackNotFoundError
-    with pytest.raises(kind, match=r"on 16 modules .* AlignDevicesHook on 'embed'"):
+    with pytest.raises(kind, match=r"on 10 modules .* AlignDevicesHook on 'embed'"):
         denoiser(**inputs)
     assert_identical(model(**inputs), expected)
     if where == "before":
@@ -244,7 +226,7 @@ def test_sequential_offloading_is_refused(inputs, where, fullgraph):
 def test_weights_that_are_made_anew_for_each_call_are_refused(model, inputs):
     """Nobody could tell whether they are those of the last call."""
     expected = model(**inputs)
-    accelerate.cpu_offload(model, "cpu", preload_module_classes=["SequentialDiT"])
+    accelerate.cpu_offload(model, "cpu", preload_module_classes=["Small"])
     with pytest.raises(CaptureError, match="AlignDevicesHook on 'the model itself'"):
         plain(model)(**inputs)
     with pytest.warns(UserWarning, match="uncached"):

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import ALTERNATE, NEVER, adopt, assert_identical
+from comparing import assert_identical
+from helpers import adopt
+from policies import ALTERNATE, NEVER
 from torch.utils._pytree import tree_map_only
 
 pytest.importorskip("diffusers")
@@ -46,9 +48,6 @@ def applied(family: Family, pipe: Any, policy: Any) -> Any:
     return fxcache.apply(pipe, policy, backend="eager", dynamic=family.dynamic, audit=False)
 
 
-# --- what a report must hold ----------------------------------------------------------------------
-
-
 def seen(report: fxcache.Report) -> Table:
     """The steps of each branch of each denoiser, and whether they were hits."""
     table: Table = {}
@@ -80,9 +79,6 @@ def steps_of(family: Family, pipe: Any, steps: int) -> dict[str, list[int]]:
         "transformer": [step for step in run if is_noisy[step]],
         "transformer_2": [step for step in run if not is_noisy[step]],
     }
-
-
-# --- the pipelines --------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

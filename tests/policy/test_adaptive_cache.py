@@ -19,16 +19,6 @@ from fxcache.policy import History
 from fxcache.policy.base import ForecastError
 
 
-def test_one_word_for_a_quality():
-    assert AdaptiveCache.for_quality("balanced") == AdaptiveCache()
-    names = ("high", "balanced", "fast")
-    tolerances = [AdaptiveCache.for_quality(name).tolerance for name in names]
-    assert tolerances == sorted(tolerances)
-    assert AdaptiveCache.for_quality("fast", order=2).order == 2
-    with pytest.raises(PolicyError, match="one of high, balanced, fast, got 'best'"):
-        AdaptiveCache.for_quality("best")
-
-
 def lagrange(nodes, t):
     return [math.prod((t - b) / (a - b) for b in nodes if b != a) for a in nodes]
 
@@ -64,7 +54,6 @@ class Moving(nn.Module):
 
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
         self.embed, self.out = nn.Linear(4, 8), nn.Linear(8, 4)
         self.blocks = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(4))
 
@@ -76,17 +65,16 @@ class Moving(nn.Module):
 
 
 def residual_of(model, x, t):
-    x = model.embed(x)
-    start = x
+    first = x = model.embed(x)
     for block in model.blocks:
         x = x + block(x) * t
-    return (x - start).double()
+    return (x - first).double()
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 def test_decisions_are_those_of_the_definition(order):
     """Whether the number of steps is announced or not."""
-    model, x = Moving().eval(), torch.randn(1, 6, 4)
+    model, x = seeded(Moving), torch.randn(1, 6, 4)
     times = [1 + 0.3 * math.sin(0.2 * i) + 0.01 * (i % 5 == 4) for i in range(20)]
     residuals = [residual_of(model, x, t) for t in times]
     denoiser = plain(model, AdaptiveCache(order=order))
@@ -140,9 +128,15 @@ def test_what_is_computed(caplog):
     assert denoiser.report().graphs == 1
 
 
-def test_second_evaluations_of_a_step():
-    """Heun: the second evaluation of a computed step is computed, too."""
-    policy = AdaptiveCache(tolerance=math.inf)
+def test_one_word_for_a_quality_and_second_evaluations_of_a_step():
+    assert AdaptiveCache.for_quality("balanced") == AdaptiveCache()
+    names = ("high", "balanced", "fast")
+    tolerances = [AdaptiveCache.for_quality(name).tolerance for name in names]
+    assert tolerances == sorted(tolerances)
+    assert AdaptiveCache.for_quality("fast", order=2).order == 2
+    with pytest.raises(PolicyError, match="one of high, balanced, fast, got 'best'"):
+        AdaptiveCache.for_quality("best")
+    policy = AdaptiveCache(tolerance=math.inf)  # Heun's second one of a computed step is computed
     history = History(step=5, num_steps=20, past=(5, 4, 3), error=ForecastError((5, 4, 3), 0.1))
     assert policy.rule(math.nan, history).reason == "its step was computed"
 
@@ -161,7 +155,7 @@ def test_it_beats_fewer_steps_on_the_trained_model():
 
 
 def test_a_report_shows_the_predicted_and_the_measured_error(tmp_path):
-    model = Moving().eval()
+    model = seeded(Moving)
     policy, x = AdaptiveCache(tolerance=0.1), torch.randn(2, 4)
     denoiser = plain(model, policy, audit=False)
     with denoiser.trajectory(num_steps=16):
@@ -181,7 +175,7 @@ def test_a_report_shows_the_predicted_and_the_measured_error(tmp_path):
 
 
 def test_reports_of_what_is_not_finite_and_of_two_policies(tmp_path):
-    model = Moving().eval()
+    model = seeded(Moving)
     denoiser = plain(model, FirstBlockCache(threshold=0.0))
     x = torch.randn(2, 4)
     for policy in (FirstBlockCache(threshold=0.0), AdaptiveCache()):
@@ -199,7 +193,7 @@ def test_reports_of_what_is_not_finite_and_of_two_policies(tmp_path):
 
 
 def test_a_report_may_be_asked_for_in_another_thread():
-    model, x = Moving().eval(), torch.randn(1, 4)
+    model, x = seeded(Moving), torch.randn(1, 4)
     denoiser = plain(model, AdaptiveCache())
     done, failed = threading.Event(), []
 

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers.hooks.taylorseer_cache import TaylorSeerState
-from helpers import adopt, hits, plain, sample, seeded, solve, times
+from helpers import adopt, hits, plain, sample, solve, times
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.polynomial import Polynomial, chebyshev, hermite
-from opened import Small
 
 from fxcache import PolicyError, StepSchedule
 from fxcache.policy.forecast import (
@@ -50,9 +49,6 @@ def situations(draw, most=5):
     gaps = draw(st.lists(st.integers(1, 12), min_size=1, max_size=most))
     step = draw(st.integers(sum(gaps), 200))
     return step, [step - sum(gaps[: i + 1]) for i in range(len(gaps))]
-
-
-# --- oracles -------------------------------------------------------------------------------------
 
 
 def fit(at, values):
@@ -119,9 +115,6 @@ def combined(forecast, step, past, values):
     return weights @ values, 1e-8 * np.abs(weights).sum()
 
 
-# --- all of them ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("forecast", ORDERED, ids=repr)
 @SETTINGS
 @given(situation=situations(), seed=st.integers(0, 9))
@@ -182,12 +175,19 @@ def test_forecasters_are_frozen_values_with_a_ring(forecast):
     assert forecast.weights(17, UNEVEN) == [1.0, 0.0, 0.0, 0.0, 0.0]
 
 
-def test_defaults():
+def test_defaults_and_numbers_of_numpy():
     assert Taylor() == Taylor(order=1)
     assert Hermite() == Hermite(order=2, scale=0.5)
     assert AdamsBashforth() == AdamsBashforth(order=2)
     assert Chebyshev() == Chebyshev(order=2, ridge=0.1)
     assert [f.ring for f in (Taylor(), Hermite(), AdamsBashforth(), Chebyshev())] == [2, 3, 3, 5]
+    for made, plainly in [
+        (Hermite(order=np.int64(2), scale=np.float32(0.5)), Hermite()),
+        (Chebyshev(order=np.int64(2), ridge=np.float32(0.5)), Chebyshev(ridge=0.5)),
+    ]:
+        weights = made.weights(20, UNEVEN)
+        assert weights == plainly.weights(20, UNEVEN)
+        assert {type(weight) for weight in weights} == {float}
 
 
 BAD_ORDERS = [(make, "order", value, "[1, 4]")
@@ -199,27 +199,14 @@ BAD_RIDGES = [(Chebyshev, "ridge", value, "[0, inf)")
               for value in (-0.1, -1, math.nan, math.inf, True, None, "0")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("make", "name", "value", "allowed"), BAD_ORDERS + BAD_SCALES + BAD_RIDGES)
-def test_bad_values_are_named(make, name, value, allowed):
-    with pytest.raises(PolicyError) as error:
-        make(**{name: value})
-    message = str(error.value)
-    assert message.startswith(f"{make.__name__}.{name} must be ")
-    assert allowed in message
-    assert message.endswith(f"got {value!r}")
-
-
-def test_numbers_of_numpy_are_numbers():
-    for made, plainly in [
-        (Hermite(order=np.int64(2), scale=np.float32(0.5)), Hermite()),
-        (Chebyshev(order=np.int64(2), ridge=np.float32(0.5)), Chebyshev(ridge=0.5)),
-    ]:
-        weights = made.weights(20, UNEVEN)
-        assert weights == plainly.weights(20, UNEVEN)
-        assert {type(weight) for weight in weights} == {float}
-
-
-# --- each of them --------------------------------------------------------------------------------
+def test_bad_values_are_named():
+    for make, name, value, allowed in BAD_ORDERS + BAD_SCALES + BAD_RIDGES:
+        with pytest.raises(PolicyError) as error:
+            make(**{name: value})
+        message = str(error.value)
+        assert message.startswith(f"{make.__name__}.{name} must be ")
+        assert allowed in message
+        assert message.endswith(f"got {value!r}")
 
 
 def test_hermite_has_the_published_series():
@@ -250,9 +237,6 @@ def test_a_large_ridge_is_reuse(order):
         assert weights == pytest.approx([1, 0, 0, 0, 0], abs=1e-15)
 
 
-# --- TaylorSeer as diffusers has it --------------------------------------------------------------
-
-
 def taylorseer(order, past, values):
     """diffusers' state after the computed steps `past`, which hold `values` ([n, k])."""
     state = TaylorSeerState(taylor_factors_dtype=torch.float32, max_order=order)
@@ -269,26 +253,16 @@ def predict(state, step):
 
 @SETTINGS
 @given(situation=situations())
-def test_taylorseer_of_order_one(situation):
-    step, past = situation
-    values = np.random.default_rng(0).standard_normal((len(past), 3))
-    theirs = predict(taylorseer(1, past, values), step)
-    made, _ = combined(Taylor(order=1), step, past[:2], values[:2])
-    np.testing.assert_allclose(made, theirs, 1e-4, 1e-4)
-
-
-@SETTINGS
-@given(situation=situations())
-def test_taylorseer_of_order_two_is_adams_bashforth(situation):
+def test_taylorseer_of_order_one_and_of_order_two_which_is_adams_bashforth(situation):
     """Also for uneven gaps: both let the slope change linearly from that at s_1 to that at s_0."""
     step, past = situation
     values = np.random.default_rng(0).standard_normal((len(past), 3))
-    theirs = predict(taylorseer(2, past, values), step)
+    theirs = [predict(taylorseer(order, past, values), step) for order in (1, 2)]
+    made, _ = combined(Taylor(order=1), step, past[:2], values[:2])
+    np.testing.assert_allclose(made, theirs[0], 1e-4, 1e-4)
     made, rounding = combined(AdamsBashforth(order=2), step, past[:3], values[:3])
-    np.testing.assert_allclose(made, theirs, 1e-4, 1e4 * rounding)
+    np.testing.assert_allclose(made, theirs[1], 1e-4, 1e4 * rounding)
 
-
-# --- a model -------------------------------------------------------------------------------------
 
 MASK = [i in (2, 5, 7, 8, 10, 11) for i in range(12)]  # hits; the gaps between misses are uneven
 
@@ -309,9 +283,8 @@ def forecasted(model, forecast):
     return outputs
 
 
-def test_hits_of_a_model_are_forecast():
+def test_hits_of_a_model_are_forecast(model):
     """One capture a size of the ring."""
-    model = seeded(Small)
     denoiser = plain(model, StepSchedule(mask=MASK))
     for forecast in sorted([Reuse(), *ORDERED[1:16:2]], key=lambda each: each.ring):
         adopt(denoiser, StepSchedule(mask=MASK, forecast=forecast))

@@ -6,19 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    adopt,
-    assert_close,
-    assert_identical,
-    count_products,
-    hits,
-    plain,
-    sample,
-    seeded,
-    times,
-)
+from comparing import assert_close, assert_identical, count_products
+from helpers import adopt, hits, plain, sample, seeded, times
 from opened import Small
-from policy_cases import EASY, MEASURING, POLY, TEA, name_of
+from policies import EASY, MEASURING, POLY, TEA, name_of
 from zoo import at_step, make
 
 import fxcache
@@ -43,9 +34,6 @@ def made(policy, metrics, **options):
 
 def reasons(policy, metrics, **options):
     return [decision.reason for decision in simulate(policy, metrics, **options)]
-
-
-# --- rules ---
 
 
 def test_the_rule_of_first_block_cache():
@@ -135,84 +123,65 @@ def test_limits_of_every_policy_that_measures(policy):
         assert not made(tie, [0.0, 0.0, metric])[2]
 
 
-BAD = [
-    (FirstBlockCache, "threshold", -0.1), (FirstBlockCache, "threshold", math.nan),
-    (FirstBlockCache, "threshold", "0.1"), (FirstBlockCache, "threshold", True),
-    (FirstBlockCache, "head_blocks", 0), (FirstBlockCache, "head_blocks", 1.5),
-    (FirstBlockCache, "tail_blocks", -1), (FirstBlockCache, "start", -0.1),
-    (FirstBlockCache, "end", 1.1), (FirstBlockCache, "warmup_steps", -1),
-    (FirstBlockCache, "max_consecutive_hits", -1), (FirstBlockCache, "max_accumulated", -1.0),
-    (FirstBlockCache, "max_accumulated", math.nan), (FirstBlockCache, "forecast", "taylor"),
-    (AdaptiveCache, "tolerance", -1), (AdaptiveCache, "tolerance", math.nan),
-    (AdaptiveCache, "order", 4), (AdaptiveCache, "order", -1), (AdaptiveCache, "slope", 2),
-    (AdaptiveCache, "max_consecutive_hits", 0), (AdaptiveCache, "warmup_steps", -1),
-    (AdaptiveCache, "final_steps", -1), (AdaptiveCache, "decide", "all"),
-    (EasyCache, "threshold", -0.1), (EasyCache, "threshold", math.nan),
-    (EasyCache, "threshold", "0.1"), (EasyCache, "threshold", None),
-    (EasyCache, "warmup_steps", -1), (EasyCache, "warmup_steps", 1.0),
-    (EasyCache, "final_steps", -1), (EasyCache, "final_steps", True),
-    (EasyCache, "decide", "last"), (EasyCache, "decide", None), (EasyCache, "decide", ["first"]),
-    (EasyCache, "start", -0.1), (EasyCache, "end", 1.5),
-    (EasyCache, "origin", "flux"), (EasyCache, "forecast", None),
-    (TeaCache, "coefficients", [1.0] * 4), (TeaCache, "coefficients", [1.0] * 6),
-    (TeaCache, "coefficients", [0, 0, math.nan, 0, 0]),
-    (TeaCache, "coefficients", [0, 0, math.inf, 0, 0]), (TeaCache, "coefficients", "12345"),
-    (TeaCache, "coefficients", None), (TeaCache, "coefficients", [0, 0, "x", 0, 0]),
-    (TeaCache, "coefficients", torch.ones(5, 2)), (TeaCache, "coefficients", [10**400, 0, 0, 0, 0]),
-    (TeaCache, "signal", "time"), (TeaCache, "signal", ["time_embedding"]),
-    (TeaCache, "threshold", -1), (TeaCache, "max_consecutive_hits", -1),
-    (SeaCache, "power", 0), (SeaCache, "power", math.inf), (SeaCache, "power", math.nan),
-    (SeaCache, "power", -1.0), (SeaCache, "threshold", -1), (SeaCache, "warmup_steps", -1),
-    (MagCache, "threshold", -0.1), (MagCache, "threshold", math.nan),
-    (MagCache, "retention_ratio", -0.1), (MagCache, "retention_ratio", 1.1),
-    (MagCache, "retention_ratio", math.nan), (MagCache, "max_consecutive_hits", -1),
-    (MagCache, "max_consecutive_hits", None), (MagCache, "decide", "cond"),
-    (MagCache, "ratios", []), (MagCache, "ratios", [1.0]), (MagCache, "ratios", None),
-    (MagCache, "ratios", [1.0, -1.0]), (MagCache, "ratios", [1.0, math.nan]),
-    (MagCache, "ratios", [1.0, math.inf]), (MagCache, "ratios", {}), (MagCache, "ratios", "123"),
-    (MagCache, "ratios", {"cond": [1.0, 1.0], "uncond": [1.0] * 3}),
-    (MagCache, "ratios", torch.ones(2, 2)), (MagCache, "ratios", [1, 10**400]),
-]  # fmt: skip
+NAN, INF = math.nan, math.inf
+BAD = {
+    FirstBlockCache: {
+        "threshold": [-0.1, NAN, "0.1", True], "head_blocks": [0, 1.5], "tail_blocks": [-1],
+        "start": [-0.1], "end": [1.1], "warmup_steps": [-1], "max_consecutive_hits": [-1],
+        "max_accumulated": [-1.0, NAN], "forecast": ["taylor"],
+    },
+    AdaptiveCache: {
+        "tolerance": [-1, NAN], "order": [4, -1], "slope": [2], "max_consecutive_hits": [0],
+        "warmup_steps": [-1], "final_steps": [-1], "decide": ["all"],
+    },
+    EasyCache: {
+        "threshold": [-0.1, NAN, "0.1", None], "warmup_steps": [-1, 1.0], "final_steps": [-1, True],
+        "decide": ["last", None, ["first"]], "start": [-0.1], "end": [1.5], "origin": ["flux"],
+        "forecast": [None],
+    },
+    TeaCache: {
+        "coefficients": [[1.0] * 4, [1.0] * 6, [0, 0, NAN, 0, 0], [0, 0, INF, 0, 0], "12345", None,
+                         [0, 0, "x", 0, 0], torch.ones(5, 2), [10**400, 0, 0, 0, 0]],
+        "signal": ["time", ["time_embedding"]], "threshold": [-1], "max_consecutive_hits": [-1],
+    },
+    SeaCache: {"power": [0, INF, NAN, -1.0], "threshold": [-1], "warmup_steps": [-1]},
+    MagCache: {
+        "threshold": [-0.1, NAN], "retention_ratio": [-0.1, 1.1, NAN], "decide": ["cond"],
+        "max_consecutive_hits": [-1, None],
+        "ratios": [[], [1.0], None, [1.0, -1.0], [1.0, NAN], [1.0, INF], {}, "123",
+                   {"cond": [1.0, 1.0], "uncond": [1.0] * 3}, torch.ones(2, 2), [1, 10**400]],
+    },
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("policy", "name", "value"), BAD)
-def test_bad_values_are_named(policy, name, value):
+@pytest.mark.parametrize("policy", BAD, ids=name_of)
+def test_bad_values_are_named(policy):
     needed = {TeaCache: {"coefficients": POLY}, MagCache: {"ratios": [1.0, 1.0]}}.get(policy, {})
     policy(**needed)
-    with pytest.raises(PolicyError, match=f"^{name}") as error:
-        policy(**{**needed, name: value})
-    assert any(word in str(error.value) for word in ("must be", "must hold", "must have"))
-    if not isinstance(value, list | tuple | dict | torch.Tensor):
-        assert repr(value) in str(error.value)
+    for name, values in BAD[policy].items():
+        for value in values:
+            with pytest.raises(PolicyError, match=f"^{name}") as error:
+                policy(**{**needed, name: value})
+            said = str(error.value)
+            assert any(word in said for word in ("must be", "must hold", "must have")), value
+            assert isinstance(value, list | tuple | dict | torch.Tensor) or repr(value) in said
 
 
-# --- StepSchedule ---
+def test_masks_become_tuples_of_booleans():
+    for mask in ([False, True], (0, 1), [0.0, 1.0], np.array([False, True]),
+                 torch.tensor([False, True]), (i == 1 for i in range(2))):  # fmt: skip
+        policy = StepSchedule(mask=mask)
+        assert policy.mask == (False, True)
+        assert all(type(value) is bool for value in policy.mask)
+        assert policy == StepSchedule(mask=[False, True])
+        assert isinstance(hash(policy), int)
 
 
-@pytest.mark.parametrize(
-    "mask",
-    [(), [], None, 3, True, "10", [2], [0.5], [None], ["True"], [True, "x"], [[True, False]],
-     np.zeros((2, 2), bool), torch.zeros(2, 2), [math.nan]],
-)  # fmt: skip
-def test_bad_masks_are_named(mask):
-    with pytest.raises(PolicyError, match="mask must hold one boolean a step"):
-        StepSchedule(mask=mask)
-
-
-@pytest.mark.parametrize(
-    "mask",
-    [[False, True], (0, 1), [0.0, 1.0], np.array([False, True]), torch.tensor([False, True]),
-     (i == 1 for i in range(2))],
-)  # fmt: skip
-def test_masks_become_tuples_of_booleans(mask):
-    policy = StepSchedule(mask=mask)
-    assert policy.mask == (False, True)
-    assert all(type(value) is bool for value in policy.mask)
-    assert policy == StepSchedule(mask=[False, True])
-    assert isinstance(hash(policy), int)
-
-
-def test_schedules_check_the_forecast():
+def test_bad_schedules_are_named():
+    for mask in ((), [], None, 3, True, "10", [2], [0.5], [None], ["True"], [True, "x"], [math.nan],
+                 [[True, False]], np.zeros((2, 2), bool), torch.zeros(2, 2)):  # fmt: skip
+        with pytest.raises(PolicyError, match="mask must hold one boolean a step"):
+            StepSchedule(mask=mask)
     with pytest.raises(PolicyError, match="forecast"):
         StepSchedule(mask=[True], forecast="taylor")
     with pytest.raises(TypeError):
@@ -221,18 +190,15 @@ def test_schedules_check_the_forecast():
         StepSchedule(mask=[True]).mask = [False]
 
 
-def test_a_schedule_measures_nothing_and_spans_the_stack():
-    policy = StepSchedule(mask=[True])
-    assert (policy.probe, policy.span) == (None, Span())
-    assert isinstance(policy, fxcache.policy.Policy)
-
-
 def test_a_schedule_hits_where_the_mask_says_so():
+    """It measures nothing and spans the stack."""
     policy = StepSchedule(mask=[True, True, False, True, True])
     assert made(policy, [math.nan] * 7) == [False, True, False, True, True, False, False]
     assert policy.rule(math.nan, History(step=2, past=(0,))).reason == "scheduled"
     assert policy.rule(math.nan, History(step=5, past=(0,))).reason == "beyond the mask"
     assert policy.rule(math.nan, History(step=1)).reason == "nothing cached"
+    assert (policy.probe, policy.span) == (None, Span())
+    assert isinstance(policy, fxcache.policy.Policy)
 
 
 @pytest.mark.parametrize("name", ["sequential_dit", "uvit"])

@@ -1,19 +1,24 @@
-"""The presets: their figures, names and sources, and what MagCache makes of every table."""
+"""The presets: figures, names and sources, what MagCache makes of every table, and pipelines."""
 
 import importlib.util
 import json
+import logging
 import math
 import re
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib import resources
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import seeded
+from opened import Small
 
-from fxcache import PolicyError, Taylor
+import fxcache
+from fxcache import AdaptiveCache, FirstBlockCache, MagCache, PolicyError, Taylor, TeaCache
 from fxcache.policy.presets import preset, presets
 from fxcache.policy.simulate import simulate
 
@@ -21,130 +26,34 @@ FILE = resources.files("fxcache.policy").joinpath("presets.json")
 CATALOGUE = json.loads(FILE.read_text("utf-8"))
 EVERY = [(model, method) for model, methods in presets().items() for method in methods]
 
-#: Of all 39 published tables: the names there, how many numbers, their sum, and a checksum.
-TABLES = """
-    flux, flux-dev: 28 28.38278 1FB4A3B9; flux_kontext: 20 20.20313 ABA5339D; chroma: 52 52.43745
-    8C7F249F; qwen_image: 80 83.96088 4D168911; hunyuan_video, hunyuan-video 720p: 50 50.73865
-    769FF0EB; hunyuan_video1.5: 40 39.55567 F37F3C7E; hunyuan_video1.5_40steps: 80 78.75539
-    11967FD3; wan2.1_t2v_1.3B, wan2.1-t2v-1.3B: 100 97.99135 948E1DFE; wan2.1_t2v_14B,
-    wan2.1_vace_14B, wan2.1-t2v-14B, wan2.1-vace-14B: 100 98.0394 F0AFC8E2; wan2.1_i2v_480p_14B,
-    wan2.1-i2v-480p-14B: 80 77.9879 C423698A; wan2.1_i2v_720p_14B, wan2.1-i2v-720p-14B: 80 78.11605
-    EDDE3FCB; wan2.1_vace_1.3B, wan2.1-vace-1.3B: 100 98.37397 C14D3380; wan2.2_t2v_14B,
-    wan2.2-t2v-A14B: 80 77.773 046048B3; wan2.2_ti2v_5B, wan2.2-ti2v-5B (t2v): 100 98.30585
-    0092A272; wan2.2_i2v_14B, wan2.2-i2v-A14B: 80 77.56108 66308CE1; flux-kontext (28 steps): 28
-    28.20309 1DA01CC2; hunyuan-video 544p: 50 50.72147 C1015670; framepack: 25 25.5664 195F1D10;
-    framepack-f1: 25 25.26562 74C33DEB; qwen-image (diffusers): 100 102.7969 CCCDD229;
-    qwen-image-edit (diffusers): 100 100.49221 BE364249; wan2.2-ti2v-5B (i2v): 100 98.23607
-    2E30D12B; omnigen2 t2i_cond: 50 50.0429 EB66DD84; omnigen2 t2i_uncond: 50 50.02727 A966D225;
-    omnigen2 edit_cond: 50 49.97652 13E58ECB; omnigen2 edit_uncond: 50 49.93354 6CE7AB62; omnigen2
-    edit_ref: 50 49.94529 401434A6
-"""
-
-#: Of all 44 published polynomials: the models' names there, the value at 1, and a checksum.
-POLYNOMIALS = """
-    flux, flux-dev, tangoflux: 267.16948 1E14CE75; flux-kontext: -750.48941 63C7E55B; ltxv,
-    ltx-video 0.9.1: 11.783396 90608092; lumina_2: -478.44438 AFB605B8; hunyuan_video,
-    hunyuan-video: 396.62734 456DF2D7; hidream_i1_full, hidream-i1-full: -32015.417 1C3E9E2F;
-    hidream_i1_dev: 0.8483993 7D9C36AA; hidream_i1_fast: 0.87847135 A3AC2854; wan2.1_t2v_1.3B,
-    wan2.1-t2v-1.3B: 1278.8334 083B6B02; wan2.1_t2v_14B, wan2.1-t2v-14B: -1902.9573 C4318425;
-    wan2.1_i2v_480p_14B, wan2.1-i2v-480p: -125.25762 48A9F34D; wan2.1_i2v_720p_14B,
-    wan2.1-i2v-720p: -63.239373 38E8A73B; wan2.1_t2v_1.3B_ret_mode, wan2.1-t2v-1.3B ret_steps:
-    -43470.457 788B2FD3; wan2.1_t2v_14B_ret_mode, wan2.1-t2v-14B ret_steps: -256861.91 AF21F0DD;
-    wan2.1_i2v_480p_14B_ret_mode, wan2.1-i2v-480p ret_steps: 223117.92 3057767A;
-    wan2.1_i2v_720p_14B_ret_mode, wan2.1-i2v-720p ret_steps: 9884.6374 C2F7FE2B; cosmos t2v, cosmos
-    i2v: 183.64838 4B46084F; mochi-1: -2759.2499 1AB4B60E; lumina-next-sft, lumina-image-2.0 v1:
-    -22.785372 E21696AA; lumina-image-2.0 v2: 43.849595 F996FA89; consisid, CogVideoX-5b,
-    CogVideoX-5b-I2V: -822.04642 9A957B3A; CogVideoX-2b: -9.7623831 72CCD530; CogVideoX1.5-5B:
-    120.18362 F2EA4D8F; CogVideoX1.5-5B-I2V: 44.782827 8E8340BB; open-sora 1.2: 126.08552 DE81E7C5;
-    open-sora-plan: 191375.14 D20EEC69; latte: -2079.5547 F525C173
-"""
-
-#: The settings of all presets as read in the sources: by method the fields, then the figures.
-SETTINGS = {
-    "magcache threshold retention_ratio max_consecutive_hits": """
-    0.24 0.1 5: flux, flux-dev; 0.05 0.2 4: flux_kontext, flux-kontext (28 steps);
-    0.1 0.25 2: chroma; 0.1 0.2 2: qwen_image; 0.12 0.2 4: wan2.1_t2v_1.3B;
-    0.24 0.2 6: hunyuan_video, hunyuan-video 544p, wan2.1_t2v_14B, wan2.1-i2v-480p, wan2.1-i2v-720p;
-    0.03 0.25 2: hunyuan_video1.5; 0.02 0.2 3: wan2.1-vace-1.3B, wan2.1-vace-14B;
-    0.06 0.2 2: hunyuan_video1.5_40steps, qwen-image (diffusers), qwen-image-edit (diffusers),
-    wan2.2-ti2v-5B (t2v), wan2.2-ti2v-5B (i2v); 0.1 0.2 3: framepack, framepack-f1;
-    0.06 0.4 2: wan2.2-t2v-A14B; 0.06 0.1 2: wan2.2-i2v-A14B; 0.12 0.2 3: open-sora;
-    0.05 0.2 3: omnigen2, omnigen2 edit; 0.06 0.2 3: flux-schnell
-    """,
-    "teacache threshold start end warmup_steps final_steps": """
-    0.6 0 1 1 1: flux-dev; 0.4 0 1 1 0: flux (comfyui); 0.22 0.2 0.9 1 0: flux-kontext;
-    0.05 0 1 1 1: ltx-video 0.9.1; 0.06 0 1 1 0: ltxv (comfyui); 0.38 0.2 1 1 0: lumina2;
-    0.3 0 1 1 1: lumina-image-2.0 v1, lumina-image-2.0 v2, lumina-next-sft, wan2.1-i2v-720p,
-    cosmos; 0.15 0 1 1 1: hunyuan-video; 0.3 0.1 1 1 0: hidream,
-    wan2.1_i2v_480p_14B_ret_mode, wan2.1_i2v_720p_14B_ret_mode; 1 0 1 1 0: hidream_i1_dev;
-    0.35 0.1 1 1 0: hidream_i1_full (comfyui); 1.5 0 0.9 1 0: hidream_i1_fast;
-    0.08 0 1 1 1: wan2.1-t2v-1.3B; 0.15 0.1 1 1 0: wan2.1_t2v_1.3B_ret_mode;
-    0.1 0 1 5 0: wan2.1-t2v-1.3B ret_steps; 0.2 0 1 5 0: wan2.1-t2v-14B ret_steps;
-    0.2 0.1 1 1 0: wan2.1_t2v_14B_ret_mode; 0.26 0 1 1 1: wan2.1-i2v-480p;
-    0.3 0 1 5 0: wan2.1-i2v-480p ret_steps, wan2.1-i2v-720p ret_steps;
-    0.25 0 1 1 0: wan2.1_i2v_720p_14B (comfyui); 0.4 0 1 1 1: cosmos i2v; 0.09 0 1 1 1: mochi-1;
-    0.25 0 1 1 1: tangoflux; 0.2 0 1 1 1: wan2.1-t2v-14B, CogVideoX-2b, CogVideoX-5b,
-    CogVideoX-5b-I2V, CogVideoX1.5-5B;
-    0.1 0 1 1 1: consisid, CogVideoX1.5-5B-I2V, open-sora 1.2, open-sora-plan, latte
-    """,
-    "firstblockcache threshold": """
-    0.08: black-forest-labs/FLUX.1-dev; 0.06: hunyuan-video, mochi; 0.04: CogVideoX-5b;
-    0.03: Wan-AI/Wan2.1-T2V-1.3B-Diffusers, wan2.1-t2v-14B; 0.1: ltx_video; 0.12: sd3.5;
-    0.2: sdxl, qwen-image, CogView4
-    """,
-    "easycache threshold warmup_steps final_steps": """
-    0.025 5 1: hunyuan-video; 0.05 7 1: wan2.2-ti2v-5B (t2v), wan2.2-ti2v-5B (i2v);
-    0.05 10 1: wan2.1-t2v-1.3B, wan2.1-t2v-14B, wan2.1-i2v-480p, wan2.1-i2v-14B-720P;
-    0.06 7 1: wan2.2-t2v-A14B, wan2.2-i2v-A14B
-    """,
-    "seacache threshold power warmup_steps final_steps max_consecutive_hits": """
-    0.25 3 1 1 2: nvidia/Cosmos3-Nano, wan2.1-t2v-1.3B, wan2.1-t2v-14B
-    """,
-}
+#: What was read in the sources, of tables and polynomials a checksum: a change is seen in review.
+#: ``python tests/policy/test_presets.py`` writes it anew.
+PUBLISHED = Path(__file__).parent / "published_presets.txt"
 
 
-def checksum(values):
-    return f"{zlib.crc32(','.join(map(repr, values)).encode()):08X}"
+def told(value):
+    """A figure, or of many how many and a checksum; the originals hold cond and uncond in turn."""
+    if isinstance(value, dict) and list(value) == ["cond", "uncond"]:
+        value = [ratio for pair in zip(*value.values(), strict=True) for ratio in pair]
+    if isinstance(value, dict):
+        return {name: told(own) for name, own in value.items()}
+    if not isinstance(value, list | tuple):
+        return value
+    return f"{len(value)} {zlib.crc32(','.join(map(repr, value)).encode()):08X}"
 
 
-def rows(text, figures=-1):
-    """(name, figures) of each name in `text`; the figures come first (0) or last (-1)."""
-    made = []
-    for line in " ".join(text.split()).split("; "):
-        parts = line.split(": ")
-        about = parts.pop(figures).split()
-        made += [(name, about) for name in parts[0].split(", ")]
-    return made
+def shown():
+    """Every preset, by each of its names."""
+    for model, method in EVERY:
+        names = (model, *CATALOGUE["models"][model]["aliases"])
+        (policy,) = {preset(name, method) for name in names}
+        figures = ((f.name, told(getattr(policy, f.name))) for f in fields(policy))
+        own = ", ".join(f"{name}={value}" for name, value in figures if name != "origin")
+        yield f"{method} | {' | '.join(names)}\n    {own}\n"
 
 
-@pytest.mark.parametrize(("model", "about"), rows(TABLES))
-def test_every_published_table_is_there(model, about):
-    ratios = preset(model, "magcache").ratios
-    if "omnigen2" in model:
-        ratios = ratios[model.rsplit("_", 1)[1]]
-    elif isinstance(ratios, dict):  # the originals hold cond and uncond of a step in turn
-        assert list(ratios) == ["cond", "uncond"]
-        ratios = [ratio for pair in zip(*ratios.values(), strict=True) for ratio in pair]
-    assert [str(len(ratios)), checksum(ratios)] == about[::2]
-    assert sum(ratios) == pytest.approx(float(about[1]), abs=5e-6)
-
-
-@pytest.mark.parametrize(("model", "about"), rows(POLYNOMIALS))
-def test_every_published_polynomial_is_there(model, about):
-    policy = preset(model, "teacache")
-    assert policy.score(1.0) == pytest.approx(abs(float(about[0])), rel=1e-6)
-    assert checksum(policy.coefficients) == about[1]
-
-
-@pytest.mark.parametrize("fields", SETTINGS)
-def test_settings_are_the_published_ones(fields):
-    method, *names = fields.split()
-    seen = set()
-    for model, figures in rows(SETTINGS[fields], figures=0):
-        policy = preset(model, method)
-        assert [getattr(policy, name) for name in names] == list(map(float, figures)), model
-        seen.add(policy.origin)
-    assert len(seen) == len(CATALOGUE["presets"][method]), "every preset was checked"
+def test_presets_are_the_published_ones():
+    assert "".join(shown()) == PUBLISHED.read_text("utf-8")
 
 
 def test_signals_are_what_the_polynomials_were_fitted_to():
@@ -176,30 +85,25 @@ def test_every_preset_is_a_policy_with_its_origin(model, method):
 
 
 def test_presets_are_sorted_and_canonical():
-    assert (len(rows(TABLES)), len(rows(POLYNOMIALS))) == (39, 44)
     names = presets()
     assert list(names) == sorted(names)
     assert all(methods == tuple(sorted(methods)) and methods for methods in names.values())
     assert names["flux-dev"] == ("firstblockcache", "magcache", "teacache")
 
 
-def test_no_name_means_two_models():
+def test_names_are_matched_without_case_and_punctuation_and_none_means_two_models():
     owners = {}
     for model, about in CATALOGUE["models"].items():
         for name in (model, *about["aliases"]):
             key = "".join(filter(str.isalnum, name.lower()))
             assert owners.setdefault(key, model) == model, name
-
-
-def test_names_are_matched_without_case_and_punctuation():
     for name in ("FLUX_DEV", "Flux Dev", "flux", "FLUX.1-dev", "black-forest-labs/FLUX.1-dev"):
         for method in ("magcache", "MagCache", "mag_cache", "Mag Cache"):
             assert preset(name, method) == preset("flux-dev", "magcache")
 
 
-@pytest.mark.parametrize(
-    ("model", "method", "says"),
-    [
+def test_unknown_names_raise_and_list_the_valid_ones():
+    for model, method, says in (
         ("flux-dv", "magcache", r"no model 'flux-dv'. Did you mean 'flux-dev'.*There are: chroma"),
         ("org/FLUX.1-devs", "magcache", r"Did you mean 'flux-dev'"),
         ("?", "magcache", r"no model '\?'. There are: chroma"),
@@ -207,11 +111,9 @@ def test_names_are_matched_without_case_and_punctuation():
         ("sdxl", "magcache", r"no magcache settings .* 'sdxl', only: firstblockcache. There are:"),
         (None, "magcache", "model must be a name, got None"),
         ("flux", 1, "method must be a name, got 1"),
-    ],
-)
-def test_unknown_names_raise_and_list_the_valid_ones(model, method, says):
-    with pytest.raises(PolicyError, match=says):
-        preset(model, method)
+    ):
+        with pytest.raises(PolicyError, match=says):
+            preset(model, method)
 
 
 def test_any_field_can_be_changed():
@@ -224,15 +126,12 @@ def test_any_field_can_be_changed():
         preset("flux", "magcache", treshold=0.1)
 
 
-def test_classes_exist_in_diffusers_or_are_marked():
+def test_classes_exist_in_diffusers_or_are_marked_and_sources_are_at_a_commit():
     diffusers = pytest.importorskip("diffusers")
     elsewhere = set(CATALOGUE["not_in_diffusers"])
     named = {name for about in CATALOGUE["models"].values() for name in about["classes"]}
     assert elsewhere <= named
     assert elsewhere == {name for name in named if not hasattr(diffusers, name)}
-
-
-def test_sources_are_at_a_commit():
     entries = [entry for own in CATALOGUE["presets"].values() for entry in own.values()]
     others = [other for entry in entries for other in entry.get("alternatives", ())]
     sources = {about["source"] for about in entries + others if "source" in about}
@@ -284,3 +183,107 @@ def test_magcache_decides_as_the_original_on_every_table(model):
         wanted = original(ratios, *limits, steps)
         assert [decision.is_hit for decision in decisions] == wanted, (branch, steps, limits)
     assert any(wanted), "loose limits are hit"
+
+
+RULES = json.loads(
+    resources.files("fxcache.pipelines").joinpath("pipelines.json").read_text("utf-8")
+)
+
+
+def pipe_of(pipeline, model, *, denoisers=1, own=None, **config):
+    """Something that goes by the names of a pipeline and its model, with these configs."""
+    components = ("transformer", "transformer_2")[:denoisers]
+    made = type(pipeline, (SimpleNamespace,), {})(scheduler=None, config=own or {})
+    for component in components:
+        denoiser = seeded(type(model, (Small,), {}))
+        denoiser.config = config
+        setattr(made, component, denoiser)
+    return made
+
+
+def chosen(pipeline, model, *, method="magcache", **options):
+    with fxcache.apply(pipe_of(pipeline, model, **options), method, backend="eager") as handle:
+        return handle.policy
+
+
+def test_the_rules_name_pipelines_and_presets_that_exist():
+    diffusers = pytest.importorskip("diffusers")
+    published = presets()
+    for rule in RULES:
+        assert rule["preset"] in published, rule
+        origin = preset(rule["preset"], published[rule["preset"]][0]).origin
+        for name in rule["pipelines"]:
+            assert hasattr(diffusers, name), name
+            assert any(hasattr(diffusers, cls) for cls in origin.model_classes)
+    assert {key for rule in RULES for key in rule} == {
+        "pipelines", "preset", "config", "denoisers", "is_guess"
+    }  # fmt: skip
+
+
+FLUX, WAN = "FluxTransformer2DModel", "WanTransformer3DModel"
+LTX = "LTXVideoTransformer3DModel"
+
+
+TOLD = [
+    ("FluxPipeline", FLUX, {"guidance_embeds": True}, "flux-dev"),
+    ("FluxControlNetPipeline", FLUX, {"guidance_embeds": True}, "flux-dev"),
+    ("FluxPipeline", FLUX, {"guidance_embeds": False}, "flux-schnell"),
+    ("FluxKontextPipeline", FLUX, {"guidance_embeds": True}, "flux-kontext"),
+    ("WanPipeline", WAN, {"num_layers": 30}, "wan2.1-t2v-1.3b"),
+    ("WanPipeline", WAN, {"num_layers": 40}, "wan2.1-t2v-14b"),
+    ("WanPipeline", WAN, {"num_layers": 40, "denoisers": 2}, "wan2.2-t2v-a14b"),
+    ("WanPipeline", WAN, {"own": {"expand_timesteps": True}}, "wan2.2-ti2v-5b"),
+    ("WanImageToVideoPipeline", WAN, {"denoisers": 2}, "wan2.2-i2v-a14b"),
+    ("HunyuanVideoPipeline", "HunyuanVideoTransformer3DModel", {}, "hunyuan-video"),
+]
+
+
+def test_the_model_is_told_by_its_pipeline_and_config(caplog):
+    for pipeline, model, options, expected in TOLD:
+        policy = chosen(pipeline, model, **options)
+        assert isinstance(policy, MagCache)
+        assert policy == preset(expected, "magcache"), (pipeline, options)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING, "fxcache"):
+        policy = chosen("WanPipeline", WAN, num_layers=2)  # a guess says so
+    assert policy == preset("wan2.1-t2v-1.3b", "magcache")
+    assert "cannot be told: its settings are those of wan2.1-t2v-1.3b" in caplog.text
+
+
+def test_the_name_that_was_loaded_goes_first():
+    for name, expected in (
+        ("black-forest-labs/FLUX.1-dev", "flux-dev"),
+        ("/models/FLUX.1-schnell", "flux-schnell"),
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "flux-dev"),  # the name of another class of model
+    ):
+        pipe = {"own": {"_name_or_path": name}, "guidance_embeds": True}
+        assert chosen("FluxPipeline", FLUX, **pipe) == preset(expected, "magcache"), name
+
+
+def test_auto_is_the_default_whatever_was_published_or_not():
+    assert chosen(pipeline="LTXPipeline", model=LTX, method="auto") == AdaptiveCache()
+    assert chosen(pipeline="FluxPipeline", model=FLUX, method=None) == AdaptiveCache()
+    assert isinstance(chosen("LTXPipeline", LTX, method="teacache"), TeaCache)
+    found = chosen("StableDiffusionXLPipeline", "UNet2DConditionModel", method="firstblockcache")
+    assert isinstance(found, FirstBlockCache)
+    for pipeline in ("StableAudioPipeline", "StableDiffusion3Pipeline"):
+        with pytest.raises(PolicyError, match=f"no settings .* for the model of this {pipeline}"):
+            chosen(pipeline, "SD3Transformer2DModel", num_layers=24)
+    with pytest.raises(PolicyError, match="no seacache settings were published for 'chroma'"):
+        chosen("ChromaPipeline", "ChromaTransformer2DModel", method="seacache")
+    with pytest.raises(PolicyError, match=r"Did you mean 'magcache'.*\"auto\" needs no"):
+        chosen("ChromaPipeline", "ChromaTransformer2DModel", method="magcahce")
+
+
+def test_a_method_for_each_denoiser():
+    pipe = pipe_of("WanPipeline", WAN, denoisers=2)
+    policies = {"transformer": FirstBlockCache(threshold=0.2), "transformer_2": "magcache"}
+    with fxcache.apply(pipe, policies, backend="eager") as handle:
+        assert handle.policy == {
+            "transformer": FirstBlockCache(threshold=0.2),
+            "transformer_2": preset("wan2.2-t2v-a14b", "magcache"),
+        }
+
+
+if __name__ == "__main__":
+    PUBLISHED.write_text("".join(shown()), "utf-8")

@@ -8,21 +8,10 @@ import json
 
 import pytest
 import torch
-from helpers import (
-    ALTERNATE,
-    FORECAST,
-    MASK,
-    NEVER,
-    assert_identical,
-    hits,
-    plain,
-    sample,
-    seeded,
-    solve,
-    times,
-)
-from opened import Small, opened
-from policy_cases import EASY, EVERY, SCHEDULE, name_of
+from comparing import assert_identical
+from helpers import hits, plain, sample, seeded, solve, times
+from opened import opened
+from policies import ALTERNATE, EASY, EVERY, FORECAST, MASK, NEVER, SCHEDULE, name_of
 from zoo import SequentialDiT
 
 import fxcache
@@ -39,11 +28,6 @@ E4M3 = torch.float8_e4m3fn
 
 
 @pytest.fixture
-def model():
-    return seeded(Small)
-
-
-@pytest.fixture
 def away(monkeypatch):
     """The CPU stands in for a GPU: residuals are taken for being kept elsewhere. Grows with each
     evaluation that is done so.
@@ -52,9 +36,6 @@ def away(monkeypatch):
     monkeypatch.setattr(HostedRegions, "begin", lambda *given: calls.append(1) or begin(*given))
     monkeypatch.setattr("fxcache.capture.rewrite.is_away", lambda host, device: bool(host))
     return calls
-
-
-# --- host memory ---
 
 
 class Wiring:
@@ -169,9 +150,6 @@ def test_where_the_model_is_on_the_host_nothing_is_hosted(model, monkeypatch):
     assert any(hits(denoiser))
 
 
-# --- reports ---
-
-
 def test_bytes_are_told_by_device(denoiser):
     solve(denoiser)
     report = denoiser.report()
@@ -186,28 +164,17 @@ def test_bytes_are_told_by_device(denoiser):
     assert both.cached_bytes == sum(both.cached_by_device.values())
 
 
-# --- refusals ---
-
-
-@pytest.mark.parametrize("device", ["cuda", "meta", "disk", "", 0, torch.device("cuda:1"), True])
-def test_other_devices_are_refused(model, device):
-    with pytest.raises(OptionError, match=r'cache_device must be "cpu".*got'):
-        fxcache.transform(model, cache_device=device)
-
-
-@pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu"), None])
-def test_the_host_by_any_spelling(device):
-    options = Options(cache_device=device)
-    assert options.host == (None if device is None else torch.device(device))
-
-
-@pytest.mark.parametrize(
-    "options", [{"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}]
-)
-def test_host_memory_and_cuda_graphs_exclude_each_other(model, options):
-    with pytest.raises(OptionError, match=r"cache_device='cpu' cannot be had with CUDA graphs"):
-        fxcache.transform(model, cache_device="cpu", **options)
-    assert Compilers(Options(cache_dtype=torch.bfloat16, **options)).graphs
+def test_the_host_by_any_spelling_and_nothing_else(model):
+    for device in ("cpu", "cpu:0", torch.device("cpu"), None):
+        options = Options(cache_device=device)
+        assert options.host == (None if device is None else torch.device(device))
+    for device in ("cuda", "meta", "disk", "", 0, torch.device("cuda:1"), True):
+        with pytest.raises(OptionError, match=r'cache_device must be "cpu".*got'):
+            fxcache.transform(model, cache_device=device)
+    for options in ({"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}):
+        with pytest.raises(OptionError, match=r"cache_device='cpu' cannot be had with CUDA graphs"):
+            fxcache.transform(model, cache_device="cpu", **options)
+        assert Compilers(Options(cache_dtype=torch.bfloat16, **options)).graphs
 
 
 def test_options_survive_copies(model, away):
@@ -216,9 +183,6 @@ def test_options_survive_copies(model, away):
     solve(again)
     assert len(away) == 4
     assert again.report().cached_bytes == 2 * 8 * 16 * E4M3.itemsize
-
-
-# --- on a GPU ---
 
 
 @pytest.mark.gpu

@@ -1,41 +1,30 @@
-"""Weights that change within a trajectory: training, adapters, numbers on modules.
-
-What counts as a change, by itself: tests/runtime/test_freshness.py.
-"""
+"""Weights that change within a trajectory: training, adapters, numbers; and what shows it."""
 
 import contextlib
+import gc
 import math
+import weakref
 
 import pytest
 import torch
-from helpers import (
-    ALWAYS,
-    MASK,
-    TAYLOR,
-    assert_close,
-    assert_identical,
-    graphed,
-    hits,
-    plain,
-    sample,
-    seeded,
-    short,
-    times,
-)
-from opened import Small, at
-from policy_cases import EASY, MAG, STEPS, TEA, moving, name_of
+from comparing import assert_close, assert_identical
+from helpers import graphed, hits, plain, sample, seeded, short, times
+from opened import Small, at, opened
+from policies import ALWAYS, EASY, MAG, MASK, TAYLOR, TEA, name_of
+from policy_cases import STEPS, moving
 from torch import nn
 
 import fxcache
+from fxcache.runtime.freshness import Weights
 
 CHANGED = "weights changed"
 
 
-def train(model, optimizer, **forward):
-    """One training step on a batch of mixed noise levels; the gradients."""
+def train(model, optimizer):
+    """One training step on a batch of mixed noise levels."""
     with torch.enable_grad():
         x, t = sample(seed=9), torch.tensor([0.3, 0.8])
-        (forward.get("through", model)(x, t) - x).square().mean().backward()
+        (model(x, t) - x).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -45,26 +34,12 @@ def last(denoiser):
     return record.is_hit, record.reason
 
 
-# --- weights that change within a trajectory ---
-
-
 def add_noise(model):
-    with torch.no_grad():
-        torch._foreach_add_(list(model.parameters()), 0.01)
+    torch._foreach_add_(list(model.parameters()), 0.01)
 
 
 def merge(model):
-    with torch.no_grad():
-        model.blocks[1].proj.weight += 0.1
-
-
-def assign(model):
-    state = {name: value + 0.01 for name, value in model.state_dict().items()}
-    model.load_state_dict(state, assign=True)
-
-
-def replace(model):
-    model.blocks[1].proj = nn.Linear(32, 16)
+    model.blocks[1].proj.weight += 0.1
 
 
 CHANGES = {
@@ -72,14 +47,14 @@ CHANGES = {
     "fused step": lambda model: train(model, torch.optim.AdamW(model.parameters(), fused=True)),
     "written": add_noise,
     "merged": merge,
-    "assigned": assign,
-    "replaced": replace,
+    "assigned": lambda model: model.load_state_dict(
+        {name: value + 0.01 for name, value in model.state_dict().items()}, assign=True
+    ),
+    "replaced": lambda model: setattr(model.blocks[1], "proj", nn.Linear(32, 16)),
 }
 
 
-def test_no_residual_meets_changed_weights():
-    model = seeded(Small)
-    denoiser = plain(model)
+def test_no_residual_meets_changed_weights(model, denoiser):
     for announced in (True, False):
         denoiser.reset()
         step = 0
@@ -98,8 +73,7 @@ def test_no_residual_meets_changed_weights():
     assert denoiser.report().graphs == 1
 
 
-def test_a_forecast_takes_no_residual_of_old_weights():
-    model = seeded(Small)
+def test_a_forecast_takes_no_residual_of_old_weights(model):
     denoiser = plain(model, TAYLOR)
     with denoiser.trajectory(num_steps=12):
         for i in range(5):
@@ -112,9 +86,8 @@ def test_a_forecast_takes_no_residual_of_old_weights():
 
 
 @pytest.mark.parametrize("policy", [MASK, EASY, TEA, MAG], ids=name_of)
-def test_no_policy_hits_on_changed_weights(policy):
+def test_no_policy_hits_on_changed_weights(model, policy):
     """Amid a trajectory, on the step that would be the first hit. The same policy then goes on."""
-    model = seeded(Small)
     denoiser = plain(model, policy)
 
     def at_step(i):
@@ -139,15 +112,13 @@ def test_no_policy_hits_on_changed_weights(policy):
     assert denoiser.report().graphs == 1
 
 
-def test_an_aborted_preview_then_training_then_one_from_a_lower_timestep():
-    model = seeded(Small)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+def test_an_aborted_preview_then_training_then_one_from_a_lower_timestep(model):
     denoiser, fresh = plain(model), plain(model)
     for branch in ("cond", "uncond"):
         with denoiser.branch(branch):
             at(denoiser, 0)
             at(denoiser, 4)
-    train(model, optimizer)
+    CHANGES["step"](model)
     for branch in ("cond", "uncond"):
         with denoiser.branch(branch), fresh.branch(branch):
             for i in (8, 12):
@@ -156,8 +127,7 @@ def test_an_aborted_preview_then_training_then_one_from_a_lower_timestep():
     assert reasons == ["nothing cached", None] * 2 + [CHANGED, None] * 2
 
 
-def test_whoever_trusts_trajectories_is_not_asked():
-    model = seeded(Small)
+def test_whoever_trusts_trajectories_is_not_asked(model):
     denoiser = short(model)
     with denoiser.trajectory():
         for i in range(3):
@@ -166,9 +136,6 @@ def test_whoever_trusts_trajectories_is_not_asked():
         at(denoiser, 3)
     at(denoiser, 4)
     assert hits(denoiser) == [False, True, True, True, False]
-
-
-# --- what is no weight, and numbers that are like weights ---
 
 
 class Counting(Small):
@@ -273,3 +240,137 @@ def test_adapters_that_come_and_go():
         assert not is_hit
         assert reason in (CHANGED, "a number of the model changed")
         step += 2
+
+
+@pytest.fixture
+def tensors():
+    return [nn.Parameter(torch.ones(3)), torch.zeros(2), nn.Parameter(torch.ones(1))]
+
+
+def weights(count=3, **options):
+    given = {"registered": [True, False, True], "numbers": {}, "constants": dict}
+    return Weights(range(count), **{**given, **options})
+
+
+def stamped(weights, inputs):
+    return weights.now(inputs)().keep(weights.pick(inputs))
+
+
+def checked(weights, stamp, inputs):
+    return weights.check(stamp, inputs, weights.now(inputs))
+
+
+def test_what_changes_a_stamp(tensors):
+    own = weights()
+    stamp = stamped(own, tensors)
+    assert checked(own, stamp, tensors) == (stamp, None)
+    tensors[1].add_(1)  # counted
+    new, reason = checked(own, stamp, tensors)
+    assert reason == "weights changed"
+    assert checked(own, new, tensors) == (new, None)
+    tensors[0] = nn.Parameter(tensors[0].clone())
+    new, reason = checked(own, new, tensors)
+    assert reason == "weights changed"
+    tensors[0], tensors[2] = tensors[2], tensors[0]  # the same ones in other places
+    assert checked(own, new, tensors)[1] == "weights changed"
+
+
+def test_what_voids_a_stamp(tensors):
+    """A weight that is gone, and an optimizer's step: of the stamps of its parameters."""
+    own, others = weights(), [nn.Parameter(torch.ones(1)) for _ in range(3)]
+    stamp, other, reference = stamped(own, tensors), stamped(own, others), weakref.ref(tensors[2])
+    tensors[2] = nn.Parameter(torch.ones(1))
+    gc.collect()
+    assert reference() is None  # a stamp keeps none alive
+    assert stamp.is_void
+    stamp = stamped(own, tensors)
+    tensors[0].grad = torch.ones(3)
+    torch.optim.AdamW([tensors[0]], fused=True).step()
+    assert stamp.is_void
+    assert not other.is_void
+
+
+def test_inference_tensors_and_numbers_of_the_model():
+    with torch.inference_mode():  # they have no count of writes
+        tensors = [torch.ones(1) for _ in range(3)]
+    own = weights()
+    assert checked(own, stamped(own, tensors), tensors)[1] is None
+    number = torch.tensor(0.5)
+    own = Weights([], [], {"scale": 0}, lambda: {"shift": frozenset({"== 1"})})
+    stamp = stamped(own, [number])
+    assert checked(own, stamp, [torch.tensor(0.5)])[1] is None
+    assert checked(own, stamp, [torch.tensor(0.25)])[1] == "a number of the model changed"
+
+
+def test_another_graph_of_the_same_model(tensors):
+    """Tables that models keep may be others, parameters and numbers may not."""
+    own = weights()
+    stamp = stamped(own, tensors)
+    other = weights(constants=lambda: {"scale": frozenset({"== 1"})})
+    table = torch.zeros(5)
+    new, reason = checked(other, stamp, [tensors[0], table, tensors[2]])
+    assert reason is None
+    assert new.weights is other
+    third = weights(constants=lambda: {"scale": frozenset({"== 2"})})
+    assert checked(third, new, tensors)[1] == "a number of the model changed"
+    assert checked(own, stamp, [tensors[2], tensors[1], tensors[2]])[1] == "weights changed"
+
+
+class Switched(Small):
+    """Has attributes that its forward reads."""
+
+    factor, is_doubled, calls = 1, False, 0
+
+    def forward(self, x, t):
+        out = super().forward(x, t) * self.factor
+        return out * 2 if self.is_doubled else out
+
+
+def increased(m):
+    return {k: v + 0.1 for k, v in m.state_dict().items()}
+
+
+SEEN = {
+    "attribute": lambda m: setattr(m, "factor", 3),
+    "flag": lambda m: setattr(m, "is_doubled", True),
+    "parameter": lambda m: setattr(m.blocks[1].proj, "weight", nn.Parameter(torch.randn(16, 32))),
+    "layout": lambda m: setattr(m.out.bias, "data", torch.ones(1)),
+    "child": lambda m: setattr(m.blocks[1], "proj", nn.Linear(32, 16)),
+    "block": lambda m: m.blocks.__setitem__(0, nn.Identity()),
+    "state": lambda m: m.load_state_dict(increased(m), assign=True),
+    "forward": lambda m: setattr(m, "forward", lambda x, t: type(m).forward(m, x, t) + 1),
+}
+
+
+def test_every_change_amid_a_trajectory_is_seen():
+    """What goes past Dynamo gives what goes the complete way, and says so."""
+    model = seeded(lambda: Switched(3))
+    quick, slow = opened(model), opened(model)
+    for name, change in SEEN.items():
+        with quick.trajectory(), slow.trajectory():
+            for i in range(8):
+                if i == 5:
+                    assert len(quick.shortcut.paths) == 1, name
+                    change(model)
+                x, t = sample() * (1 - i / 9), times(1 - i / 9)
+                slow.shortcut.forget()
+                assert_identical(quick(x, t), slow(x, t))
+        assert quick.report().records == slow.report().records, name
+        assert_identical(quick(sample(), times(1)), model(sample(), times(1)))
+        slow(sample(), times(1))
+
+
+def test_what_the_model_does_to_its_own_objects_is_done_at_each_call():
+    class Counting(Small):
+        def forward(self, x, t):
+            self.seen.append(1)
+            return super().forward(x, t)
+
+    model = seeded(Counting)
+    model.seen = []
+    denoiser = opened(model, ALWAYS)
+    with denoiser.trajectory():
+        for i in range(5):
+            denoiser(sample(), times(1 - i / 9))
+    assert len(model.seen) >= 5
+    assert denoiser.shortcut.paths == {}

@@ -1,74 +1,27 @@
-"""CUDA graphs: the runtime's logic, driven by a device that replays by running the work again.
+"""CUDA graphs: what is captured, replayed, read and given back, and where it goes wrong.
 
-A pointer that is no longer the right one, or an input that was not staged, shows as wrong numbers.
+The device replays by running the work again. That numbers and decisions are those without graphs is
+in test_ways.py.
 """
 
 import math
-from contextlib import nullcontext
+import weakref
 
 import pytest
 import torch
-from helpers import (
-    ALTERNATE,
-    MASK,
-    NEVER,
-    TAYLOR,
-    CountingDevice,
-    assert_close,
-    assert_identical,
-    graphed,
-    hits,
-    plain,
-    sample,
-    seeded,
-    solve,
-    times,
-)
-from opened import Small
+from comparing import assert_close, assert_identical
+from helpers import CountingDevice, as_written, graphed, hits, plain, sample, seeded, solve, times
+from opened import Small, opened
+from policies import ALTERNATE, MASK, NEVER, TAYLOR
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._pytree import tree_leaves
 
 import fxcache
-from fxcache import FirstBlockCache, StepSchedule, Taylor
 from fxcache.capture.compile import Compilers
 from fxcache.options import Options
 from fxcache.runtime.device import CudaDevice, graph_device
-from fxcache.runtime.graphs import MAX_QUIET_RESTARTS
-
-
-@pytest.fixture
-def model():
-    return seeded(Small)
-
-
-# --- the same numbers ---
-
-
-@pytest.mark.parametrize(
-    "policy",
-    [
-        NEVER,
-        ALTERNATE,
-        TAYLOR,
-        FirstBlockCache(threshold=math.inf, max_consecutive_hits=2, tail_blocks=1),
-        MASK,
-        StepSchedule(mask=MASK.mask, forecast=Taylor(order=1)),
-    ],
-    ids=["never", "reuse", "taylor", "tail", "schedule", "schedule-taylor"],
-)
-def test_the_same_numbers_as_without_graphs(device, policy):
-    """Announced or not."""
-    model = seeded(lambda: Small(3))
-    a, b = graphed(model, policy), plain(model, policy)
-    for announced in (False, True):
-        a.reset(), b.reset()
-        for seed in (0, 1):
-            with a.trajectory() if announced else nullcontext():
-                got = solve(a, 8, seed)
-            with b.trajectory() if announced else nullcontext():
-                assert_close(got, solve(b, 8, seed))
-        assert a.report().records == b.report().records
-        assert device.counts()[0] > 0
+from fxcache.runtime.graphs import MAX_QUIET_RESTARTS, GraphedRegions
 
 
 @pytest.mark.slow
@@ -96,9 +49,6 @@ def test_options_that_ask_for_graphs():
     assert isinstance(graph_device(torch.device("cuda")), CudaDevice)
 
 
-# --- what is captured, replayed and read ---
-
-
 @pytest.mark.parametrize(
     ("policy", "pieces", "step"),
     [(ALTERNATE, 3, (0, 2, 1)), (TAYLOR, 5, (0, 2, 1)), (MASK, 2, (0, 1, 0))],
@@ -122,9 +72,6 @@ def test_every_piece_is_captured_once(model, device, policy, pieces, step):
     assert policy is not MASK or hits(denoiser)[-8:] == list(MASK.mask)
 
 
-# --- what callers hold ---
-
-
 @pytest.mark.parametrize("policy", [ALTERNATE, MASK])
 def test_outputs_are_not_written_again_and_inputs_never(model, device, policy):
     denoiser = graphed(model, policy)
@@ -140,9 +87,6 @@ def test_outputs_are_not_written_again_and_inputs_never(model, device, policy):
         for output in outputs:
             output.mul_(math.nan)  # they are the caller's
     assert all(out.isfinite().all() for out in solve(denoiser, 8))
-
-
-# --- layouts ---
 
 
 @pytest.mark.parametrize("policy", [NEVER, MASK])
@@ -192,70 +136,6 @@ def test_a_number_that_changes_is_pointed_out(device, caplog):
     assert "pass it as a tensor" in caplog.text
 
 
-# --- weights ---
-
-
-class LoRA(nn.Module):
-    """What PEFT puts in the place of a layer."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base, self.in_features, self.out_features = base, base.in_features, base.out_features
-        self.down = nn.Linear(self.in_features, 2, bias=False)
-        self.up = nn.Linear(2, self.out_features, bias=False)
-
-    def forward(self, x):
-        return self.base(x) + self.up(self.down(x))
-
-
-def replace_parameter(model):
-    model.blocks[1].proj.weight = nn.Parameter(torch.randn_like(model.blocks[1].proj.weight))
-
-
-def swap_data(model):
-    model.embed.weight.data = torch.randn_like(model.embed.weight)
-
-
-def swap_in_place(model):
-    model.blocks[1].up.weight.mul_(0.5)
-
-
-def round_trip(model):
-    model.to(torch.float64).to(torch.float32)
-
-
-def load(model, **options):
-    state = {name: value.clone() * 1.5 for name, value in model.state_dict().items()}
-    model.load_state_dict(state, **options)
-
-
-def assign(model):
-    load(model, assign=True)
-
-
-def adapt(model):
-    model.blocks[1].proj = LoRA(model.blocks[1].proj)
-
-
-CHANGES = [replace_parameter, swap_data, swap_in_place, round_trip, load, assign, adapt]
-
-
-@pytest.mark.parametrize("policy", [NEVER, StepSchedule(mask=[False])], ids=["head", "none"])
-def test_changed_weights_are_used_at_once(model, device, policy):
-    denoiser = graphed(model, policy)
-    for change in CHANGES:
-        with denoiser.trajectory():
-            for i in range(9):
-                if i in (4, 7):
-                    change(model)
-                x, t = sample(seed=i), times(1 - i / 9)
-                assert_close(denoiser(x, t), model(x, t))
-            replayed = device.replays
-            denoiser(sample(), times(0))
-            denoiser(sample(), times(0))
-        assert device.replays > replayed, change
-
-
 def test_replaced_weights_inside_of_a_subclass_are_seen(device):
     """Quantized weights are tensors around others, and have no address of their own."""
 
@@ -269,3 +149,138 @@ def test_replaced_weights_inside_of_a_subclass_are_seen(device):
         if i == 4:
             model.out.weight = wrapped(model.out.weight.a * 2)
         assert_close(denoiser(sample(), times(1)).a, model(sample(), times(1)).a)
+
+
+@pytest.mark.parametrize("piece", ["head", "hit", "miss"])
+def test_an_exception_leaves_a_clean_state(model, device, piece):
+    """Each piece fails, after it wrote, when it warms up, is captured and is replayed."""
+    pieces, failing = iter(["head", "hit", "miss"]), set()
+
+    def compiler(gm, example_inputs, name=None):
+        name = next(pieces)
+
+        def run(*args):
+            results = gm(*args)
+            if name in failing:
+                raise RuntimeError("out of memory, say")
+            return results
+
+        return run
+
+    denoiser = fxcache.transform(model, ALTERNATE, backend=compiler, outline=False)
+    failures = 0
+    for i in range(24):
+        failing.clear()
+        if i % 3 == 2 or i == 1:
+            failing.add(piece)
+        x, t = sample(seed=i), times(1 - i / 24)
+        before = len(hits(denoiser))
+        try:
+            out = denoiser(x, t)
+        except RuntimeError:
+            failures += 1
+            assert len(hits(denoiser)) == before
+            failing.clear()
+            again = denoiser(x, t)
+            assert hits(denoiser)[-1] is False
+            assert_close(again, model(x, t))
+        else:
+            if not hits(denoiser)[-1]:
+                assert_close(out, model(x, t))
+    assert failures > 3
+    assert any(hits(denoiser))
+
+
+def test_out_of_memory_while_staging(model, device, monkeypatch):
+    denoiser = graphed(model, NEVER)
+    solve(denoiser)
+    monkeypatch.setattr("fxcache.runtime.graphs._memory", lambda _: 1 / 0)
+    model.embed.weight = nn.Parameter(torch.randn_like(model.embed.weight))
+    with pytest.raises(ZeroDivisionError):
+        denoiser(sample(), times(1))
+    with pytest.raises(ZeroDivisionError):
+        denoiser(sample(), times(1))
+    monkeypatch.undo()
+    for i in range(3):
+        assert_close(denoiser(sample(seed=i), times(1)), model(sample(seed=i), times(1)))
+
+
+def test_an_input_on_another_device_is_said(device, caplog, monkeypatch):
+    """A scalar on the host beside a model on the GPU: played with a device that does not match."""
+
+    class OnTheHost(Small):
+        def forward(self, x, t, scale):
+            return super().forward(x * scale, t)
+
+    original = fxcache.capture.rewrite.not_graphable
+
+    def with_another_device(inputs, device):
+        return original(inputs, torch.device("cuda"))
+
+    monkeypatch.setattr("fxcache.capture.rewrite.not_graphable", with_another_device)
+    model = seeded(OnTheHost)
+    denoiser = graphed(model, NEVER)
+    for i in range(3):
+        given = sample(seed=i), times(1), torch.tensor(2.0)
+        assert_close(denoiser(*given), model(*given))
+    assert "the input x is on cpu, the model on cuda" in caplog.text
+    assert device.counts() == (0, 0, 0)
+
+
+def held_by(denoiser):
+    """Its only buffers, and what its only executor has made for them."""
+    (executor,), (buffers,) = denoiser.executors(), denoiser.buffers()
+    return buffers, executor.regions[buffers]
+
+
+@pytest.mark.parametrize("policy", [TAYLOR, MASK])
+def test_finished_requests_give_graphs_and_buffers_back(model, device, policy):
+    denoiser = opened(model, policy, backend=as_written)
+    held = []
+    for request in range(3):
+        with denoiser.slot(request), denoiser.trajectory():
+            solve(denoiser, 8)
+            buffers, regions = held_by(denoiser)
+            assert isinstance(regions, GraphedRegions)
+            assert regions.graphs
+            held += [weakref.ref(buffers), weakref.ref(regions)]
+            del buffers, regions
+    assert [ref() for ref in held] == [None] * 6
+    assert [len(executor.regions) for executor in denoiser.executors()] == [0]
+
+
+def test_reset_and_new_layouts_give_graphs_back(model, device):
+    denoiser = opened(model, ALTERNATE, backend=as_written)
+    for free in (denoiser.reset, lambda: denoiser(sample(batch=3), times(1, 3))):
+        solve(denoiser, 8)
+        buffers, regions = held_by(denoiser)
+        results = tree_leaves([graph[1] for graph in regions.graphs.values() if graph])
+        alive = [weakref.ref(leaf) for leaf in results if isinstance(leaf, torch.Tensor)]
+        alive.append(weakref.ref(buffers))
+        del buffers, regions, results
+        free()
+        assert len(alive) > 3
+        assert not any(ref() is not None for ref in alive)
+
+
+def test_readings_of_two_threads_do_not_share_memory(monkeypatch):
+    """Two begin before the first is asked for its numbers."""
+
+    class Event:
+        def record(self):
+            pass
+
+        synchronize = record
+
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+    device = CudaDevice(torch.device("cuda"))
+    with torch.inference_mode():
+        first = device.read(torch.tensor([1.0, 0.5]))
+    second = device.read(torch.tensor([2.0]))
+    assert first() == [1.0, 0.5]
+    assert second() == [2.0]
+    for _ in range(3):
+        assert device.read(torch.tensor([3.0]))() == [3.0]
+    assert len(device.free) == 2

@@ -5,18 +5,8 @@ import weakref
 
 import pytest
 import torch
-from helpers import (
-    ALTERNATE,
-    FORECAST,
-    graphed,
-    hits,
-    plain,
-    seeded,
-    short,
-    solve,
-)
-from opened import Small
-from policy_cases import EASY
+from helpers import graphed, hits, plain, short, solve
+from policies import ALTERNATE, EASY, FORECAST
 from torch._subclasses import FakeTensor
 
 import fxcache
@@ -32,24 +22,6 @@ WAYS = {
     "graphs": lambda model: graphed(model, FORECAST, cache_dtype=torch.float16),
     "whole model": lambda model: plain(model, EASY, cache_dtype=torch.bfloat16),
 }
-
-
-@pytest.fixture
-def model():
-    return seeded(Small)
-
-
-@pytest.fixture
-def make(request, monkeypatch):
-    """One of `WAYS`. The CPU stands in for a GPU with host memory, or with CUDA graphs."""
-    monkeypatch.setattr("fxcache.capture.rewrite.is_away", lambda host, device: bool(host))
-    if request.param == "graphs":
-        request.getfixturevalue("device")
-    return WAYS[request.param]
-
-
-def by(*ways):
-    return pytest.mark.parametrize("make", ways, indirect=True)
 
 
 def alive():
@@ -99,12 +71,8 @@ def run(denoiser, number):
             solve(denoiser, 5, seed=number, tokens=(8, 5, 11)[number % 3])
 
 
-# --- it does not grow ---
-
-
-@by("graphs")
-def test_50_trajectories_of_changing_shapes(model, make):
-    denoiser = make(model)
+def test_50_trajectories_of_changing_shapes(model, device):
+    denoiser = WAYS["graphs"](model)
     for number in range(6):
         run(denoiser, number)
     before, cached = alive(), denoiser.report().cached_bytes
@@ -117,10 +85,10 @@ def test_50_trajectories_of_changing_shapes(model, make):
     assert any(hits(denoiser)[-10:])
 
 
-@by("host")
-def test_50_requests_in_slots(model, make):
+def test_50_requests_in_slots(model, monkeypatch):
     """Of a finished request nothing is left; of one under way, what it needs."""
-    denoiser = make(model)
+    monkeypatch.setattr("fxcache.capture.rewrite.is_away", lambda host, device: bool(host))
+    denoiser = WAYS["host"](model)
 
     def serve(number):
         with denoiser.slot(number), denoiser.trajectory():
@@ -162,12 +130,8 @@ def test_failed_evaluations_and_other_layouts_leave_nothing(model, monkeypatch):
     assert alive() <= before
 
 
-# --- it is given back ---
-
-
-@by("whole model")
-def test_reset_and_restore_give_all_of_it_back(model, make):
-    denoiser = make(model)
+def test_reset_and_restore_give_all_of_it_back(model):
+    denoiser = WAYS["whole model"](model)
     before = alive()
     for name in ("first", "second"):
         with denoiser.slot(name):
@@ -187,9 +151,8 @@ def test_reset_and_restore_give_all_of_it_back(model, make):
     assert alive()[1] <= before[1]
 
 
-@by("graphs")
-def test_a_deleted_denoiser_gives_all_of_it_back(model, make):
-    denoiser = make(model)
+def test_a_deleted_denoiser_gives_all_of_it_back(model, device):
+    denoiser = WAYS["graphs"](model)
     run(denoiser, 0)
     held = references()
     del denoiser
@@ -209,15 +172,12 @@ def test_the_registered_backend_gives_it_back_with_its_code(model):
     assert_dead(held)
 
 
-# --- pipelines ---
-
-
 def test_runs_of_a_pipeline():
     """Guided: two branches. Removal gives everything back."""
     pytest.importorskip("diffusers")
     from loops import Pipe
 
-    pipe = Pipe(transformer=seeded(Small))
+    pipe = Pipe()
 
     def run_pipe(number):
         pipe(2, calls=2, names=("cond", "uncond"), seed=number)

@@ -7,21 +7,15 @@ pytestmark = pytest.mark.slow
 
 
 def test_tokens_on_two_ranks():
-    on_ranks("contexts.ulysses", "contexts.ring", "contexts.ulysses_compiled", "contexts.pipelines")
+    on_ranks(
+        *(f"contexts.{name}" for name in ("ulysses", "ring", "ulysses_compiled")),
+        "drawing.pipelines",
+    )
 
 
 def test_weights_on_two_ranks():
-    on_ranks(
-        "sharded.tensors",
-        "sharded.tensors_compiled",
-        "sharded.sharded",
-        "sharded.sharded_costs",
-        "sharded.sharded_training",
-        "sharded.written",
-        "sharded.moved",
-        "sharded.explained",
-        "sharded.refused",
-    )
+    names = ("tensors", "tensors_compiled", "sharded", "sharded_costs", "changed", "refused")
+    on_ranks(*(f"sharded.{name}" for name in names))
 
 
 def test_four_ranks():

@@ -1,192 +1,86 @@
-"""guards="trajectory": later evaluations go past Dynamo, and nothing else changes."""
+"""guards="trajectory": which evaluations go past Dynamo, what is forgotten, what models may return.
+
+That outputs and decisions are those of the complete way is in test_ways.py.
+"""
 
 import copy
 import gc
 import math
 import pickle
 import weakref
-from contextlib import nullcontext
+from collections import namedtuple
+from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import (
-    ALWAYS,
-    MASK,
-    NEVER,
-    adopt,
-    assert_close,
-    assert_identical,
-    hits,
-    plain,
-    sample,
-    seeded,
-    short,
-    solve,
-    times,
-)
-from opened import Small, opened, served_by_threads
-from policy_cases import name_of
+from comparing import assert_close, assert_identical
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from helpers import hits, plain, sample, seeded, short, solve, times
+from opened import Small, opened
+from policies import ALWAYS, MASK, NEVER, name_of
 from torch import nn
 
 import fxcache
-from fxcache import FirstBlockCache, OptionError, Taylor
+from fxcache import FirstBlockCache, OptionError
 from fxcache.runtime.regions import Regions
 
-TAYLOR = FirstBlockCache(threshold=math.inf, warmup_steps=2, forecast=Taylor(order=1))
 TWO = FirstBlockCache(threshold=math.inf, max_consecutive_hits=2)
 
 
-@pytest.fixture
-def model():
-    return seeded(Small)
-
-
 def quick(model, policy=ALWAYS):
-    """A denoiser that takes the shortcut."""
-    return opened(model, policy, guards="trajectory")
+    """A denoiser that takes the shortcut, and its calls that do not."""
+    denoiser = opened(model, policy, guards="trajectory")
+    return denoiser, denoiser.count_complete()
 
 
-def assert_same(denoisers, x, t, **where):
-    """Both give the same for a call that is placed by `where`."""
-    got = []
-    for denoiser in denoisers:
-        with denoiser.slot(where.get("slot")), denoiser.branch(where.get("branch")):
-            got.append(denoiser(x, t))
-    assert_identical(*got)
-
-
-# --- the same outputs and records, fewer calls ---
-
-
-@pytest.mark.parametrize("policy", [TWO, TAYLOR, MASK], ids=name_of)
-def test_the_same_as_with_all_guards(model, policy):
-    """Announced or not, and where nothing is hit."""
-    a, b = quick(model, policy), plain(model, policy)
-    calls = a.count_complete()
-    for own, announced in ((policy, False), (policy, True), (NEVER, False)):
-        if own is NEVER and policy is not TWO:
-            continue
-        adopt(a, own), adopt(b, own)
-        calls.clear()
-        for seed in range(3):
-            with a.trajectory(6) if announced else nullcontext():
-                got = solve(a, 6, seed)
-            with b.trajectory(6) if announced else nullcontext():
-                assert_identical(got, solve(b, 6, seed))
-        assert a.report().records == b.report().records
-        assert calls == [0, 6, 12], (own, announced)
-
-
-def test_rising_timesteps(model):
-    a, b = quick(model), plain(model)
-    calls = a.count_complete()
-    for _ in range(3):
-        for t in (0.0, 0.1, 0.2, 0.3, 0.4):
-            assert_same((a, b), sample(), times(t))
-    assert a.report().records == b.report().records
-    assert len(calls) == 5  # two are lost until the direction is understood
-
-
-def test_branches_and_slots(model, monkeypatch):
-    a, b = quick(model, TWO), plain(model, TWO)
-    calls = a.count_complete()
-    places = [("r", "cond"), ("r", "uncond"), ("s", "cond"), (None, None)]
-    for seed in (0, 1):
-        for i in range(5):
-            for number, (slot, branch) in enumerate(places):
-                x, t = sample(seed=seed + 7 * number) + 0.05 * i, times(1 - i / 5)
-                assert_same((a, b), x, t, slot=slot, branch=branch)
-    assert a.report().records == b.report().records
-    assert len(calls) == 2 * len(places)
-
+@pytest.mark.parametrize("policy", [TWO, NEVER, MASK], ids=name_of)
+def test_one_evaluation_of_a_trajectory_goes_the_complete_way(model, policy, monkeypatch):
+    """Of each branch of each request; where timesteps rise, two are lost until that is clear."""
+    denoiser, calls = quick(model, policy)
+    for _ in range(2):
+        solve(denoiser, 6)
+    with denoiser.trajectory(6):
+        solve(denoiser, 6)
+    assert calls == [0, 6, 12]
+    for i in range(5):
+        for slot, branch in (("r", "cond"), ("r", "uncond"), ("s", None)):
+            with denoiser.slot(slot), denoiser.branch(branch):
+                denoiser(sample(), times(1 - i / 5))
+    assert len(calls) == 3 + 3
     monkeypatch.setattr("fxcache.runtime.shortcut._MAX_PATHS", 3)  # more requests than paths
-    a.reset(), b.reset()
+    denoiser.reset()
     for i in range(3):
         for slot in range(5):
-            assert_same((a, b), sample(seed=slot), times(1 - i / 5), slot=slot)
-    assert len(a.shortcut.paths) <= 3
+            with denoiser.slot(slot):
+                x, t = sample(seed=slot), times(1 - i / 5)
+                output, is_hit = denoiser(x, t), hits(denoiser)[-1]
+                assert is_hit or torch.equal(output, model(x, t))
+    assert len(denoiser.shortcut.paths) <= 3
+    rising, calls = quick(model, policy)
+    for _ in range(3):
+        for t in (0.0, 0.1, 0.2, 0.3, 0.4):
+            rising(sample(), times(t))
+    assert len(calls) == 5
 
 
-def test_threads_with_slots(model):
-    a, b = quick(model, TWO), plain(model, TWO)
-    solve(a, 8)
-    for seed, outputs in served_by_threads(a, range(4)).items():
-        b.reset()
-        assert_identical(outputs, solve(b, 8, seed))
-
-
-def test_autocast_and_inference_mode(model):
-    a, b = quick(model, TAYLOR), plain(model, TAYLOR)
-    contexts = [
-        torch.no_grad(),
-        torch.inference_mode(),
-        torch.autocast("cpu", dtype=torch.bfloat16),
-        torch.autocast("cpu", dtype=torch.float16),
-    ]
-    with a.trajectory(), b.trajectory():
-        for i in range(16):
-            with contexts[(i // 2) % 4] if i < 12 else contexts[i % 4]:
-                got, expected = a(sample(), times(1 - i / 16)), b(sample(), times(1 - i / 16))
-            assert_identical(got, expected)
-            assert got.is_inference() == expected.is_inference()
-            assert got.dtype == expected.dtype
-
-
-# --- weights ---
-
-
-@pytest.mark.parametrize("announced", [False, True])
-def test_weights_replaced_between_trajectories(model, announced):
-    denoiser = short(model, NEVER)
-
-    def same():
-        for i in range(3):
-            x, t = sample(seed=i), times(1 - i / 3)
-            assert_identical(denoiser(x, t), model(x, t))
-
-    for name in ("weight", "bias", "data", "module", "dtype"):
-        if announced:
-            with denoiser.trajectory():
-                same()
-        else:
-            same()
-        layer = model.blocks[1].proj
-        if name == "module":
-            model.blocks[1].proj = nn.Sequential(nn.Linear(32, 16), nn.Tanh())
-        elif name == "dtype":
-            model.double().float()
-        elif name == "data":
-            layer.weight.data = torch.randn_like(layer.weight)
-        else:
-            setattr(layer, name, nn.Parameter(torch.randn_like(getattr(layer, name))))
-    same()
-
-
-def test_weights_written_in_place_are_seen_at_once(model):
-    denoiser = quick(model, NEVER)
+def test_weights_are_seen_in_what_goes_past_dynamo(model):
+    """Written in place: at once; replaced: by the next trajectory, of one step and unannounced."""
+    denoiser, calls = quick(model, NEVER)
     with denoiser.trajectory():
         for _ in range(4):
             model.blocks[1].up.weight.mul_(0.7)
             model.load_state_dict({k: v * 0.9 for k, v in model.state_dict().items()})
             assert_identical(denoiser(sample(), times(1)), model(sample(), times(1)))
-    assert len(denoiser.shortcut.paths) == 1
-
-
-def test_a_one_step_sampler_that_announces_nothing_notices_replaced_weights(model):
-    denoiser = short(model, NEVER)
-    denoiser(sample(), times(1))
-    denoiser(sample(), times(1))
+    assert len(calls) == 1
     model.out.weight = nn.Parameter(torch.randn_like(model.out.weight))
-    assert_identical(denoiser(sample(), times(1)), model(sample(), times(1)))
-
-
-# --- the rest of a denoiser's life ---
+    for _ in range(2):
+        assert_identical(denoiser(sample(), times(1)), model(sample(), times(1)))
 
 
 def test_reset_forgets_what_was_learned(model):
-    denoiser = quick(model)
+    denoiser, calls = quick(model)
     solve(denoiser)
-    calls = denoiser.count_complete()
+    calls.clear()
     denoiser(sample(), times(0.1))
     assert calls == []
     denoiser.reset()
@@ -205,7 +99,7 @@ def test_copies_learn_by_themselves(model):
 
 
 def test_an_exception_forgets_and_comes_back(model, monkeypatch):
-    a, begin, fails = quick(model, TWO), Regions.begin, []
+    (a, _), begin, fails = quick(model, TWO), Regions.begin, []
 
     def failing(*given):
         if fails:
@@ -225,10 +119,12 @@ def test_an_exception_forgets_and_comes_back(model, monkeypatch):
     assert a.session.trusts_trajectory.get() is False
 
 
-@pytest.mark.parametrize("guards", ["never", None, True, "Always"])
-def test_unknown_guards(model, guards):
-    with pytest.raises(OptionError, match="guards"):
-        fxcache.transform(model, ALWAYS, backend="eager", guards=guards)
+def test_bad_options_and_arguments_are_named(model):
+    for guards in ("never", None, True, "Always"):
+        with pytest.raises(OptionError, match="guards"):
+            fxcache.transform(model, ALWAYS, backend="eager", guards=guards)
+    with pytest.raises(TypeError, match="multiple values"):
+        short(model)(sample(), times(1), t=times(1))
 
 
 def test_the_backend_of_torch_compile_keeps_no_calls(model):
@@ -244,8 +140,7 @@ def test_the_backend_of_torch_compile_keeps_no_calls(model):
 
 @pytest.mark.parametrize("policy", [ALWAYS, MASK], ids=name_of)
 def test_nothing_of_the_callers_is_kept(model, policy):
-    denoiser = quick(model, policy)
-    kept = []
+    denoiser, kept = quick(model, policy)[0], []
     for request in (None, "a", "b"):
         with denoiser.slot(request), denoiser.trajectory():
             for i in range(4):
@@ -260,7 +155,7 @@ def test_nothing_of_the_callers_is_kept(model, policy):
 
 
 def test_a_call_that_fails_behind_the_executor_leaves_no_tensor_of_the_caller(model):
-    denoiser = quick(model, NEVER)
+    denoiser = quick(model, NEVER)[0]
     cached = denoiser.cached
 
     def failing(*args):
@@ -277,6 +172,177 @@ def test_a_call_that_fails_behind_the_executor_leaves_no_tensor_of_the_caller(mo
     assert alive() is None
 
 
-def test_wrong_arguments_are_a_type_error(model):
-    with pytest.raises(TypeError, match="multiple values"):
-        short(model)(sample(), times(1), t=times(1))
+class Flexible(Small):
+    """Takes all sorts of arguments."""
+
+    def forward(self, x, t, extra=None, scale=1.0, skip=False, parts=()):
+        x = x.to(self.embed.weight.dtype)
+        h = super().forward(x, t.to(x.dtype))
+        if extra is not None:
+            h = h + extra
+        for part in parts:
+            h = h - part
+        return h if skip else h * scale
+
+
+E = sample(seed=9)
+TURNED = E.transpose(0, 1).contiguous().transpose(0, 1)
+CALLS = [
+    {}, {"extra": E}, {"extra": E.double()}, {"extra": E[:1]}, {"extra": TURNED}, {"extra": 0.25},
+    {"extra": torch.tensor(0.5)}, {"scale": 2.0}, {"scale": 2}, {"scale": True}, {"skip": True},
+    {"skip": 1}, {"parts": (E,)}, {"parts": [E]}, {"parts": (E, E)}, {"parts": (E, -E)},
+    {"parts": {}},
+]  # fmt: skip
+
+
+@torch._dynamo.config.patch(recompile_limit=64)
+def test_other_arguments_go_the_complete_way():
+    """Whatever the last call was, an unlike one is computed as the model does."""
+    model = seeded(Flexible)
+    denoiser = short(model, NEVER)
+    with denoiser.trajectory():
+        for call in CALLS:
+            for options in (call, call, CALLS[0]):
+                given = sample(seed=len(options)), times(0.5)
+                assert_identical(denoiser(*given, **options), model(*given, **options))
+
+
+LAYOUTS = {
+    "strides": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "expanded": lambda x: x[:1].expand(2, -1, -1),
+    "shape": lambda x: x[:, :5],
+    "type": lambda x: nn.Parameter(x, requires_grad=False),
+}
+
+
+def test_other_layouts_go_the_complete_way(model):
+    """Compiled pieces take the layouts for granted."""
+    denoiser, calls = quick(model, NEVER)
+    for name, change in LAYOUTS.items():
+        calls.clear()
+        with denoiser.trajectory():
+            for _ in range(2):
+                denoiser(sample(), times(1))
+            assert len(calls) == 1, name
+            x = change(sample())
+            assert_identical(denoiser(x, times(1)), model(x, times(1)))
+        assert len(calls) == 2, name
+
+
+def test_kinds_of_timesteps():
+    """A float, an int, and a tensor of no dimensions."""
+
+    class Timed(Small):
+        def forward(self, x, timestep):
+            return super().forward(x, torch.ones(x.shape[0]) * timestep)
+
+    model = seeded(Timed)
+    for kind, given in ((float, 0.5), (int, 500), (torch.tensor, 0.5)):
+        a, b = short(model, TWO), plain(model, TWO)
+        for share in (1.0, 0.8, 0.6, 0.4, 0.2) * 2:
+            t = kind(given * share)
+            assert_identical(a(sample(), t), b(sample(), t))
+        assert a.report().records == b.report().records
+
+
+def test_the_same_tensor_as_two_arguments():
+    class Two(Small):
+        def forward(self, x, t, other):
+            return super().forward(x + 2 * other, t)
+
+    model = seeded(Two)
+    for first in (True, False):
+        denoiser = short(model, NEVER)
+        with denoiser.trajectory():
+            for same in (first, first, not first, not first, first):
+                x = sample()
+                other = x if same else sample(seed=3)
+                assert_identical(denoiser(x, times(1), other), model(x, times(1), other))
+        both = torch.randn(3, 8, 4)
+        given = both[:2], times(1), both[1:]  # views of one storage
+        assert_identical(denoiser(*given), model(*given))
+
+
+def test_positional_and_keyword_arguments(model):
+    a = short(model, NEVER)
+    expected = model(sample(), times(1))
+    with a.trajectory():
+        for _ in range(2):
+            assert_identical(a(sample(), times(1)), expected)
+            assert_identical(a(sample(), t=times(1)), expected)
+            assert_identical(a(x=sample(), t=times(1)), expected)
+            assert_identical(a(t=times(1), x=sample()), expected)
+
+
+Pair = namedtuple("Pair", ["out", "flag"])
+
+
+@dataclass
+class Unknown:
+    """A dataclass that pytree does not know."""
+
+    out: torch.Tensor
+
+
+RETURNS = {
+    "tuple": (lambda out, x, t: (out, out * 2, None), True),
+    "dict": (lambda out, x, t: {"b": [out], "a": "text"}, True),
+    "namedtuple": (lambda out, x, t: Pair(out, True), True),
+    "diffusers": (lambda out, x, t: Transformer2DModelOutput(sample=out), True),
+    "twice": (lambda out, x, t: (out, out), True),
+    "view": (lambda out, x, t: (out, out[:1]), True),
+    "input": (lambda out, x, t: (out, x), False),
+    "number": (lambda out, x, t: (out, x.shape[0]), False),
+    "computed number": (lambda out, x, t: (out, float(t.max())), False),
+    "unknown": (lambda out, x, t: Unknown(out), False),
+}
+
+
+@pytest.mark.parametrize("name", RETURNS)
+def test_what_models_return(name):
+    wrap, is_learned = RETURNS[name]
+
+    class Returns(Small):
+        def forward(self, x, t):
+            return wrap(super().forward(x, t), x, t)
+
+    def parts(result):
+        return torch.utils._pytree.tree_flatten(vars(result) if name == "unknown" else result)
+
+    model = seeded(Returns)
+    denoiser, calls = quick(model, NEVER)
+    with denoiser.trajectory():
+        for i in range(4):
+            x, t = sample(seed=i), times(1 - i / 4)
+            got, expected = denoiser(x, t), model(x, t)
+            assert type(got) is type(expected)
+            (leaves, spec), (others, expected_spec) = parts(got), parts(expected)
+            assert spec == expected_spec
+            assert_identical(leaves, others)
+            assert [v for v in leaves if not torch.is_tensor(v)] == [
+                v for v in others if not torch.is_tensor(v)
+            ]
+            if name == "input":
+                assert got[1] is x
+            if name == "twice":
+                assert got[0] is got[1]
+    assert len(calls) == (1 if is_learned else 4)
+
+
+def test_an_intermediate_that_the_model_keeps():
+    """The path would not write it: it is not learned."""
+
+    class Keeps(Small):
+        last = None
+
+        def stack(self, h):
+            self.last = h = super().stack(h)
+            return h
+
+    model = seeded(Keeps)
+    denoiser = short(model, NEVER)
+    for i in range(3):
+        denoiser(sample(seed=i), times(1 - i / 3))
+        kept = model.last
+        model(sample(seed=i), times(1 - i / 3))
+        assert_identical(kept, model.last)

@@ -8,37 +8,19 @@ import math
 
 import pytest
 import torch
-from helpers import (
-    ALTERNATE,
-    ALWAYS,
-    assert_close,
-    assert_identical,
-    hits,
-    plain,
-    sample,
-    seeded,
-    solve,
-    times,
-)
-from opened import Small, served_by_threads
+from comparing import assert_close, assert_identical
+from helpers import hits, plain, sample, seeded, solve, times
+from opened import Small
+from policies import ALTERNATE, ALWAYS
 from torch import nn
-from zoo import SequentialDiT
 
 import fxcache
 from fxcache import FirstBlockCache, MagCache, PolicyError
 
 
-@pytest.fixture
-def model():
-    return seeded(Small)
-
-
 def call(denoiser, *ts, batch=2, tokens=8, seed=0):
     """Evaluations of one sample at the timesteps `ts`; the outputs."""
     return [denoiser(sample(batch, tokens, seed), times(t, batch)) for t in ts]
-
-
-# --- trajectories ---
 
 
 def test_where_a_trajectory_begins(denoiser):
@@ -63,8 +45,7 @@ def test_where_a_trajectory_begins(denoiser):
     assert hits(denoiser) == [False, True, False, True]
 
 
-def test_another_shape_or_dtype_is_another_trajectory(model):
-    denoiser = plain(model)
+def test_another_shape_or_dtype_is_another_trajectory(denoiser):
     call(denoiser, 1.0)
     call(denoiser, 0.9, batch=3)
     denoiser.to(torch.bfloat16)
@@ -121,27 +102,6 @@ def test_timesteps_may_be_python_numbers(t):
     assert denoiser.report().records[-1].timestep == float(t)
 
 
-# --- branches and slots ---
-
-
-def test_slots_never_mix(denoiser):
-    """Each is what it is alone, also if its requests are served by threads."""
-    alone = {}
-    for seed in range(3):
-        denoiser.reset()
-        alone[seed] = solve(denoiser, 8, seed)
-    denoiser.reset()
-    mixed = {seed: [] for seed in alone}
-    for i in range(8):
-        for seed, outputs in mixed.items():
-            with denoiser.slot(seed):
-                outputs.append(denoiser(sample(seed=seed) + 0.05 * i, times(1 - i / 8)))
-    served = served_by_threads(denoiser, range(3))
-    for seed, outputs in alone.items():
-        assert_identical(mixed[seed], outputs)
-        assert_identical(served[seed], outputs)
-
-
 def test_a_request_has_a_policy_and_a_report_of_its_own(model):
     """Another threshold decides, and nothing is captured anew; a policy of other pieces is none."""
     denoiser = plain(model, FirstBlockCache(threshold=0))
@@ -179,17 +139,11 @@ def test_branches_of_a_trajectory(denoiser, caplog):
     assert caplog.text.count("denoiser.branch") == 1
 
 
-# --- what is broken ---
-
-
-class Headless(Small):
-    """Returns the stack's own output: nothing runs after the span."""
-
-    def forward(self, x, t):
-        return self.stack(self.embed(x) + self.time(t[:, None])[:, None])
-
-
 def test_the_span_may_be_the_end_of_the_model():
+    class Headless(Small):
+        def forward(self, x, t):
+            return self.stack(self.embed(x) + self.time(t[:, None])[:, None])
+
     model = seeded(Headless)
     denoiser = plain(model)
     (first,) = call(denoiser, 1.0)
@@ -199,17 +153,6 @@ def test_the_span_may_be_the_end_of_the_model():
     hit.zero_()  # no view of what is cached
     assert_close(call(denoiser, 1.0)[0], first)
     assert hits(denoiser) == [False, True, True]
-
-
-class Fails(SequentialDiT):
-    """Raises in the middle of the span when it is told to."""
-
-    def stack(self, h):
-        for i, block in enumerate(self.blocks):
-            h = block(h)
-            if i == 2:
-                h = torch.ops.fxcache_test.maybe_fail(h)
-        return h
 
 
 FAIL = False
@@ -222,13 +165,18 @@ def maybe_fail(x: torch.Tensor) -> torch.Tensor:
     return x.clone()
 
 
-@maybe_fail.register_fake
-def _(x):
-    return torch.empty_like(x)
+maybe_fail.register_fake(torch.empty_like)
 
 
 def test_an_exception_leaves_no_half_written_state(monkeypatch):
-    model = seeded(Fails)
+    """It is raised in the middle of the span."""
+
+    class Fails(Small):
+        def stack(self, h):
+            first, second, third = self.blocks
+            return third(torch.ops.fxcache_test.maybe_fail(second(first(h))))
+
+    model = seeded(lambda: Fails(3))
     denoiser = plain(model, FirstBlockCache(threshold=1e-9))
     with denoiser.trajectory():
         call(denoiser, 1.0)
@@ -243,31 +191,11 @@ def test_an_exception_leaves_no_half_written_state(monkeypatch):
         assert hits(denoiser)[-1]
 
 
-# --- modes ---
-
-
-def test_modes_without_gradients_take_turns(model, denoiser):
-    """A model in training mode is cached, as ComfyUI leaves its models."""
-    denoiser.train()
-    assert model.training
-    for first, second in ((torch.no_grad, torch.inference_mode),
-                          (torch.inference_mode, torch.no_grad)):  # fmt: skip
-        with first():
-            assert_identical(call(denoiser, 1.0), [model(sample(), times(1.0))])
-        with second():
-            call(denoiser, 0.9)
-            call(denoiser, 0.8, batch=3)
-        with first():
-            call(denoiser, 0.7, batch=3)
-    assert hits(denoiser) == [False, True, False, True] * 2
-
-
-class Dropping(Small):
-    def stack(self, h):
-        return super().stack(nn.functional.dropout(h, 0.5, self.training))
-
-
 def test_a_dropout_that_is_on_is_not_cached():
+    class Dropping(Small):
+        def stack(self, h):
+            return super().stack(nn.functional.dropout(h, 0.5, self.training))
+
     model = seeded(Dropping)
     denoiser = plain(model.train(), fallback=True)
     with pytest.warns(UserWarning, match="dropout"):
@@ -278,18 +206,14 @@ def test_a_dropout_that_is_on_is_not_cached():
     assert hits(denoiser) == [False, True, True]
 
 
-class DroppingText(Dropping):
+def test_a_dropout_of_the_conditioning_is_the_models_own():
     """The conditioning's encoder drops (ComfyUI's ACE-Step), the blocks do not."""
 
-    def stack(self, h):
-        return Small.stack(self, h)
+    class DroppingText(Small):
+        def forward(self, x, t, text=None):
+            told = nn.functional.dropout(text, 0.5, self.training).mean()
+            return super().forward(x, t) + 1e-4 * told
 
-    def forward(self, x, t, text=None):
-        told = nn.functional.dropout(text, 0.5, self.training).mean()
-        return super().forward(x, t) + 1e-4 * told
-
-
-def test_a_dropout_of_the_conditioning_is_the_models_own():
     model, text = seeded(DroppingText).train(), torch.ones(1, 8)
     denoiser = plain(model, ALWAYS)
     for at in (1.0, 0.9, 0.8):
@@ -300,9 +224,6 @@ def test_a_dropout_of_the_conditioning_is_the_models_own():
             assert_identical(output, model(sample(), times(at), text))
     assert hits(denoiser) == [False, True, True]
     assert "a dropout" not in str(fxcache.explain(model, sample(), times(1.0), text))
-
-
-# --- the policy ---
 
 
 def test_a_policy_holds_from_the_next_trajectory_on(model):

@@ -4,9 +4,11 @@ import threading
 
 import pytest
 import torch
-from helpers import ALTERNATE, ALWAYS, MASK, assert_identical, hits, plain, sample, seeded, times
+from comparing import assert_identical
+from helpers import hits, plain, sample, seeded, times
 from loops import Flow, Pipe
 from opened import Small, opened
+from policies import ALTERNATE, ALWAYS, MASK
 from torch import nn
 
 import fxcache
@@ -26,17 +28,13 @@ class Guided(Small):
         return super().forward(x + self.text(text)[:, None, :4], t)
 
 
+@pytest.fixture
+def pipe():
+    return Pipe()
+
+
 def guided():
     return seeded(Guided)
-
-
-def pipe_of(scheduler=None):
-    return Pipe(scheduler, seeded(Small))
-
-
-@pytest.fixture
-def model():
-    return seeded(Small)
 
 
 class Listed:
@@ -53,9 +51,6 @@ class Listed:
         x = torch.ones(1, 8, 4)
         for i, t in enumerate(self.scheduler.timesteps):
             x = self.scheduler.step(calls(i, x, t)[0], t, x)[0]
-
-
-# --- branches without a name ---
 
 
 def test_a_second_call_of_another_batch_is_a_branch_of_its_own():
@@ -153,12 +148,8 @@ def test_two_conditionings_at_one_timestep_do_not_share_a_residual():
             assert_identical(denoiser(x, times(1 - i / 5, 1), text), alone[id(text)][i])
 
 
-# --- the sampler's list ---
-
-
-def test_the_place_in_the_list_counts_where_the_scheduler_does_not_move():
+def test_the_place_in_the_list_counts_where_the_scheduler_does_not_move(pipe):
     """Diffusion forcing: each frame has a scheduler of its own, and the pipeline's stands still."""
-    pipe = pipe_of()
     handle = fxcache.apply(pipe, StepSchedule.every(2, num_steps=8), backend="eager")
     for lag in (0, 3):
         handle.reset()
@@ -176,7 +167,7 @@ def test_the_place_in_the_list_counts_where_the_scheduler_does_not_move():
 def test_timesteps_that_rounding_made_equal_are_steps():
     """Karras' spacing repeats timesteps; Heun's list is longer than its steps."""
     scheduler = diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True)
-    pipe = pipe_of(scheduler)
+    pipe = Pipe(scheduler)
     with fxcache.apply(pipe, ALTERNATE, backend="eager") as handle:
         pipe(80)
         assert len(set(scheduler.timesteps.tolist())) < 80
@@ -186,8 +177,7 @@ def test_timesteps_that_rounding_made_equal_are_steps():
         assert [r.step for r in handle.report().records][80:] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
-def test_a_list_that_is_copied_and_put_back_is_the_same_run():
-    pipe = pipe_of()
+def test_a_list_that_is_copied_and_put_back_is_the_same_run(pipe):
     with torch.no_grad(), fxcache.apply(pipe, ALTERNATE, backend="eager") as handle:
         pipe.scheduler.set_timesteps(6)
         for t in pipe.scheduler.timesteps.clone():
@@ -198,19 +188,15 @@ def test_a_list_that_is_copied_and_put_back_is_the_same_run():
     assert [(r.trajectory, r.step) for r in records] == [(1, step) for step in range(6)]
 
 
-# --- announced ---
-
-
-@pytest.mark.parametrize(
-    ("ts", "steps"),
-    [([1.0] * 5, [*range(5)]), ([1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25], [0, 1, 1, 2, 2, 3, 3])],
-    ids=["equal", "heun"],
-)
-def test_announced_timesteps(denoiser, ts, steps):
-    with denoiser.trajectory(num_steps=steps[-1] + 1):
-        for t in ts:
-            denoiser(sample(), times(t))
-    assert [r.step for r in denoiser.report().records] == steps
+def test_announced_timesteps(denoiser):
+    """Equal ones, and Heun's."""
+    heun = [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25], [0, 1, 1, 2, 2, 3, 3]
+    for ts, steps in (([1.0] * 5, [*range(5)]), heun):
+        denoiser.reset()
+        with denoiser.trajectory(num_steps=steps[-1] + 1):
+            for t in ts:
+                denoiser(sample(), times(t))
+        assert [r.step for r in denoiser.report().records] == steps
 
 
 def test_rounded_timesteps_do_not_shift_a_schedule(model):
@@ -224,10 +210,7 @@ def test_rounded_timesteps_do_not_shift_a_schedule(model):
     assert denoiser.report().hits == 25
 
 
-# --- said ---
-
-
-def test_at_says_the_step(model):
+def test_at_says_the_step_nests_and_refuses_what_is_none(model):
     denoiser = plain(model, MASK)
     for _ in range(2):
         for step in range(8):
@@ -236,36 +219,26 @@ def test_at_says_the_step(model):
     records = denoiser.report().records
     assert [(r.step, r.is_hit) for r in records] == list(enumerate(MASK.mask)) * 2
     assert {r.branch for r in records} == {"cond"}
-
-
-def test_at_refuses_what_is_no_step_and_nests(denoiser):
     for step in (-1, 1.5, True, "3"):
-        with (
-            pytest.raises(OptionError, match="step must be an integer from 0 on"),
-            denoiser.at(step=step),
-        ):
+        says = pytest.raises(OptionError, match="step must be an integer from 0 on")
+        with says, denoiser.at(step=step):
             pass
     with denoiser.at(slot="a", branch="cond"), denoiser.branch("uncond"), denoiser.at(step=3):
         denoiser(sample(), times(0.5))
-    (record,) = denoiser.report().records
-    assert (record.slot, record.branch, record.step) == ("a", "uncond", 3)
+    last = denoiser.report().records[-1]
+    assert (last.slot, last.branch, last.step) == ("a", "uncond", 3)
 
 
-# --- requests ---
-
-
-def test_a_finished_request_gives_its_memory_back():
-    pipe = pipe_of()
+def test_a_finished_request_gives_its_memory_back(pipe, model):
+    """Also one that is named call by call, whose guidance ends after four steps: a branch that does
+    not come is not waited for.
+    """
     handle = fxcache.apply(pipe, ALTERNATE, backend="eager")
     for request in range(5):
         with pipe.transformer.slot(request):
             pipe(4)
         assert handle.report().cached_bytes == 0
     assert handle.report().hits == 10
-
-
-def test_a_request_that_is_named_call_by_call_ends_with_its_last_branch(model):
-    """Guidance ends after four steps: a branch that does not come is not waited for."""
     listed, order, names = Listed(model), [], ("cond", "uncond")
 
     def call(name, step, x, t):
@@ -314,14 +287,11 @@ def test_two_threads_in_one_slot_are_pointed_out(model, caplog):
     assert caplog.text.count("denoiser.slot(...)") == 1
 
 
-# --- timesteps that nobody reads ---
-
-
 @pytest.mark.parametrize("scheduler", ["FlowMatchEulerDiscreteScheduler", "DDIMScheduler"])
 def test_timesteps_that_nobody_reads(monkeypatch, scheduler):
     """As on a GPU: the list tells the steps, or the one read-back does."""
     monkeypatch.setattr("fxcache.runtime.steps.number_of", lambda timestep: None)
-    pipe = pipe_of(getattr(diffusers, scheduler)())
+    pipe = Pipe(getattr(diffusers, scheduler)())
     handle = fxcache.apply(pipe, ALTERNATE, backend="eager")
     for _ in range(2):
         pipe(4)

@@ -9,18 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import (
-    ALWAYS,
-    assert_close,
-    assert_identical,
-    hits,
-    plain,
-    sample,
-    seeded,
-    solve,
-    times,
-)
+from comparing import assert_close, assert_identical
+from helpers import hits, plain, sample, seeded, solve, times
 from opened import Small, at
+from policies import ALWAYS
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from zoo import make
@@ -39,14 +31,11 @@ def gradients(model, loss, *inputs):
     return found
 
 
-# --- gradients, not cached ---
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 def test_gradients_are_the_models_own(autocast):
     """With checkpoints in the blocks, or around all; in training mode and in eval mode."""
-    model, inputs = make("flux")
+    model, inputs = make("flux", num_layers=1)
     denoiser = plain(model)
 
     def loss_gradients(module, way):
@@ -69,12 +58,7 @@ def test_gradients_are_the_models_own(autocast):
     assert hits(denoiser) == []
 
 
-# --- changes of mode ---
-
-
-def test_changes_of_mode_meet_no_old_residual_and_recompile_little():
-    model = seeded(Small)
-    denoiser = plain(model)
+def test_changes_of_mode_meet_no_old_residual_and_recompile_little(denoiser):
     calls = iter(range(40))
 
     def run(*modes):
@@ -106,8 +90,7 @@ def test_changes_of_mode_meet_no_old_residual_and_recompile_little():
     assert denoiser.report().recompiles == 3
 
 
-def test_compiled_gradients_are_the_models_own():
-    model = seeded(Small)
+def test_compiled_gradients_are_the_models_own(model):
     denoiser = fxcache.transform(model, ALWAYS, backend="aot_eager")
     solve(denoiser, 2)
     with torch.enable_grad():
@@ -118,9 +101,7 @@ def test_compiled_gradients_are_the_models_own():
     assert hits(denoiser) == [False, True]
 
 
-def test_what_is_said_of_uncached_evaluations(caplog):
-    model = seeded(Small)
-    denoiser = plain(model)
+def test_what_is_said_of_uncached_evaluations(denoiser, caplog):
     for _ in range(2):
         denoiser(sample().requires_grad_(), times(1.0))
         with torch.enable_grad():
@@ -137,9 +118,8 @@ def test_what_is_said_of_uncached_evaluations(caplog):
 UNCACHED = "after an uncached evaluation"
 
 
-def test_steps_with_gradients_are_steps_of_the_trajectory():
+def test_steps_with_gradients_are_steps_of_the_trajectory(model):
     """Gradient guidance: of some steps a gradient is wanted, the others are cached."""
-    model = seeded(Small)
     policy = StepSchedule(mask=[False, False, True, False, True, True, True, True])
     denoiser, fresh = plain(model, policy), plain(model, policy)
     guided, outputs = (0, 3), []
@@ -162,8 +142,7 @@ def test_steps_with_gradients_are_steps_of_the_trajectory():
         assert_identical(outputs[4:], [at(fresh, i) for i in range(4, 8)])
 
 
-def test_other_branches_keep_what_they_have():
-    denoiser = plain(seeded(Small))
+def test_other_branches_keep_what_they_have(denoiser):
     with denoiser.trajectory():
         for i in range(3):
             with denoiser.branch("cond"), torch.set_grad_enabled(i == 1):
@@ -177,9 +156,8 @@ def test_other_branches_keep_what_they_have():
     ]  # fmt: skip
 
 
-def test_training_evaluations_are_no_steps():
+def test_training_evaluations_are_no_steps(denoiser):
     """Amid a preview, through the denoiser, in training mode or not; even without an update."""
-    denoiser = plain(seeded(Small))
     for announced, training in product((True, False), repeat=2):
         denoiser.reset()
         with denoiser.trajectory() if announced else contextlib.nullcontext():
@@ -212,18 +190,6 @@ def test_checkpointed_blocks_are_cached_without_gradients():
     assert hits(denoiser) == [False, True]
 
 
-def test_the_registered_backend_does_not_cache_gradients(caplog):
-    options = {"policy": ALWAYS, "backend": "eager"}
-    model = seeded(Small)
-    compiled = torch.compile(model, backend="fxcache", options=options)
-    with torch.enable_grad():
-        assert_identical([at(compiled, i) for i in range(2)], [at(model, i) for i in range(2)])
-    assert "gradients are enabled" in caplog.text
-
-
-# --- moving averages ---
-
-
 def drift(model):
     """A training step, more or less."""
     with torch.no_grad():
@@ -231,10 +197,8 @@ def drift(model):
             parameter.add_(0.05 * torch.ones_like(parameter))
 
 
-def test_a_copied_denoiser_is_one_of_its_own():
+def test_a_copied_denoiser_is_one_of_its_own(model, denoiser):
     """``copy.deepcopy`` and torch's AveragedModel."""
-    model = seeded(Small)
-    denoiser = plain(model)
     original = solve(denoiser)
     copied = copy.deepcopy(denoiser)
     assert copied.report().records == ()
@@ -255,10 +219,9 @@ def test_a_copied_denoiser_is_one_of_its_own():
     assert averaged.module.report().records[-1].reason == "weights changed"
 
 
-def test_averages_that_are_copied_in_and_out():
+def test_averages_that_are_copied_in_and_out(model):
     """diffusers' EMAModel writes through ``.data``, which torch does not count: so one says so."""
     training_utils = pytest.importorskip("diffusers.training_utils")
-    model = seeded(Small)
     denoiser = plain(model)
     ema = training_utils.EMAModel(denoiser.parameters(), decay=0.5)
     for _ in range(2):  # the first average is the model itself
@@ -280,9 +243,6 @@ def test_averages_that_are_copied_in_and_out():
     ema.copy_to(model.parameters())
     fresh.reset()
     assert_identical(with_average, [at(fresh, i) for i in (24, 28)])
-
-
-# --- the example ---
 
 
 def test_the_example_trains_and_previews(tmp_path, capsys, monkeypatch):

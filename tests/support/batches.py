@@ -5,30 +5,41 @@ from typing import Any
 
 import torch
 import zoo
-from helpers import tensors
+from comparing import tensors
+from helpers import seeded
 from nets import tokens
 from torch.utils import _pytree as pytree
 
 STEPS = 8
 NAMES = ("a", "b", "c")
-#: One for all requests: places of tokens, which have no rows.
-SHARED = ("img_ids", "txt_ids", "rotary")
 
 
 def _is_of_rows(path: Any, leaf: Any) -> bool:
-    is_shared = any(word in pytree.keystr(path) for word in SHARED)
+    is_shared = "img_ids" in pytree.keystr(path)  # places of tokens, one for all requests
     return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and not is_shared
 
 
 class Requests:
-    """The `names` requests of a model of the zoo, each with inputs of its own.
+    """The `names` requests of a model of the zoo, or of a class, each with inputs of its own.
 
-    The n-th begins `gap` calls after the one before it.
+    The n-th begins `gap` calls after the one before it. `given` are inputs besides the usual ones.
     """
 
-    def __init__(self, name: str, names: Any = NAMES, gap: int = 2, steps: int = STEPS) -> None:
-        self.name, self.names, self.gap, self.steps = name, names, gap, steps
-        self.model, inputs = zoo.make(name)
+    def __init__(
+        self,
+        of: Any,
+        names: Any = NAMES,
+        gap: int = 2,
+        steps: int = STEPS,
+        rows: int = 2,
+        **given: torch.Tensor,
+    ) -> None:
+        self.name, self.names, self.gap, self.steps = of, names, gap, steps
+        if isinstance(of, str):
+            self.model, inputs = zoo.make(of)
+        else:
+            self.name = "sequential_dit"  # it is called like that
+            self.model, inputs = seeded(of), {**zoo.token_inputs(rows), **given}
         leaves = pytree.tree_leaves(inputs)
         self.rows = next(v for v in leaves if isinstance(v, torch.Tensor)).shape[0]
         self.inputs = {each: self._own(inputs, seed) for seed, each in enumerate(names)}
@@ -101,9 +112,9 @@ def decisions(denoiser: Any, request: str) -> list[tuple[bool, Any]]:
     return [(record.is_hit, record.reason) for record in denoiser.report(request).records]
 
 
-def together(denoiser, names, x, t, **options):
+def together(denoiser, names, *given, **options):
     with torch.no_grad(), denoiser.batch(names, **options):
-        return denoiser(x, t)
+        return denoiser(*given)
 
 
 def of_net(step, requests=2, seed=0):

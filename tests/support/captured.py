@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ALWAYS
+from policies import ALWAYS
 from torch import nn
 
 import fxcache

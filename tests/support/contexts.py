@@ -1,20 +1,25 @@
 """Samples whose tokens ranks share: what `test_sharded.py` runs on every rank."""
 
-import math
+import functools
+import json
+import sys
 import warnings
-from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
+import scripts
 import torch
 import zoo
-from diffusers import ContextParallelConfig
+from diffusers import ContextParallelConfig, FluxTransformer2DModel
 from diffusers.models import attention_dispatch
+from helpers import ALWAYS, NEVER, adopt, hits, plain
 from launch import communicated
-from pipelines import PIPELINES
-from solving import NEVER, POLICIES, STEPS, compare, decided, solve
+from solving import EASY, FIRST_BLOCK, as_alone, identical, solve
+from torch import distributed
 
 import fxcache
-from fxcache import AdaptiveCache, FirstBlockCache
 
 
 def attention_with_lse(
@@ -36,78 +41,82 @@ def attention_with_lse(
 
 torch.accelerator.device_count = lambda: 1  # of a CPU: 0, by which diffusers divides
 warnings.filterwarnings("ignore", category=FutureWarning)
+EXAMPLE = scripts.load("multi_gpu")
+for each in ("flux", "wan_t2v"):  # what diffusers imports for these is there before the fork
+    zoo.make(each)
 
 
-def shared_context(ring: int = 1, ulysses: int = 1) -> ContextParallelConfig:
+def share(model: Any, ring: int = 1, ulysses: int = 1) -> None:
+    """Through diffusers' own `enable_parallelism`."""
     if ring > 1:
         attention_dispatch._native_attention_forward_op = attention_with_lse
-    return ContextParallelConfig(ring_degree=ring, ulysses_degree=ulysses)
+    model.enable_parallelism(config=ContextParallelConfig(ring_degree=ring, ulysses_degree=ulysses))
 
 
-def context(
-    name: str,
-    *,
-    before: bool = False,
-    backend: str = "eager",
-    policies: Sequence[Any] = POLICIES[:1],
-    **degrees: int,
-) -> None:
-    """A model of the zoo through diffusers' own `enable_parallelism`."""
-    (whole, inputs), (model, _) = zoo.make(name), zoo.make(name)
-
-    def at(step: int) -> dict[str, Any]:
-        return {**zoo.at_step(name, inputs, step), "return_dict": False}
-
-    denoiser: Any = None
-    if before:
-        denoiser = fxcache.transform(model, NEVER, backend=backend)
-        denoiser.enable_parallelism(config=shared_context(**degrees))
-    else:
-        model.enable_parallelism(config=shared_context(**degrees))
-        plain = solve(model, at)
-        denoiser = fxcache.transform(model, NEVER, backend=backend)
-    if before:
-        solve(denoiser, at)
-        plain = solve(fxcache.restore(denoiser), at)
-        denoiser = fxcache.transform(model, NEVER, backend=backend)
-    compare(whole, denoiser, plain, at, is_eager=backend == "eager", policies=policies)
+def context(name: str, *, depth: int = 2, backend: str = "eager", **degrees: int) -> None:
+    """A model of the zoo, which ranks share from here on."""
+    (whole, inputs), (model, _) = (zoo.make(name, num_layers=depth) for _ in range(2))
+    at = functools.partial(inputs_at, name, inputs)
+    share(model, **degrees)
+    denoiser: Any = fxcache.transform(model, ALWAYS, backend=backend)
     if backend == "eager":  # of a measurement: one collective, however many groups there are
-        denoiser.policy = FirstBlockCache(threshold=math.inf)
-        denoiser.reset()
         with torch.no_grad():
             denoiser(**at(0))
             assert communicated(lambda: denoiser(**at(1)))["all_reduce"] == 1
-        assert decided(denoiser) == [False, True]
+        assert hits(denoiser) == [False, True]
+        identical(adopt(denoiser, NEVER), model, at)
+    else:
+        outputs = solve(adopt(denoiser, NEVER), at)
+        torch.testing.assert_close(outputs, solve(model, at), atol=1e-5, rtol=1e-5)
+    as_alone(denoiser, FIRST_BLOCK, whole, at)
+
+
+def inputs_at(name: str, inputs: dict[str, Any], step: int) -> dict[str, Any]:
+    return {**zoo.at_step(name, inputs, step), "return_dict": False}
 
 
 def ulysses() -> None:
-    context("flux", ulysses=2, policies=POLICIES[2:])
-
-
-def ring() -> None:
-    context("wan_t2v", ring=2, before=True)
+    context("flux", ulysses=2)
 
 
 def ulysses_compiled() -> None:
-    context("flux", ulysses=2, backend="inductor")
+    context("flux", depth=1, ulysses=2, backend="inductor")
 
 
 def mesh() -> None:
     """On four ranks, both at once."""
-    context("flux", ring=2, ulysses=2)
+    context("flux", depth=1, ring=2, ulysses=2)
 
 
-def pipelines() -> None:
-    """A pipeline of which two ranks compute the denoiser: the same pictures as one process."""
-    for name in ("flux", "wan_t2v"):
-        family, pictures = PIPELINES[name], []
-        for shares in (False, True):
-            pipe = family.build()
-            if shares:
-                pipe.transformer.enable_parallelism(config=shared_context(ulysses=2))
-            with fxcache.apply(pipe, AdaptiveCache(tolerance=0.5), backend="eager") as handle:
-                pictures.append(family.call(pipe, "a cat", steps=STEPS, size=32, batch=1))
-                pictures.append(torch.tensor([r.is_hit for r in handle.report().records]))
-        assert pictures[1].any()
-        assert torch.equal(pictures[1], pictures[3]), pictures
-        torch.testing.assert_close(pictures[0], pictures[2], atol=1e-5, rtol=1e-5)
+def ring() -> None:
+    """A denoiser that ranks share from here on, and then the model that is given back."""
+    (whole, inputs), (model, _) = (zoo.make("wan_t2v", num_layers=2) for _ in range(2))
+    at = functools.partial(inputs_at, "wan_t2v", inputs)
+    denoiser: Any = plain(model, NEVER)
+    share(denoiser, ring=2)
+    outputs = solve(denoiser, at)
+    as_alone(denoiser, FIRST_BLOCK, whole, at)
+    model = fxcache.restore(denoiser)
+    assert all(map(torch.equal, outputs, solve(model, at)))
+    as_alone(plain(model, EASY), EASY, whole, at)
+
+
+def example() -> None:
+    """examples/multi_gpu.py both ways, with a block less, in the group that is open here."""
+
+    def flux(num_single_layers: int, **config: Any) -> Any:
+        return FluxTransformer2DModel(num_single_layers=num_single_layers - 1, **config)
+
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
+        patch.setattr(EXAMPLE, "FluxTransformer2DModel", flux)
+        patch.setattr(distributed, "init_process_group", lambda name: None)
+        patch.setattr(distributed, "destroy_process_group", lambda: None)
+        path = Path(folder) / "figures.json"
+        options = ["--backend", "eager", "--steps", "8", "--side", "8", "--json", str(path)]
+        for parallel in ("context", "shard"):
+            patch.setattr(sys, "argv", ["multi_gpu.py", "--parallel", parallel, *options])
+            EXAMPLE.main()
+            if distributed.get_rank() == 0:
+                own, other = json.loads(path.read_text())["ranks"]
+                assert own["hits"] == other["hits"] > 0
+                assert own["miss_bytes"] > 100 * own["hit_bytes"]

@@ -25,6 +25,11 @@ def control(scale=1.0, seed=3):
     return scale * torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(seed))
 
 
+def at(step, steps):
+    """The sample and the time of a step."""
+    return sample() + 0.01 * step, times(1 - step / steps)
+
+
 def run(denoiser, controls, announced=True, **given):
     """A trajectory in which step i is given the i-th control; its outputs, and why it missed."""
     start, outputs = len(denoiser.report().records), []
@@ -32,8 +37,7 @@ def run(denoiser, controls, announced=True, **given):
     def call():
         for i, each in enumerate(controls):
             each = each if isinstance(each, dict) else {"control": each}
-            x, t = sample() + 0.01 * i, times(1 - i / len(controls))
-            outputs.append(denoiser(x, t, **each, **given))
+            outputs.append(denoiser(*at(i, len(controls)), **each, **given))
 
     if announced:
         with denoiser.trajectory(num_steps=len(controls)):

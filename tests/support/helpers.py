@@ -1,51 +1,17 @@
 """Small things that several tests need."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from comparing import assert_close as assert_close
+from comparing import assert_identical, tensors
+from policies import ALWAYS
+from policies import NEVER as NEVER
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils._pytree import tree_leaves
 
 import fxcache
-from fxcache import FirstBlockCache, StepSchedule, Taylor
 from fxcache.runtime.device import Reading, Replay
-
-NEVER = FirstBlockCache(threshold=0.0)
-ALWAYS = FirstBlockCache(threshold=math.inf)
-ALTERNATE = FirstBlockCache(threshold=math.inf, max_consecutive_hits=1)
-TAYLOR = FirstBlockCache(threshold=math.inf, warmup_steps=3, forecast=Taylor(order=2))
-FORECAST = FirstBlockCache(
-    threshold=math.inf, warmup_steps=3, max_consecutive_hits=2, forecast=Taylor(order=2)
-)
-MASK = StepSchedule(mask=[False, True, True, False, True, True, False, True])
-
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution")
-
-
-def tensors(output: Any) -> list[torch.Tensor]:
-    """The tensors of a model's output, whatever its type."""
-    output = output.to_tuple() if hasattr(output, "to_tuple") else output
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-
-
-def assert_identical(actual: Any, expected: Any) -> None:
-    """Same number of tensors, each the same bit for bit."""
-    actual, expected = tensors(actual), tensors(expected)
-    assert len(actual) == len(expected) > 0
-    for a, b in zip(actual, expected, strict=True):
-        assert torch.equal(a, b), f"differs by {(a.float() - b.float()).abs().max()}"
-
-
-def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
-    """Equal to `tolerance` relative to the largest value."""
-    actual, expected = tensors(actual), tensors(expected)
-    assert len(actual) == len(expected) > 0
-    for a, b in zip(actual, expected, strict=True):
-        scale = b.abs().max().clamp_min(1e-6)
-        assert ((a - b).abs().max() / scale) < tolerance
 
 
 def adopt(denoiser: Any, policy: Any) -> Any:
@@ -64,50 +30,6 @@ def hits(denoiser: nn.Module) -> list[bool]:
     return [record.is_hit for record in denoiser.report().records]
 
 
-def count_products(call: Callable[[], Any], inside: str | None = None) -> int:
-    """Matrix products and convolutions that `call` runs, as the profiler sees them.
-
-    With `inside`, only those within a `record_function` of that name.
-    """
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        call()
-    counted = [event for event in profiler.events() if event.name in PRODUCTS]
-    if inside is None:
-        return len(counted)
-    return sum(any(a.name == inside for a in _ancestors(event)) for event in counted)
-
-
-def _ancestors(event: Any) -> list[Any]:
-    found = []
-    while (event := event.cpu_parent) is not None:
-        found.append(event)
-    return found
-
-
-class Marked:
-    """While open, calls of `modules` show as "span" to the profiler."""
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self.modules, self.handles, self.open = modules, [], []
-
-    def __enter__(self) -> "Marked":
-        for module in self.modules:
-            self.handles.append(module.register_forward_pre_hook(self._enter))
-            self.handles.append(module.register_forward_hook(self._leave))
-        return self
-
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        self.open.append(record_function("span"))
-        self.open[-1].__enter__()
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.open.pop().__exit__(None, None, None)
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
 def sample(batch: int = 2, tokens: int = 8, seed: int = 0) -> torch.Tensor:
     """A sample for the hand-written models of the zoo."""
     return torch.randn(batch, tokens, 4, generator=torch.Generator().manual_seed(seed))
@@ -121,6 +43,15 @@ def solve(denoiser: nn.Module, steps: int = 4, seed: int = 0, **shape: int) -> l
     """The outputs of a trajectory on slowly moving samples, with falling timesteps."""
     x = sample(seed=seed, **shape)
     return [denoiser(x + 0.05 * i, times(1 - i / steps, len(x))) for i in range(steps)]
+
+
+def evaluate(denoiser: nn.Module, inputs: dict[str, Any], expected: Any) -> None:
+    """A trajectory, of everything anew: a miss that gives `expected`, then two hits."""
+    denoiser.reset()
+    assert_identical(denoiser(**inputs), expected)
+    for t in (0.9, 0.8):
+        denoiser(**{**inputs, "t": inputs["t"] * t})
+    assert hits(denoiser) == [False, True, True]
 
 
 class EagerDevice:

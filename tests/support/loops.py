@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import seeded
-from zoo import SequentialDiT
+from opened import Small
 
 diffusers = pytest.importorskip("diffusers")
 Flow = diffusers.FlowMatchEulerDiscreteScheduler
@@ -12,9 +12,8 @@ Flow = diffusers.FlowMatchEulerDiscreteScheduler
 class Pipe:
     """Samples as pipelines do: sets the timesteps, calls the denoiser, steps."""
 
-    def __init__(self, scheduler=None, transformer=None):
-        self.transformer = seeded(SequentialDiT) if transformer is None else transformer
-        self.scheduler = scheduler or Flow()
+    def __init__(self, scheduler=None):
+        self.transformer, self.scheduler = seeded(Small), scheduler or Flow()
 
     @torch.no_grad()
     def __call__(self, steps=6, *, begin=0, calls=1, names=(), seed=0, stop=None, **custom):

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from helpers import ALWAYS, sample, solve, times
+from helpers import sample, solve, times
+from policies import ALWAYS
 from torch import nn
 from zoo import Denoiser
 
@@ -44,13 +45,7 @@ class Small(Denoiser):
 class Opened(Runner):
     """What stands behind a denoiser, called as a denoiser is."""
 
-    @property
-    def policy(self) -> Any:
-        return self.session.policy
-
-    @policy.setter
-    def policy(self, policy: Any) -> None:
-        self.session.follow(policy)
+    policy = property(lambda self: self.session.policy, lambda self, own: self.session.follow(own))
 
     def trajectory(
         self, num_steps: int | None = None, first_step: int = 0

@@ -37,11 +37,16 @@ def model(name: str, **config: Any) -> nn.Module:
     return seeded(getattr(diffusers, name), **config)
 
 
+def of_transformers(name: str, config: str, **options: Any) -> Any:
+    """transformers' class `name`, seeded."""
+    return seeded(getattr(transformers, name), getattr(transformers, config)(**options))
+
+
+# Tokenizers: one token a character.
+
+
 def numbered(tokens: list[str]) -> dict[str, int]:
     return {token: number for number, token in enumerate(tokens)}
-
-
-# --- tokenizers: one token a character ------------------------------------------------------------
 
 
 @functools.cache
@@ -76,7 +81,7 @@ def qwen_tokenizer() -> Any:
     return transformers.Qwen2Tokenizer(numbered(vocab), [], extra_special_tokens=special)
 
 
-# --- encoders -------------------------------------------------------------------------------------
+# Encoders. Those of text with their tokenizer, as components of a pipeline: `place` is "" or "_2".
 
 #: What the encoders of transformers share. The large range makes different prompts differ visibly.
 SMALL = {
@@ -87,84 +92,61 @@ SMALL = {
 }
 
 
+def named(place: str, encoder: Any, tokenizer: Any) -> dict[str, Any]:
+    return {f"text_encoder{place}": encoder, f"tokenizer{place}": tokenizer}
+
+
 @functools.cache
-def clip_text(projection: bool = False, width: int = 32) -> Any:
-    config = transformers.CLIPTextConfig(
-        **SMALL,
-        vocab_size=len(clip_tokenizer()),
-        hidden_size=width,
-        projection_dim=width,
-        max_position_embeddings=77,
-        bos_token_id=0,
-        eos_token_id=1,
+def clip(place: str = "", projection: bool = False, width: int = 32) -> dict[str, Any]:
+    tokenizer = clip_tokenizer()
+    name = "CLIPTextModelWithProjection" if projection else "CLIPTextModel"
+    encoder = of_transformers(
+        name, "CLIPTextConfig", **SMALL, vocab_size=len(tokenizer), hidden_size=width,
+        projection_dim=width, max_position_embeddings=77, bos_token_id=0, eos_token_id=1,
         pad_token_id=1,
-    )
-    cls = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
-    return seeded(cls, config)
+    )  # fmt: skip
+    return named(place, encoder, tokenizer)
 
 
 @functools.cache
-def t5(cls: str = "T5", width: int = 32) -> Any:
-    config = getattr(transformers, f"{cls}Config")(
-        vocab_size=len(t5_tokenizer()), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=4
-    )
-    return seeded(getattr(transformers, f"{cls}EncoderModel"), config)
+def t5(place: str = "", cls: str = "T5", width: int = 32) -> dict[str, Any]:
+    encoder = of_transformers(
+        f"{cls}EncoderModel", f"{cls}Config", vocab_size=len(t5_tokenizer()), d_model=width,
+        d_kv=8, d_ff=32, num_layers=2, num_heads=4,
+    )  # fmt: skip
+    return named(place, encoder, t5_tokenizer())
 
 
 @functools.cache
-def llama(width: int = 16) -> Any:
-    vocab = len(llama_tokenizer())
-    return seeded(
-        transformers.LlamaModel,
-        transformers.LlamaConfig(**SMALL, hidden_size=width, vocab_size=vocab, pad_token_id=3),
-    )
+def llama() -> dict[str, Any]:
+    own = {"hidden_size": 16, "vocab_size": len(llama_tokenizer()), "pad_token_id": 3}
+    encoder = of_transformers("LlamaModel", "LlamaConfig", **SMALL, **own)
+    return named("", encoder, llama_tokenizer())
 
 
 @functools.cache
-def gemma(width: int = 8) -> Any:
-    config = transformers.Gemma2Config(
-        **SMALL,
-        hidden_size=width,
-        head_dim=4,
-        num_key_value_heads=2,
-        vocab_size=len(gemma_tokenizer()),
-    )
-    return seeded(transformers.Gemma2Model, config)
+def gemma() -> dict[str, Any]:
+    own = {"head_dim": 4, "num_key_value_heads": 2, "vocab_size": len(gemma_tokenizer())}
+    encoder = of_transformers("Gemma2Model", "Gemma2Config", **SMALL, hidden_size=8, **own)
+    return named("", encoder, gemma_tokenizer())
 
 
 @functools.cache
-def qwen(width: int = 16) -> Any:
-    config = transformers.Qwen2_5_VLConfig(
-        text_config={
-            **SMALL,
-            "hidden_size": width,
-            "num_key_value_heads": 2,
-            "vocab_size": len(qwen_tokenizer()),
-            "bos_token_id": 0,
-            "eos_token_id": 2,
-            "rope_scaling": {"mrope_section": [1, 1], "rope_type": "default", "type": "default"},
-        },
-        vision_config={
-            "depth": 1,
-            "hidden_size": width,
-            "intermediate_size": width,
-            "num_heads": 2,
-            "out_hidden_size": width,
-        },
-    )
-    return seeded(transformers.Qwen2_5_VLForConditionalGeneration, config)
+def qwen() -> dict[str, Any]:
+    rope = {"mrope_section": [1, 1], "rope_type": "default", "type": "default"}
+    tokens = {"vocab_size": len(qwen_tokenizer()), "bos_token_id": 0, "eos_token_id": 2}
+    text = {**SMALL, **tokens, "hidden_size": 16, "num_key_value_heads": 2, "rope_scaling": rope}
+    vision = {"depth": 1, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    vision["hidden_size"] = 16
+    name = "Qwen2_5_VLForConditionalGeneration"
+    encoder = of_transformers(name, "Qwen2_5_VLConfig", text_config=text, vision_config=vision)
+    return named("", encoder, qwen_tokenizer())
 
 
 @functools.cache
-def siglip(width: int = 16) -> Any:
-    config = transformers.SiglipVisionConfig(**SMALL, hidden_size=width, image_size=32)
-    return seeded(transformers.SiglipVisionModel, config)
-
-
-@functools.cache
-def clip_vision(width: int = 16) -> Any:
-    config = transformers.CLIPVisionConfig(**SMALL, hidden_size=width, image_size=32, patch_size=16)
-    return seeded(transformers.CLIPVisionModel, config)
+def vision(cls: str, **options: Any) -> Any:
+    own = {"hidden_size": 16, "image_size": 32, **options}
+    return of_transformers(f"{cls}VisionModel", f"{cls}VisionConfig", **SMALL, **own)
 
 
 @functools.cache
@@ -173,80 +155,56 @@ def image_processor(cls: str) -> Any:
     return getattr(transformers, cls)(size=size, **({"crop_size": 32} if "CLIP" in cls else {}))
 
 
-# --- VAEs -----------------------------------------------------------------------------------------
+# VAEs.
 
 
 @functools.cache
 def image_vae(channels: int = 4, **config: Any) -> nn.Module:
     """Two pixels a latent; without quantization layers, as Flux and SD3 have it."""
     return model(
-        "AutoencoderKL",
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=2,
-        latent_channels=channels,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.5,
-        **{"shift_factor": 0.06, **config},
-    )
+        "AutoencoderKL", block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=2,
+        latent_channels=channels, use_quant_conv=False, use_post_quant_conv=False,
+        scaling_factor=1.5, **{"shift_factor": 0.06, **config},
+    )  # fmt: skip
 
 
 @functools.cache
 def wan_vae(cls: str = "AutoencoderKLWan", channels: int = 4) -> nn.Module:
     return model(
-        cls,
-        base_dim=3,
-        z_dim=channels,
-        dim_mult=[1] * LEVELS,
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.1] * channels,
+        cls, base_dim=3, z_dim=channels, dim_mult=[1] * LEVELS, num_res_blocks=1,
+        temperal_downsample=[False, True, True], latents_mean=[0.1] * channels,
         latents_std=[1.5] * channels,
-    )
+    )  # fmt: skip
 
 
 @functools.cache
 def hunyuan_vae() -> nn.Module:
     return model(
-        "AutoencoderKLHunyuanVideo",
-        latent_channels=4,
+        "AutoencoderKLHunyuanVideo", latent_channels=4, layers_per_block=1, norm_num_groups=2,
         down_block_types=("HunyuanVideoDownBlock3D",) * LEVELS,
-        up_block_types=("HunyuanVideoUpBlock3D",) * LEVELS,
-        block_out_channels=(4,) * LEVELS,
-        layers_per_block=1,
-        norm_num_groups=2,
-    )
+        up_block_types=("HunyuanVideoUpBlock3D",) * LEVELS, block_out_channels=(4,) * LEVELS,
+    )  # fmt: skip
 
 
 @functools.cache
 def ltx_vae() -> nn.Module:
-    return model(
-        "AutoencoderKLLTXVideo",
-        latent_channels=4,
-        block_out_channels=(4,) * LEVELS,
-        decoder_block_out_channels=(4,) * LEVELS,
-        layers_per_block=(1,) * (LEVELS + 1),
-        decoder_layers_per_block=(1,) * (LEVELS + 1),
-        spatio_temporal_scaling=(True, True, False, False),
-        decoder_spatio_temporal_scaling=(True, True, False, False),
-        patch_size=1,
-    )
+    halves = {
+        "block_out_channels": (4,) * LEVELS,
+        "layers_per_block": (1,) * (LEVELS + 1),
+        "spatio_temporal_scaling": (True, True, False, False),
+    }
+    config = {f"{half}{k}": v for half in ("", "decoder_") for k, v in halves.items()}
+    return model("AutoencoderKLLTXVideo", latent_channels=4, patch_size=1, **config)
 
 
 @functools.cache
 def cogvideox_vae() -> nn.Module:
     return model(
-        "AutoencoderKLCogVideoX",
-        down_block_types=("CogVideoXDownBlock3D",) * LEVELS,
-        up_block_types=("CogVideoXUpBlock3D",) * LEVELS,
-        block_out_channels=(4,) * LEVELS,
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-    )
+        "AutoencoderKLCogVideoX", down_block_types=("CogVideoXDownBlock3D",) * LEVELS,
+        up_block_types=("CogVideoXUpBlock3D",) * LEVELS, block_out_channels=(4,) * LEVELS,
+        latent_channels=4, layers_per_block=1, norm_num_groups=2,
+    )  # fmt: skip
 
 
 @functools.cache
@@ -259,23 +217,14 @@ def sana_vae() -> nn.Module:
     }
     config = {f"{half}_{k}": v for half in ("encoder", "decoder") for k, v in halves.items()}
     return model(
-        "AutoencoderDC",
-        latent_channels=4,
-        attention_head_dim=2,
-        upsample_block_type="interpolate",
-        downsample_block_type="conv",
-        **config,
-    )
+        "AutoencoderDC", latent_channels=4, attention_head_dim=2,
+        upsample_block_type="interpolate", downsample_block_type="conv", **config,
+    )  # fmt: skip
 
 
 @functools.cache
 def audio_vae() -> nn.Module:
     return model(
-        "AutoencoderOobleck",
-        encoder_hidden_size=6,
-        downsampling_ratios=[1, 2],
-        decoder_channels=3,
-        decoder_input_channels=4,
-        channel_multiples=[2, 4],
-        sampling_rate=4,
-    )
+        "AutoencoderOobleck", encoder_hidden_size=6, downsampling_ratios=[1, 2], decoder_channels=3,
+        decoder_input_channels=4, channel_multiples=[2, 4], sampling_rate=4,
+    )  # fmt: skip

@@ -30,18 +30,15 @@ from fxcache.pipelines.tiny import tiny_model
 __all__ = ["PIPELINES", "Family"]
 
 GUIDED, UNNAMED = ("cond", "uncond"), (None, "call 2")
-
-# --- Flux -----------------------------------------------------------------------------------------
+FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 
 
 def flux_parts() -> dict[str, Any]:
     return {
-        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        "scheduler": FLOW(use_dynamic_shifting=True),
         "vae": parts.image_vae(1),
-        "text_encoder": parts.clip_text(),
-        "tokenizer": parts.clip_tokenizer(),
-        "text_encoder_2": parts.t5(),
-        "tokenizer_2": parts.t5_tokenizer(),
+        **parts.clip(),
+        **parts.t5("_2"),
         "transformer": denoiser("FluxTransformer2DModel", num_layers=1),
     }
 
@@ -50,37 +47,29 @@ def flux_text(size: int) -> dict[str, Any]:
     return {**text(size), "true_cfg_scale": 2.0}
 
 
+def redrawn(size: int, **more: Any) -> dict[str, Any]:
+    return {**flux_text(size), "image": picture(size), **more}
+
+
 @family(lambda size, batch: flux_text(size), branches=GUIDED)
 def flux():
     return pipeline("FluxPipeline", **flux_parts())
 
 
-@variant(
-    lambda size, batch: {**flux_text(size), "image": picture(size), "strength": 0.5},
-    branches=UNNAMED,
-    first_step=half,
-)
+@variant(lambda size, batch: redrawn(size, strength=0.5), branches=UNNAMED, first_step=half)
 def flux_img2img():
     return pipeline("FluxImg2ImgPipeline", **flux_parts())
 
 
 @variant(
-    lambda size, batch: {
-        **flux_text(size),
-        "image": picture(size),
-        "max_area": size**2,
-        "_auto_resize": False,
-    },
+    lambda size, batch: redrawn(size, max_area=size**2, _auto_resize=False),
     branches=UNNAMED,
 )
 def flux_kontext():
     return pipeline("FluxKontextPipeline", **flux_parts())
 
 
-@variant(
-    lambda size, batch: {**flux_text(size), "control_image": picture(size)},
-    branches=UNNAMED,
-)
+@variant(lambda size, batch: {**flux_text(size), "control_image": picture(size)}, branches=UNNAMED)
 def flux_controlnet():
     given = flux_parts()
     config = {**given["transformer"].config, "num_layers": 1, "num_single_layers": 1}
@@ -90,12 +79,7 @@ def flux_controlnet():
 
 
 @variant(
-    lambda size, batch: {
-        **flux_text(size),
-        "image": picture(size),
-        "mask_image": picture(size, channels=1),
-        "strength": 0.5,
-    },
+    lambda size, batch: redrawn(size, mask_image=picture(size, channels=1), strength=0.5),
     branches=UNNAMED,
     first_step=half,
 )
@@ -103,51 +87,40 @@ def flux_inpaint():
     return pipeline("FluxInpaintPipeline", **flux_parts())
 
 
-@family(lambda size, batch: {**text(size), "guidance_scale": 2.0}, branches=UNNAMED)
+def guided(given: dict[str, Any]) -> dict[str, Any]:
+    return {**given, "guidance_scale": 2.0}
+
+
+@family(lambda size, batch: guided(text(size)), branches=UNNAMED)
 def chroma():
     return pipeline(
         "ChromaPipeline",
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        scheduler=FLOW(use_dynamic_shifting=True),
         vae=parts.image_vae(1),
-        text_encoder=parts.t5(),
-        tokenizer=parts.t5_tokenizer(),
+        **parts.t5(),
         transformer=denoiser("ChromaTransformer2DModel", num_layers=1),
     )
 
 
-# --- other pictures -------------------------------------------------------------------------------
-
-
-@family(lambda size, batch: {**text(size), "guidance_scale": 2.0})
+@family(lambda size, batch: guided(text(size)))
 def sd35():
+    config = {"sample_size": 32, "patch_size": 2, "pooled_projection_dim": 32}
     return pipeline(
         "StableDiffusion3Pipeline",
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=FLOW(shift=3.0),
         vae=parts.image_vae(),
-        text_encoder=parts.clip_text(projection=True, width=16),
-        tokenizer=parts.clip_tokenizer(),
-        text_encoder_2=parts.clip_text(projection=True, width=16),
-        tokenizer_2=parts.clip_tokenizer(),
-        text_encoder_3=parts.t5(),
-        tokenizer_3=parts.t5_tokenizer(),
+        **parts.clip("", projection=True, width=16),
+        **parts.clip("_2", projection=True, width=16),
+        **parts.t5("_3"),
         transformer=denoiser(
-            "SD3Transformer2DModel",
-            sample_size=32,
-            patch_size=2,
-            pooled_projection_dim=32,
-            dual_attention_layers=(0,),
-            qk_norm="rms_norm",
+            "SD3Transformer2DModel", dual_attention_layers=(0,), qk_norm="rms_norm", **config
         ),
     )
 
 
-def tiny_unet(**config: Any) -> Any:
-    return tiny_model("UNet2DConditionModel", **config)[0]
-
-
 def sdxl_unet(text_width: int, time_ids: int) -> Any:
     return parts.seeded(
-        tiny_unet,
+        lambda **config: tiny_model("UNet2DConditionModel", **config)[0],
         use_linear_projection=True,
         cross_attention_dim=text_width,
         addition_embed_type="text_time",
@@ -156,27 +129,23 @@ def sdxl_unet(text_width: int, time_ids: int) -> Any:
     )
 
 
-@family(lambda size, batch: {**square(size), "guidance_scale": 2.0})
+@family(lambda size, batch: guided(square(size)))
 def sdxl():
     return pipeline(
         "StableDiffusionXLPipeline",
         scheduler=diffusers.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1),
         vae=parts.image_vae(shift_factor=None),
-        text_encoder=parts.clip_text(),
-        tokenizer=parts.clip_tokenizer(),
-        text_encoder_2=parts.clip_text(projection=True),
-        tokenizer_2=parts.clip_tokenizer(),
+        **parts.clip(),
+        **parts.clip("_2", projection=True),
         unet=sdxl_unet(64, 6),
     )
 
 
 @variant(
-    lambda size, batch: {
-        # The refiner goes on from the base model's latents.
-        "image": picture(size // 2, batch, channels=4),
-        "denoising_start": 0.5,
-        "guidance_scale": 2.0,
-    },
+    # The refiner goes on from the base model's latents.
+    lambda size, batch: guided(
+        {"image": picture(size // 2, batch, channels=4), "denoising_start": 0.5}
+    ),
     first_step=half,
 )
 def sdxl_refiner():
@@ -186,8 +155,7 @@ def sdxl_refiner():
         vae=parts.image_vae(shift_factor=None),
         text_encoder=None,
         tokenizer=None,
-        text_encoder_2=parts.clip_text(projection=True),
-        tokenizer_2=parts.clip_tokenizer(),
+        **parts.clip("_2", projection=True),
         unet=sdxl_unet(32, 5),
         requires_aesthetics_score=True,
     )
@@ -198,10 +166,9 @@ def sdxl_refiner():
 def qwenimage():
     return pipeline(
         "QwenImagePipeline",
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        scheduler=FLOW(use_dynamic_shifting=True),
         vae=parts.wan_vae("AutoencoderKLQwenImage"),
-        text_encoder=parts.qwen(),
-        tokenizer=parts.qwen_tokenizer(),
+        **parts.qwen(),
         transformer=denoiser("QwenImageTransformer2DModel"),
     )
 
@@ -216,39 +183,36 @@ def pixart_sigma():
         "PixArtSigmaPipeline",
         scheduler=diffusers.DPMSolverMultistepScheduler(),
         vae=parts.image_vae(shift_factor=None),
-        text_encoder=parts.t5(width=8),
-        tokenizer=parts.t5_tokenizer(),
+        **parts.t5(width=8),
         transformer=denoiser("PixArtTransformer2DModel", out_channels=8),
     )
+
+
+#: Schedulers of several kinds that solve a flow.
+SOLVES_A_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
 
 @family(lambda size, batch: {**unbinned(size), "complex_human_instruction": None}, sizes=(32, 64))
 def sana():
     return pipeline(
         "SanaPipeline",
-        scheduler=diffusers.DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
+        scheduler=diffusers.DPMSolverMultistepScheduler(**SOLVES_A_FLOW),
         vae=parts.sana_vae(),
-        text_encoder=parts.gemma(),
-        tokenizer=parts.gemma_tokenizer(),
+        **parts.gemma(),
         transformer=denoiser("SanaTransformer2DModel"),
     )
 
 
-# --- video and audio ------------------------------------------------------------------------------
-
-
-def hunyuan_parts(cls: str) -> dict[str, Any]:
-    return {
-        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
-        "vae": parts.hunyuan_vae(),
-        "text_encoder": parts.llama(),
-        "tokenizer": parts.llama_tokenizer(),
-        "text_encoder_2": parts.clip_text(),
-        "tokenizer_2": parts.clip_tokenizer(),
-        "transformer": denoiser(cls, num_layers=1, num_single_layers=1, pooled_projection_dim=32),
-    }
+def hunyuan(cls: str, model: str, **components: Any) -> Any:
+    return pipeline(
+        cls,
+        scheduler=FLOW(shift=7.0),
+        vae=parts.hunyuan_vae(),
+        **parts.llama(),
+        **parts.clip("_2"),
+        transformer=denoiser(model, num_layers=1, num_single_layers=1, pooled_projection_dim=32),
+        **components,
+    )
 
 
 def hunyuan_text(size: int) -> dict[str, Any]:
@@ -258,7 +222,7 @@ def hunyuan_text(size: int) -> dict[str, Any]:
 
 @family(lambda size, batch: hunyuan_text(size), branches=GUIDED)
 def hunyuan_video():
-    return pipeline("HunyuanVideoPipeline", **hunyuan_parts("HunyuanVideoTransformer3DModel"))
+    return hunyuan("HunyuanVideoPipeline", "HunyuanVideoTransformer3DModel")
 
 
 @variant(
@@ -272,11 +236,11 @@ def hunyuan_video():
     sections=2,
 )
 def hunyuan_framepack():
-    return pipeline(
+    return hunyuan(
         "HunyuanVideoFramepackPipeline",
-        image_encoder=parts.siglip(),
+        "HunyuanVideoFramepackTransformer3DModel",
+        image_encoder=parts.vision("Siglip"),
         feature_extractor=parts.image_processor("SiglipImageProcessor"),
-        **hunyuan_parts("HunyuanVideoFramepackTransformer3DModel"),
     )
 
 
@@ -285,26 +249,21 @@ def wan(cls: str, **components: Any) -> Any:
     if not hasattr(module, "ftfy"):
         # Some of these modules call it even if it is not installed.
         module.ftfy = SimpleNamespace(fix_text=str)
-    return pipeline(cls, **wan_parts(), **components)
+    return pipeline(
+        cls,
+        scheduler=diffusers.UniPCMultistepScheduler(**SOLVES_A_FLOW),
+        vae=parts.wan_vae(),
+        **parts.t5(cls="UMT5", width=16),
+        **components,
+    )
 
 
-def wan_parts() -> dict[str, Any]:
-    return {
-        "scheduler": diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
-        "vae": parts.wan_vae(),
-        "text_encoder": parts.t5("UMT5", 16),
-        "tokenizer": parts.t5_tokenizer(),
-    }
-
-
-@family(lambda size, batch: {**video(size), "guidance_scale": 2.0}, branches=GUIDED)
+@family(lambda size, batch: guided(video(size)), branches=GUIDED)
 def wan_t2v():
     return wan("WanPipeline", transformer=denoiser("WanTransformer3DModel"))
 
 
-@variant(lambda size, batch: {**video(size), "guidance_scale": 2.0}, branches=GUIDED)
+@variant(lambda size, batch: guided(video(size)), branches=GUIDED)
 def wan22():
     return wan(
         "WanPipeline",
@@ -315,86 +274,64 @@ def wan22():
 
 
 @variant(
-    lambda size, batch: {
-        **video(size),
-        "image": picture(size),
-        "guidance_scale": 2.0,
-        "max_sequence_length": 512,  # the transformer reckons with that many text tokens
-    },
+    # The transformer reckons with that many text tokens.
+    lambda size, batch: guided({**video(size), "image": picture(size), "max_sequence_length": 512}),
     branches=GUIDED,
 )
 def wan_i2v():
+    config = {"in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 24}
     return wan(
         "WanImageToVideoPipeline",
-        image_encoder=parts.clip_vision(),
+        image_encoder=parts.vision("CLIP", patch_size=16),
         image_processor=parts.image_processor("CLIPImageProcessor"),
-        transformer=denoiser(
-            "WanTransformer3DModel", in_channels=12, image_dim=16, added_kv_proj_dim=24
-        ),
+        transformer=denoiser("WanTransformer3DModel", **config),
     )
 
 
-@variant(
-    lambda size, batch: {**video(size), "guidance_scale": 2.0},
-    branches=GUIDED,
-    batch=1,
-)
+@variant(lambda size, batch: guided(video(size)), branches=GUIDED, batch=1)
 def wan_vace():
-    return wan(
-        "WanVACEPipeline",
-        transformer=denoiser("WanVACETransformer3DModel", vace_layers=[0, 1], vace_in_channels=72),
-    )
+    config = {"vace_layers": [0, 1], "vace_in_channels": 72}
+    transformer = denoiser("WanVACETransformer3DModel", **config)
+    return wan("WanVACEPipeline", transformer=transformer)
 
 
 @family(
-    lambda size, batch: {**video(size), "num_frames": 9, "guidance_scale": 2.0},
+    lambda size, batch: guided({**video(size), "num_frames": 9}),
     branches=("cond_uncond",),
     sizes=(32, 64),
 )
 def ltx_video():
     return pipeline(
         "LTXPipeline",
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        scheduler=FLOW(use_dynamic_shifting=True),
         vae=parts.ltx_vae(),
-        text_encoder=parts.t5(width=16),
-        tokenizer=parts.t5_tokenizer(),
+        **parts.t5(width=16),
         transformer=denoiser("LTXVideoTransformer3DModel"),
     )
 
 
-@family(lambda size, batch: {**video(size), "guidance_scale": 2.0}, branches=("cond_uncond",))
+@family(lambda size, batch: guided(video(size)), branches=("cond_uncond",))
 def cogvideox():
+    config = {"use_rotary_positional_embeddings": True, "max_text_seq_length": TOKENS}
     return pipeline(
         "CogVideoXPipeline",
         scheduler=diffusers.CogVideoXDPMScheduler(),
         vae=parts.cogvideox_vae(),
-        text_encoder=parts.t5(width=8),
-        tokenizer=parts.t5_tokenizer(),
-        transformer=denoiser(
-            "CogVideoXTransformer3DModel",
-            attention_head_dim=16,
-            use_rotary_positional_embeddings=True,
-            max_text_seq_length=TOKENS,
-        ),
+        **parts.t5(width=8),
+        transformer=denoiser("CogVideoXTransformer3DModel", attention_head_dim=16, **config),
     )
 
 
-@family(lambda size, batch: {"audio_end_in_s": size / 16, "guidance_scale": 2.0})
+@family(lambda size, batch: guided({"audio_end_in_s": size / 16}))
 def stable_audio():
+    widths = {"text_encoder_dim": 8, "conditioning_dim": 8, "min_value": 0, "max_value": 8}
     return pipeline(
         "StableAudioPipeline",
         scheduler=diffusers.EDMDPMSolverMultistepScheduler(
             prediction_type="v_prediction", sigma_data=1.0, sigma_schedule="exponential"
         ),
         vae=parts.audio_vae(),
-        text_encoder=parts.t5(width=8),
-        tokenizer=parts.t5_tokenizer(),
-        projection_model=parts.seeded(
-            diffusers.StableAudioProjectionModel,
-            text_encoder_dim=8,
-            conditioning_dim=8,
-            min_value=0,
-            max_value=8,
-        ),
+        **parts.t5(width=8),
+        projection_model=parts.seeded(diffusers.StableAudioProjectionModel, **widths),
         transformer=denoiser("StableAudioDiTModel", sample_size=6, global_states_input_dim=16),
     )

@@ -1,46 +1,13 @@
-"""Policies, and models with their trajectories, that the tests of the policies share."""
+"""Models with their trajectories, that the tests of the policies share."""
 
 import math
 
 import torch
-from helpers import ALTERNATE, FORECAST, MASK, sample, seeded, times
+from helpers import sample, seeded, times
 from torch import nn
-from zoo import SequentialDiT, StructuredDiT, make
-
-from fxcache import (
-    AdaptiveCache,
-    EasyCache,
-    FirstBlockCache,
-    MagCache,
-    SeaCache,
-    StepSchedule,
-    Taylor,
-    TeaCache,
-)
+from zoo import StructuredDiT, make
 
 STEPS = 14
-POLY = (40.0, -7.0, 3.0, 1.5, 0.01)
-EASY = EasyCache(threshold=0.3, warmup_steps=0, final_steps=0)
-TEA = TeaCache(coefficients=POLY, threshold=0.3, final_steps=0)
-SEA = SeaCache(threshold=0.3, final_steps=0)
-MAG = MagCache(ratios=[1.0, *[1.05] * 11], threshold=0.11, retention_ratio=0.0)
-FIRST = FirstBlockCache(threshold=0.2)
-ADAPTIVE = AdaptiveCache(tolerance=0.5, slope=0.0, final_steps=0)
-MEASURING = [EASY, TEA, SEA, FIRST]
-SCHEDULE = StepSchedule(mask=MASK.mask, forecast=Taylor(order=2))
-#: One of each, and with and without a forecast.
-EVERY = [ALTERNATE, FORECAST, MASK, SCHEDULE, EASY, TEA, SEA, MAG, ADAPTIVE]
-
-
-def name_of(value):
-    return type(value).__name__ if not isinstance(value, str | float | type) else None
-
-
-class Narrow(SequentialDiT):
-    """Its output has another shape than its input."""
-
-    def forward(self, x, t):
-        return super().forward(x, t).mean(-1)
 
 
 def moving(x, step):

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fxcache.demo.sampler import load_denoiser
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -23,6 +25,18 @@ def load(name: str) -> ModuleType:
         return importlib.import_module(name)
     finally:
         sys.path.remove(str(EXAMPLES))
+
+
+def shallow() -> tuple[Any, tuple[str, ...]]:
+    """The demo's denoiser with two of its ten blocks: it is captured soon."""
+    model, classes = load_denoiser()
+    model.transformer_blocks = model.transformer_blocks[:2]
+    return model, classes
+
+
+def compiled_fast() -> Any:
+    """While open, the code around AOTInductor's kernels is not optimised, which takes long."""
+    return torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"})
 
 
 def run(monkeypatch: Any, capsys: Any, name: str, *arguments: object) -> str:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import NEVER, adopt, hits, plain
 from launch import everywhere
-from solving import NEVER, POLICIES, alone, compare, decided, solve
+from solving import ADAPTIVE, EASY, FIRST_BLOCK, as_alone, identical, solve
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -15,7 +16,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor import parallel as tensor_parallel
 
 import fxcache
-from fxcache import AdaptiveCache, FirstBlockCache, StepSchedule
+from fxcache import FirstBlockCache, StepSchedule
 
 
 class Block(nn.Module):
@@ -43,14 +44,10 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self, width: int = 32, depth: int = 3) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.embed, self.time, self.out = (
-            nn.Linear(4, width),
-            nn.Linear(1, width),
-            nn.Linear(width, 4),
-        )
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.embed, self.time = nn.Linear(4, width), nn.Linear(1, width)
+        self.blocks, self.out = nn.ModuleList(Block(width) for _ in "12"), nn.Linear(width, 4)
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor | None = None
@@ -63,9 +60,15 @@ class Net(nn.Module):
         return self.out(h)
 
 
-def net(**config: Any) -> Net:
+Put = Callable[[nn.Module], Any]
+
+
+def net(put: Put | None = None, width: int = 32) -> Net:
     torch.manual_seed(0)
-    return Net(**config).eval()
+    model = Net(width).eval()
+    if put is not None:
+        put(model)
+    return model
 
 
 def net_at(step: int) -> dict[str, Any]:
@@ -74,21 +77,24 @@ def net_at(step: int) -> dict[str, Any]:
     return {"x": moved, "t": torch.full((2,), 1 - 0.05 * step)}
 
 
-def share(
-    put: Callable[[nn.Module], Any], *, before: bool = False, backend: str = "eager"
-) -> tuple[Net, Any, list[torch.Tensor]]:
-    """A net, a denoiser of one that `put` was used on, and what that gives."""
-    model = net()
-    denoiser = fxcache.transform(model, NEVER, backend=backend) if before else None
-    if before:  # it has been captured already
-        expected = solve(denoiser, net_at)
-        put(denoiser)
-        torch.testing.assert_close(solve(denoiser, net_at), expected, atol=1e-5, rtol=1e-4)
-        model = fxcache.restore(denoiser)
-    else:
-        put(model)
-    plain = solve(model, net_at)
-    return net(), fxcache.transform(model, NEVER, backend=backend), plain
+def shared(put: Put, *policies: Any) -> Any:
+    """A denoiser of a net that `put` was used on, compared."""
+    model = net(put)
+    denoiser: Any = plain(model, NEVER)
+    identical(denoiser, model, net_at)
+    for policy in policies:
+        as_alone(denoiser, policy, net(), net_at)
+    return denoiser
+
+
+def shared_later(put: Put) -> None:
+    """The same on a denoiser that was captured already; then of the model that is given back."""
+    denoiser = plain(net(), NEVER)
+    expected = solve(denoiser, net_at)
+    put(denoiser)
+    torch.testing.assert_close(solve(denoiser, net_at), expected, atol=1e-5, rtol=1e-4)
+    model = fxcache.restore(denoiser)
+    identical(plain(model, NEVER), model, net_at)
 
 
 COLUMN, ROW = tensor_parallel.ColwiseParallel, tensor_parallel.RowwiseParallel
@@ -123,40 +129,37 @@ def split_tokens(model: nn.Module) -> None:
 
 
 def tensors() -> None:
-    for put, policies in ((split_layers, POLICIES), (split_tokens, POLICIES[:1])):
-        whole, denoiser, plain = share(put)
-        compare(whole, denoiser, plain, net_at, policies=policies)
-    whole, denoiser, plain = share(split_layers, before=True)
-    assert all(map(torch.equal, solve(denoiser, net_at), plain))
+    shared(split_layers, FIRST_BLOCK, ADAPTIVE)
+    shared(split_tokens, FIRST_BLOCK)
+    shared_later(split_layers)
 
 
 def tensors_compiled() -> None:
-    whole, denoiser, plain = share(split_layers, backend="inductor")
-    compare(whole, denoiser, plain, net_at, is_eager=False)
+    model = net(split_layers)
+    denoiser = fxcache.transform(model, NEVER)
+    outputs = solve(denoiser, net_at)
+    torch.testing.assert_close(outputs, solve(model, net_at), atol=1e-5, rtol=1e-5)
+    as_alone(denoiser, FIRST_BLOCK, net(), net_at)
 
 
 def tensors_and_context() -> None:
     """On four ranks: two hold the heads, two the tokens."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "cp"))
-    whole, model, mine = net(), net(), mesh.get_local_rank("cp")
-    split_layers(model, mesh["tp"])
+    model, mine = net(lambda model: split_layers(model, mesh["tp"])), mesh.get_local_rank("cp")
     for block in model.blocks:
         block.group = mesh.get_group("cp")
 
+    def part(whole: torch.Tensor) -> torch.Tensor:
+        return whole.chunk(2, dim=1)[mine]
+
     def at(step: int) -> dict[str, Any]:
         given = net_at(step)
-        return {**given, "x": given["x"].chunk(2, dim=1)[mine]}
+        return {**given, "x": part(given["x"])}
 
-    plain = solve(model, at)
-    for policy in POLICIES[:2]:
-        denoiser: Any = fxcache.transform(model, NEVER, backend="eager")
-        assert all(map(torch.equal, solve(denoiser, at), plain))
-        denoiser.policy = policy
-        denoiser.reset()
-        got, (expected, decisions) = solve(denoiser, at), alone(whole, policy, net_at)
-        assert everywhere(decided(denoiser)) == [decisions] * 4
-        for one, other in zip(got, expected, strict=True):
-            torch.testing.assert_close(one, other.chunk(2, dim=1)[mine], atol=1e-5, rtol=1e-4)
+    denoiser = plain(model, NEVER)
+    identical(denoiser, model, at)
+    for policy in (FIRST_BLOCK, ADAPTIVE):
+        as_alone(denoiser, policy, net(), net_at, at, part)
 
 
 def shard_blocks(model: nn.Module, **options: Any) -> None:
@@ -167,23 +170,21 @@ def shard_blocks(model: nn.Module, **options: Any) -> None:
 
 def sharded() -> None:
     """FSDP of the whole, and of each block: before and after transform."""
-    for put, policies in ((fully_shard, POLICIES[:1]), (shard_blocks, POLICIES)):
-        whole, denoiser, plain = share(put)
-        compare(whole, denoiser, plain, net_at, policies=policies)
-        denoiser.unshard(), denoiser.reshard()  # FSDP's own methods go on working
-        whole, denoiser, plain = share(put, before=True)
-        assert all(map(torch.equal, solve(denoiser, net_at), plain))
+    # `explain` calls a model as others do: its root's hooks gather what they must.
+    assert "2 blocks in blocks (2)" in str(fxcache.explain(net(fully_shard), **net_at(0)))
+    shared(fully_shard, FIRST_BLOCK)
+    denoiser = shared(shard_blocks, FIRST_BLOCK, ADAPTIVE, EASY)
+    denoiser.unshard(), denoiser.reshard()  # FSDP's own methods go on working
+    shared_later(fully_shard)
+    shared_later(shard_blocks)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    _, denoiser, plain = share(lambda model: shard_blocks(model, mp_policy=half))
-    assert all(map(torch.equal, solve(denoiser, net_at), plain))
+    shared(lambda model: shard_blocks(model, mp_policy=half))
 
 
 def sharded_costs() -> None:
     """A hit gathers nothing of the span, and holds nothing of it in memory."""
-    model = net(width=128, depth=4)
-    shard_blocks(model)
-    schedule = StepSchedule(mask=(False, False, True, True))
-    denoiser: Any = fxcache.transform(model, schedule, backend="eager")
+    model = net(shard_blocks, width=128)
+    denoiser: Any = plain(model, StepSchedule(mask=(False, False, True, True)))
     of_block = sum(4 * p.numel() for p in net(width=128).blocks[0].parameters())
     counts, allocated = [], []
     with torch.no_grad(), denoiser.trajectory(4):
@@ -194,17 +195,26 @@ def sharded_costs() -> None:
             gathers = [e.count for e in events if e.key.endswith("::all_gather_into_tensor")]
             counts.append(sum(gathers))
             allocated.append(sum(max(0, e.self_cpu_memory_usage) for e in events))
-    assert decided(denoiser) == [False, False, True, True]
+    assert hits(denoiser) == [False, False, True, True]
     weights = len(list(model.blocks.parameters()))
     assert counts[1:] == [weights, 0, 0], counts
-    assert allocated[1] > 4 * of_block > of_block > allocated[3], (allocated, of_block)
+    assert allocated[1] > 2 * of_block > of_block > allocated[3], (allocated, of_block)
 
 
-def sharded_training() -> None:
+def changed() -> None:
+    """Whoever writes into weights that ranks share is seen, amid a trajectory as well."""
+    for put in (split_layers, shard_blocks):
+        whole, model = net(), net(put)
+        denoiser: Any = plain(model)
+        if put is shard_blocks:
+            trained(whole, denoiser)
+            denoiser.reset()
+        written(model, denoiser)
+    moved(whole, model, adopt(denoiser, NEVER))
+
+
+def trained(whole: nn.Module, denoiser: Any) -> None:
     """Gradients are FSDP's, and an optimizer's step amid a trajectory is seen."""
-    whole, model = net(), net()
-    shard_blocks(model)
-    denoiser: Any = fxcache.transform(model, FirstBlockCache(threshold=math.inf), backend="eager")
     with torch.no_grad():
         denoiser(**net_at(0)), denoiser(**net_at(1))
     for each in (whole, denoiser):
@@ -215,40 +225,33 @@ def sharded_training() -> None:
         torch.optim.SGD(each.parameters(), 0.01).step()
     with torch.no_grad():
         torch.testing.assert_close(denoiser(**net_at(3)), whole(**net_at(3)), atol=1e-5, rtol=1e-4)
-        assert decided(denoiser) == [False, True, False]
+    assert hits(denoiser) == [False, True, False]
 
 
-def written() -> None:
-    """Whoever writes into weights that ranks share is seen, amid a trajectory as well."""
-    for put in (split_layers, shard_blocks):
-        model = net()
-        put(model)
-        denoiser: Any = fxcache.transform(
-            model, FirstBlockCache(threshold=math.inf), backend="eager"
-        )
-        weight = model.blocks[1].up.weight
-        before = {name: value.clone() for name, value in model.blocks.state_dict().items()}
+def written(model: nn.Module, denoiser: Any) -> None:
+    weight = model.blocks[1].up.weight
+    before = {name: value.clone() for name, value in model.blocks.state_dict().items()}
 
-        def trained(model: nn.Module = model, weight: Any = weight) -> None:
-            weight.grad = torch.ones_like(weight)
-            torch.optim.SGD([weight], 0.01).step()
-            weight.grad = None
+    def stepped() -> None:
+        weight.grad = torch.ones_like(weight)
+        torch.optim.SGD([weight], 0.01).step()
+        weight.grad = None
 
-        writes: list[Callable[[], Any]] = [
-            lambda weight=weight: weight.mul_(1.1),
-            trained,
-            lambda model=model, before=before: model.blocks.load_state_dict(before),
-        ]
-        with torch.no_grad():
-            denoiser(**net_at(0))
-            for step, write in enumerate(writes):
-                denoiser(**net_at(2 * step + 1))
-                write()
-                denoiser(**net_at(2 * step + 2))
-        assert decided(denoiser) == [False, *[True, False] * 3], (put, decided(denoiser))
+    writes: list[Callable[[], Any]] = [
+        lambda: weight.mul_(1.1),
+        stepped,
+        lambda: model.blocks.load_state_dict(before),
+    ]
+    with torch.no_grad():
+        denoiser(**net_at(0))
+        for step, write in enumerate(writes):
+            denoiser(**net_at(2 * step + 1))
+            write()
+            denoiser(**net_at(2 * step + 2))
+    assert hits(denoiser) == [False, *[True, False] * 3]
 
 
-def moved() -> None:
+def moved(whole: nn.Module, model: nn.Module, denoiser: Any) -> None:
     """Layers of a sharded block that somebody wraps after it was captured, as adapters do."""
 
     class Adapter(nn.Module):
@@ -259,9 +262,6 @@ def moved() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.base_layer(x)
 
-    whole, model = net(), net()
-    shard_blocks(model)
-    denoiser: Any = fxcache.transform(model, NEVER, backend="eager")
     expected = solve(whole, net_at)
     for change in (None, lambda layer: Adapter(layer), lambda layer: layer.base_layer):
         for block in model.blocks if change is not None else ():
@@ -273,56 +273,42 @@ def votes_apart() -> None:
     """Ranks that vote, at other steps of trajectories of other lengths: nobody waits for ever."""
     control = FirstBlockCache(threshold=math.inf, control_threshold=0.25)
     length, context = (8, 5)[distributed.get_rank()], torch.ones(2, 3)
-    for policy in (*POLICIES, control):
-        model = net()
-        shard_blocks(model)
-        denoiser: Any = fxcache.transform(
-            model, policy, backend="eager", sync=distributed.group.WORLD
-        )
+    denoiser: Any = plain(net(shard_blocks), sync=distributed.group.WORLD)
+    for policy in (FIRST_BLOCK, ADAPTIVE, EASY, control):
+        adopt(denoiser, policy)
         with torch.no_grad():
-            for evaluation in range(24):
-                if evaluation % length == 0:
-                    told = denoiser.trajectory(length)
-                    told.__enter__()
-                denoiser(**net_at(evaluation % length), context=context)
-                if evaluation % length == length - 1 or evaluation == 23:
-                    told.__exit__(None, None, None)
-        first, second = everywhere(decided(denoiser))
+            for first in range(0, 24, length):
+                with denoiser.trajectory(length):
+                    for step in range(min(length, 24 - first)):
+                        denoiser(**net_at(step), context=context)
+        first, second = everywhere(hits(denoiser))
         assert first == second, (policy, first, second)
-
-
-def explained() -> None:
-    """`explain` calls a model as others do: its root's hooks gather what they must."""
-    for put in (fully_shard, shard_blocks):
-        model = net()
-        put(model)
-        assert "3 blocks in blocks (3)" in str(fxcache.explain(model, **net_at(0)))
 
 
 def refused() -> None:
     """What cannot be captured is named; what is around a model as well."""
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
 
+    def offloaded(model: nn.Module) -> None:
+        shard_blocks(model, offload_policy=CPUOffloadPolicy(False))
+
     def both(model: nn.Module) -> None:
         split_layers(model, mesh["tp"])
         shard_blocks(model, mesh=mesh["dp"])
 
-    cases = {
-        "offload_policy": lambda model: shard_blocks(model, offload_policy=CPUOffloadPolicy(False)),
-        "tensor parallelism": both,
-    }
-    for named, put in cases.items():
-        model = net()
-        put(model)
-        with pytest.raises(fxcache.CaptureError, match=rf"blocks\.0.*{named}"):
-            solve(fxcache.transform(model, NEVER, backend="eager"), net_at)
-    model = net()
-    shard_blocks(model)
-    model.set_modules_to_forward_prefetch([model.blocks[0]])
-    with pytest.raises(fxcache.CaptureError, match=r"set_modules_to_forward_prefetch\(\[\]\)"):
-        solve(fxcache.transform(model, NEVER, backend="eager"), net_at)
+    def prefetched(model: nn.Module) -> None:
+        shard_blocks(model)
+        model.set_modules_to_forward_prefetch([model.blocks[0]])
+
+    for put, named in (
+        (offloaded, r"blocks\.0.*offload_policy"),
+        (both, r"blocks\.0.*tensor parallelism"),
+        (prefetched, r"set_modules_to_forward_prefetch\(\[\]\)"),
+    ):
+        with pytest.raises(fxcache.CaptureError, match=named):
+            solve(plain(net(put), NEVER), net_at)
     with pytest.raises(fxcache.FxCacheError, match="transform the Net"):
         fxcache.transform(nn.parallel.DistributedDataParallel(net()), NEVER)
-    denoiser = fxcache.transform(net(), AdaptiveCache(tolerance=0.5), backend="eager")
+    denoiser = plain(net(), ADAPTIVE)
     solve(nn.parallel.DistributedDataParallel(denoiser), net_at)
     assert denoiser.report().hits

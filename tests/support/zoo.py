@@ -4,6 +4,7 @@ Each entry makes a model and its inputs. Random weights, seeded; zero-initialise
 values, so that every block changes its stream.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,17 +41,14 @@ class Entry:
 ZOO: dict[str, Entry] = {}
 
 
-def entry(head: str, span: dict[str, range] | tuple[str, ...], **options: Any):
+def register(name: str, build: Any, head: str, span: dict[str, range], **options: Any) -> None:
+    paths = tuple(f"{path}.{i}" for path, indices in span.items() for i in indices)
+    ZOO[name] = Entry(build, head, paths, **options)
+
+
+def entry(head: str, span: dict[str, range], **options: Any):
     """Register the builder of a zoo entry under its name."""
-
-    def register(build: Callable[..., tuple[nn.Module, Inputs]]):
-        paths = span
-        if isinstance(span, dict):
-            paths = tuple(f"{path}.{i}" for path, indices in span.items() for i in indices)
-        ZOO[build.__name__] = Entry(build, head, paths, **options)
-        return build
-
-    return register
+    return lambda build: register(build.__name__, build, head, span, **options)
 
 
 def make(name: str, **config: Any) -> tuple[nn.Module, Inputs]:
@@ -82,102 +80,63 @@ def randn(*shape: int) -> torch.Tensor:
 
 # --- diffusers -----------------------------------------------------------------------------------
 
-FLUX_SPAN = {"transformer_blocks": range(1, 2), "single_transformer_blocks": range(2)}
-THREE_BLOCKS = {"transformer_blocks": range(1, 3)}
-UNET_SPAN = {"down_blocks": range(1, 2), "up_blocks": range(1)}
+#: Where the head block is, and the blocks that a hit skips.
+THREE = "transformer_blocks.0", {"transformer_blocks": range(1, 3)}
+SINGLE = {"single_transformer_blocks": range(2)}
+FLUX = THREE[0], {"transformer_blocks": range(1, 2), **SINGLE}
+JOINT = "joint_transformer_blocks.0", {"joint_transformer_blocks": range(1, 2), **SINGLE}
+WAN = "blocks.0", {"blocks": range(1, 3)}
+UNET = "down_blocks.0.resnets.0", {"down_blocks": range(1, 2), "up_blocks": range(1)}
+
+#: Those that are built and called as `fxcache.pipelines.tiny` has them.
+TINY = {
+    "flux": ("FluxTransformer2DModel", FLUX, {"time": 1.0, "image": 1}),
+    "chroma": ("ChromaTransformer2DModel", FLUX, {"time": 1.0}),
+    "sd3": ("SD3Transformer2DModel", THREE, {"image": 1}),
+    "auraflow": ("AuraFlowTransformer2DModel", JOINT, {"time": 1.0}),
+    "pixart": ("PixArtTransformer2DModel", THREE, {}),
+    "sana": ("SanaTransformer2DModel", THREE, {}),
+    "dit": ("DiTTransformer2DModel", THREE, {}),
+    "qwenimage": ("QwenImageTransformer2DModel", THREE, {"time": 1.0, "image": 1}),
+    "lumina2": ("Lumina2Transformer2DModel", ("layers.0", {"layers": range(1, 3)}), {"time": 1.0}),
+    "sd15_unet": ("UNet2DConditionModel", UNET, {"is_u_shape": True}),
+    "hunyuan_video": ("HunyuanVideoTransformer3DModel", FLUX, {"image": 0}),
+    "wan_t2v": ("WanTransformer3DModel", WAN, {}),
+    "wan_vace": ("WanVACETransformer3DModel", WAN, {}),
+    "ltx_video": ("LTXVideoTransformer3DModel", THREE, {}),
+    "cogvideox": ("CogVideoXTransformer3DModel", THREE, {"image": 0}),
+    "mochi": ("MochiTransformer3DModel", THREE, {"image": 0}),
+    "stable_audio": ("StableAudioDiTModel", THREE, {}),
+}
+for name, (cls, blocks, options) in TINY.items():
+    register(name, functools.partial(tiny_model, cls), *blocks, **options)
 
 
-@entry("transformer_blocks.0", FLUX_SPAN, time=1.0, image=1)
-def flux():
-    return tiny_model("FluxTransformer2DModel")
-
-
-@entry("transformer_blocks.0", FLUX_SPAN, time=1.0, image=1)
-def flux_guidance():
-    model, inputs = tiny_model("FluxTransformer2DModel", guidance_embeds=True)
-    return model, {**inputs, "guidance": torch.tensor([3.5])}
-
-
-@entry("transformer_blocks.0", FLUX_SPAN, time=1.0, image=1)
+@entry(*FLUX, time=1.0, image=1)
 def flux_kontext():
     # Kontext appends the tokens of the reference image; as many text tokens as image tokens, so
-    # that streams cannot be told apart by their shapes.
-    model, inputs = tiny_model("FluxTransformer2DModel")
-    longer = {
+    # that streams cannot be told apart by their shapes. ControlNets add residuals between blocks,
+    # and guidance is one more input.
+    model, inputs = tiny_model("FluxTransformer2DModel", guidance_embeds=True)
+    more = {
+        "guidance": torch.tensor([3.5]),
         "hidden_states": randn(1, 24, 4),
         "encoder_hidden_states": randn(1, 24, 32),
         "img_ids": randn(24, 3),
         "txt_ids": randn(24, 3),
+        "controlnet_block_samples": [randn(1, 24, 32) for _ in range(2)],
+        "controlnet_single_block_samples": [randn(1, 24, 32) for _ in range(2)],
     }
-    return model, {**inputs, **longer}
+    return model, {**inputs, **more}
 
 
-@entry("transformer_blocks.0", FLUX_SPAN, time=1.0, image=1)
-def flux_controlnet():
-    model, inputs = tiny_model("FluxTransformer2DModel")
-    residuals = {
-        "controlnet_block_samples": [randn(1, 16, 32) for _ in range(2)],
-        "controlnet_single_block_samples": [randn(1, 16, 32) for _ in range(2)],
-    }
-    return model, {**inputs, **residuals}
-
-
-@entry("transformer_blocks.0", FLUX_SPAN, time=1.0)
-def chroma():
-    return tiny_model("ChromaTransformer2DModel")
-
-
-@entry("transformer_blocks.0", THREE_BLOCKS, image=1)
-def sd3():
-    return tiny_model("SD3Transformer2DModel")
-
-
-@entry("transformer_blocks.0", THREE_BLOCKS, image=1)
+@entry(*THREE, image=1)
 def sd35_dual_attention():
     config = {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}
     return tiny_model("SD3Transformer2DModel", **config)
 
 
-@entry(
-    "joint_transformer_blocks.0",
-    {"joint_transformer_blocks": range(1, 2), "single_transformer_blocks": range(2)},
-    time=1.0,
-)
-def auraflow():
-    return tiny_model("AuraFlowTransformer2DModel")
-
-
-@entry("transformer_blocks.0", THREE_BLOCKS)
-def pixart():
-    return tiny_model("PixArtTransformer2DModel")
-
-
-@entry("transformer_blocks.0", THREE_BLOCKS)
-def sana():
-    return tiny_model("SanaTransformer2DModel")
-
-
-@entry("transformer_blocks.0", THREE_BLOCKS)
-def dit():
-    return tiny_model("DiTTransformer2DModel")
-
-
-@entry("transformer_blocks.0", THREE_BLOCKS, time=1.0, image=1)
-def qwenimage():
-    return tiny_model("QwenImageTransformer2DModel")
-
-
-@entry("layers.0", {"layers": range(1, 3)}, time=1.0)
-def lumina2():
-    return tiny_model("Lumina2Transformer2DModel")
-
-
-@entry("down_blocks.0.resnets.0", UNET_SPAN, is_u_shape=True)
-def sd15_unet(**config):
-    return tiny_model("UNet2DConditionModel", **config)
-
-
-@entry("down_blocks.0.resnets.0", UNET_SPAN, is_u_shape=True)
+@entry(*UNET, is_u_shape=True)
 def sdxl_unet():
     model, inputs = tiny_model(
         "UNet2DConditionModel",
@@ -191,52 +150,12 @@ def sdxl_unet():
     return model, {**inputs, "added_cond_kwargs": added}
 
 
-@entry("transformer_blocks.0", FLUX_SPAN, image=0)
-def hunyuan_video():
-    return tiny_model("HunyuanVideoTransformer3DModel")
-
-
-@entry("transformer_blocks.0", FLUX_SPAN, image=0)
-def hunyuan_framepack(**config):
-    return tiny_model("HunyuanVideoFramepackTransformer3DModel", **config)
-
-
-@entry("blocks.0", {"blocks": range(1, 3)})
-def wan_t2v():
-    return tiny_model("WanTransformer3DModel")
-
-
-@entry("blocks.0", {"blocks": range(1, 3)})
+@entry(*WAN)
 def wan_i2v():
     config = {"in_channels": 8, "image_dim": 16, "added_kv_proj_dim": 24}
     model, inputs = tiny_model("WanTransformer3DModel", **config)
     given = {"hidden_states": randn(1, 8, 2, 8, 8), "encoder_hidden_states_image": randn(1, 5, 16)}
     return model, {**inputs, **given}
-
-
-@entry("blocks.0", {"blocks": range(1, 3)})
-def wan_vace(**config):
-    return tiny_model("WanVACETransformer3DModel", **config)
-
-
-@entry("transformer_blocks.0", THREE_BLOCKS)
-def ltx_video():
-    return tiny_model("LTXVideoTransformer3DModel")
-
-
-@entry("transformer_blocks.0", THREE_BLOCKS, image=0)
-def cogvideox():
-    return tiny_model("CogVideoXTransformer3DModel")
-
-
-@entry("transformer_blocks.0", THREE_BLOCKS, image=0)
-def mochi():
-    return tiny_model("MochiTransformer3DModel")
-
-
-@entry("transformer_blocks.0", THREE_BLOCKS)
-def stable_audio():
-    return tiny_model("StableAudioDiTModel")
 
 
 # --- hand-written --------------------------------------------------------------------------------
@@ -286,8 +205,8 @@ class SequentialDiT(Denoiser):
 class BreaksBefore(SequentialDiT):
     """A graph break before the stack, behind a list that is none: it does little."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, depth: int = 4) -> None:
+        super().__init__(depth)
         self.prefix = nn.Sequential(Block(4), Block(4))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -386,7 +305,7 @@ def sequential_dit():
     return SequentialDiT(), token_inputs()
 
 
-@entry("in_blocks.0", ("in_blocks.1", "in_blocks.2"), time=1.0, is_u_shape=True)
+@entry("in_blocks.0", {"in_blocks": range(1, 3)}, time=1.0, is_u_shape=True)
 def uvit():
     return UViT(), token_inputs()
 

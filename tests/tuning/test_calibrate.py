@@ -1,7 +1,6 @@
 """Calibration: what is recorded of a sampler's runs, and the file that holds it."""
 
 import functools
-import gc
 import json
 import math
 import pickle
@@ -10,44 +9,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from helpers import plain, sample, seeded, times
+from helpers import plain, sample, seeded
+from opened import Small
+from samplers import STEPS, euler, guided, observers
 from torch import nn
-from zoo import SequentialDiT
 
 import fxcache
 from fxcache import FirstBlockCache, MagCache, PolicyError, ProfileError, Taylor, TeaCache
-from fxcache.tuning.record import Recorder
 
-STEPS = 6
 calibrate = functools.partial(fxcache.calibrate, progress=False)
-
-
-@torch.no_grad()
-def euler(denoiser, seed=0, steps=STEPS, *, rising=False, heun=False, batch=2):
-    """A sampler of flow matching."""
-    x = sample(batch, seed=seed)
-    for i in range(steps):
-        t = i / steps if rising else 1 - i / steps
-        v = denoiser(x, times(t, batch))
-        if heun and i + 1 < steps:
-            v = (v + denoiser(x - v / steps, times(1 - (i + 1) / steps, batch))) / 2
-        x = x - v / steps
-    return x
-
-
-@torch.no_grad()
-def guided(denoiser, seed=0, *, last=STEPS):
-    """Classifier-free guidance in branches of their own; "uncond" on the first steps only."""
-    x = sample(seed=seed)
-    for i in range(STEPS):
-        t = times(1 - i / STEPS)
-        with denoiser.branch("cond"):
-            v = denoiser(x, t)
-        if i < last:
-            with denoiser.branch("uncond"):
-                v = 1.5 * v - 0.5 * denoiser(0.5 * x, t)
-        x = x - v / STEPS
-    return x
 
 
 class Watched:
@@ -61,21 +31,16 @@ class Watched:
             model.register_forward_hook(lambda _m, _a, out: self.outputs.append(out.double())),
         ]
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        for handle in self.handles:
-            handle.remove()
-
     @property
     def residuals(self):
         return [b - a for a, b in zip(self.inputs, self.results, strict=True)]
 
 
 def watched(model, run, first=0):
-    with Watched(model, model.blocks[first], model.blocks[-1]) as seen:
-        run(model)
+    seen = Watched(model, model.blocks[first], model.blocks[-1])
+    run(model)
+    for handle in seen.handles:
+        handle.remove()
     return seen
 
 
@@ -94,7 +59,7 @@ def test_ratios_are_those_of_the_residual_of_all_blocks(model):
     np.testing.assert_allclose(profile.ratios["cond"], np.mean(per_run, axis=0), rtol=1e-5)
     policy = profile.policy(threshold=0.5)
     assert policy == MagCache(ratios=profile.ratios["cond"], threshold=0.5, origin=policy.origin)
-    assert policy.origin.model_classes == ("SequentialDiT",)
+    assert policy.origin.model_classes == ("Small",)
     denoiser = plain(model, policy)
     euler(denoiser)
     assert denoiser.report().hits > 0
@@ -102,12 +67,10 @@ def test_ratios_are_those_of_the_residual_of_all_blocks(model):
 
 def test_ratios_by_branch(model):
     profile = calibrate(plain(model), guided, runs=1)
-    with Watched(model, model.blocks[0], model.blocks[-1]) as seen:
-        model.branch = lambda name: torch.no_grad()
-        guided(model)
-    del model.branch
+    model.branch = lambda name: torch.no_grad()
+    residuals = watched(model, guided).residuals
     for place, branch in enumerate(["cond", "uncond"]):
-        expected = ratios_of(seen.residuals[place::2])
+        expected = ratios_of(residuals[place::2])
         np.testing.assert_allclose(profile.ratios[branch], expected, rtol=1e-5)
     assert profile.ratios["cond"] != profile.ratios["uncond"]
     assert profile.policy().ratios == profile.ratios
@@ -142,7 +105,7 @@ def test_pairs_and_polynomial_of_teacache(model):
     expected = []
     for seed in range(4):
         modulated = []
-        hook = model.blocks[0].norm1.register_forward_hook(
+        hook = model.blocks[0].norm.register_forward_hook(
             lambda _m, _a, out, kept=modulated: kept.append(out.double())
         )
         seen = watched(model, lambda m, s=seed: euler(m, s))
@@ -180,17 +143,15 @@ def test_errors_of_forecasters(model):
             assert profile.errors[name][step] == pytest.approx(float(direct), rel=1e-2, abs=1e-4)
 
 
-def test_an_instance_is_recorded_as_it_is(model):
-    """With its own first block of the span."""
+def test_instances_and_other_policies_are_recorded_as_they_are():
+    """With their own first block of the span."""
+    model = seeded(lambda: Small(3))
     kept = FirstBlockCache(head_blocks=2, end=0.9, forecast=Taylor(order=2))
     profile = calibrate(model, euler, kept, runs=1)
     expected = ratios_of(watched(model, euler, first=2).residuals)
     np.testing.assert_allclose(profile.ratios["cond"], expected, rtol=1e-5)
     with pytest.raises(PolicyError, match="MagCache and TeaCache, got 'FirstBlockCache'"):
         profile.policy()
-
-
-def test_other_policies_are_recorded(model):
     kinds = {fxcache.EasyCache: 2, fxcache.SeaCache: 1, fxcache.StepSchedule: STEPS}
     for policy, first in kinds.items():
         profile = calibrate(model, euler, policy, runs=1)
@@ -214,14 +175,13 @@ def test_trajectories_that_rise_or_are_announced_or_show_no_time(model):
     np.testing.assert_allclose(twice.ratios["cond"], four.ratios["cond"], rtol=1e-6)
 
 
-class Timeless(SequentialDiT):
-    """Without a time input: only a new run tells that a trajectory is new."""
-
-    def forward(self, x):
-        return super().forward(x, x.new_ones(len(x)))
-
-
 def test_a_model_without_time():
+    """Only a new run tells that a trajectory is new."""
+
+    class Timeless(Small):
+        def forward(self, x):
+            return super().forward(x, x.new_ones(len(x)))
+
     @torch.no_grad()
     def run(denoiser, seed):
         x = sample(seed=seed)
@@ -239,8 +199,7 @@ def test_heun(model):
     np.testing.assert_allclose(profile.ratios["cond"], ratios_of(residuals[::2]), rtol=1e-5)
 
 
-def test_trajectories_that_do_not_fit(model):
-    denoiser = plain(model)
+def test_trajectories_that_do_not_fit(denoiser):
     for run, message in (
         (lambda m, seed: euler(m, seed, steps=5 + seed), "5 of steps 0 to 4', '6 of steps 0 to 5"),
         (lambda m, seed: euler(m, seed, steps=1), "at least 2"),
@@ -253,20 +212,19 @@ def test_trajectories_that_do_not_fit(model):
 
     def late():
         with denoiser.trajectory(10, first_step=4):
-            euler(denoiser)
+            euler(denoiser, steps=6)
 
     with pytest.raises(ProfileError, match="6 of steps 4 to 9"):
         calibrate(denoiser, late)
 
 
-@pytest.mark.parametrize(("value", "message"), [(math.nan, "finite"), (0.0, "in .0, inf.")])
-def test_residuals_that_make_no_table(model, value, message):
-    for block in model.blocks:
-        for linear in (block.proj, block.mlp[2]):
-            nn.init.constant_(linear.weight, value)
-            nn.init.constant_(linear.bias, value)
-    with pytest.raises(ProfileError, match=message):
-        calibrate(model, euler)
+def test_residuals_that_make_no_table(model):
+    for value, message in ((math.nan, "finite"), (0.0, "in .0, inf.")):
+        for block in model.blocks:
+            nn.init.constant_(block.proj.weight, value)
+            nn.init.constant_(block.proj.bias, value)
+        with pytest.raises(ProfileError, match=message):
+            calibrate(model, euler)
 
 
 def test_bad_options_are_named(model):
@@ -283,8 +241,7 @@ def test_bad_options_are_named(model):
             calibrate(model, euler, **options)
 
 
-def test_a_run_that_raises_changes_nothing(model):
-    denoiser = plain(model)
+def test_a_run_that_raises_changes_nothing(denoiser):
     euler(denoiser)
     before = denoiser.report(), denoiser.policy
     state = torch.get_rng_state()
@@ -311,33 +268,21 @@ def test_a_run_that_raises_changes_nothing(model):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def made():
-    """How many recorders there are, and tensors of a residual's shape."""
-    return sum(
-        type(it) is Recorder or (type(it) is torch.Tensor and it.shape == (2, 8, 16))
-        for it in gc.get_objects()
-    )
-
-
-def test_nothing_is_left_behind(model):
-    denoiser = plain(model)
+def test_nothing_is_left_behind(model, denoiser):
     euler(denoiser)
     before, keys, seen = denoiser.report(), set(model.__dict__), []
 
     def run(d, seed):
         out = euler(d, seed)
-        seen.append(made())
+        seen.append(observers())
         return out
 
-    gc.collect()
-    number = made()
+    number = observers()
     for target in (denoiser, model):
         with torch.enable_grad():
             calibrate(target, run, TeaCache, progress=True)
     assert len(seen) == 4
-    assert min(seen) > number
-    gc.collect()
-    assert made() == number
+    assert min(seen) > number == observers()
     assert denoiser.report() == before
     assert set(model.__dict__) == keys
     assert not model._forward_hooks

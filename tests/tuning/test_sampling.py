@@ -8,20 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import plain, sample, times
+from samplers import STEPS, euler
 
 import fxcache
 from fxcache import OptionError, ProfileError, StepSchedule
 from fxcache.tuning.record import Counter
 from fxcache.tuning.sampling import arguments, as_tensor, psnr, sampler_for
-
-
-@torch.no_grad()
-def euler(denoiser, seed=0, steps=4):
-    x = sample(seed=seed)
-    for i in range(steps):
-        x = x - denoiser(x, times(1 - i / steps)) / steps
-    return x
 
 
 def called(target, run, seed=5):
@@ -34,10 +26,7 @@ def called(target, run, seed=5):
     return result, counter.most
 
 
-class Sampling:
-    def __init__(self, denoiser=None):
-        self.denoiser = denoiser
-
+class Sampling(SimpleNamespace):
     def __call__(self, denoiser, seed):
         return euler(denoiser, seed)
 
@@ -58,17 +47,14 @@ FORMS = {
     "run(denoiser, seed=)": (lambda d: euler, 5),
     "run(d, s)": (lambda d: lambda d, s: euler(d, s), 5),
     "run(d, s, /)": (lambda d: lambda d, s, /: euler(d, s), 5),
-    "run(steps=, seed=)": (lambda d: lambda steps=4, seed=0: euler(d, seed, steps), 5),
-    "run(pipe, steps=, seed=)": (
-        lambda d: lambda pipe, steps=4, seed=0: euler(pipe, seed, steps),
-        5,
-    ),
+    "run(steps=, seed=)": (lambda d: lambda steps=STEPS, seed=0: euler(d, seed, steps), 5),
+    "run(pipe, steps=)": (lambda d: lambda pipe, steps=STEPS, seed=0: euler(pipe, seed, steps), 5),
     "run(*, seed)": (lambda d: lambda *, seed: euler(d, seed), 5),
     "run(*args)": (lambda d: lambda *args, **kwargs: euler(d, len(args) + len(kwargs)), 0),
     "default": (lambda d: lambda denoiser=d: euler(denoiser), 0),
     "partial": (lambda d: functools.partial(euler, d), 5),
     "partial by name": (lambda d: functools.partial(euler, denoiser=d), 5),
-    "method": (lambda d: Sampling(d).method, 5),
+    "method": (lambda d: Sampling(denoiser=d).method, 5),
     "other order": (lambda d: Sampling().other_order, 5),
     "callable": (lambda d: Sampling(), 5),
 }
@@ -85,16 +71,16 @@ def test_forms_of_run(model):
 
 def test_a_plain_model_is_handed_over_whatever_the_argument_is_called(model):
     result, computed = called(model, lambda network: euler(network))
-    assert computed == 4
+    assert computed == STEPS
     assert torch.equal(result, euler(model))
-    assert called(model, lambda network, seed=1: euler(network, seed))[1] == 4
+    assert called(model, lambda network, seed=1: euler(network, seed))[1] == STEPS
 
 
 def test_runs_and_targets_that_do_not_fit(model):
     for run, message in (
         ("sample", "run must be a function that samples, got 'sample'"),
         (dict, "run must have a signature"),
-        (lambda: None, "run must take the denoiser as its argument where a SequentialDiT"),
+        (lambda: None, "run must take the denoiser as its argument where a Small"),
         (lambda seed: None, "run must take the denoiser"),
         (lambda pipe, prompt, height: None, "at most two arguments"),
         (lambda pipe, prompt, seed: None, "at most two arguments"),
@@ -106,8 +92,7 @@ def test_runs_and_targets_that_do_not_fit(model):
             called(target, lambda pipe: None)
 
 
-def test_components_of_something_like_a_pipeline(model):
-    denoiser = plain(model)
+def test_components_of_something_like_a_pipeline(model, denoiser):
     pipe = SimpleNamespace(transformer=model, transformer_2=denoiser, scheduler=None)
 
     def run(pipe, seed):
@@ -119,7 +104,7 @@ def test_components_of_something_like_a_pipeline(model):
         called(pipe, run)
     for component, expected in (("transformer", (False, True)), ("transformer_2", (True, True))):
         profile = fxcache.calibrate(pipe, run, component=component, runs=1, progress=False)
-        assert profile.num_steps == 4
+        assert profile.num_steps == STEPS
         assert names.pop() == expected
         assert pipe.transformer is model
         assert pipe.transformer_2 is denoiser
@@ -138,28 +123,20 @@ def test_generators_are_seeded_and_restored(denoiser):
     assert called(denoiser, lambda: None)[1] == 0
 
 
-def test_a_run_that_resets_the_denoiser(denoiser):
+def test_a_run_that_resets_the_denoiser_and_one_with_gradients(denoiser, caplog):
     def run(seed):
         denoiser.reset()
         euler(denoiser, seed)
         denoiser.reset()
 
-    assert called(denoiser, run)[1] == 4
-
-
-def test_gradients_are_said_to_be_on(denoiser, caplog):
+    assert called(denoiser, run)[1] == STEPS
     with torch.enable_grad(), caplog.at_level(logging.WARNING, "fxcache"):
         assert called(denoiser, euler.__wrapped__)[1] == 0
     assert "gradients are enabled: nothing is cached" in caplog.text
 
 
-def test_a_unet_and_a_pipeline():
+def test_a_unet_in_a_pipeline(model):
     diffusers = pytest.importorskip("diffusers")
-    from fxcache.pipelines.tiny import tiny_model
-
-    torch.manual_seed(0)
-    unet, inputs = tiny_model("UNet2DConditionModel")
-    text = inputs["encoder_hidden_states"][:1]
 
     class Pipeline(diffusers.DiffusionPipeline):
         def __init__(self, unet, scheduler):
@@ -169,16 +146,14 @@ def test_a_unet_and_a_pipeline():
         @torch.no_grad()
         def __call__(self, steps, generator):
             self.scheduler.set_timesteps(steps)
-            shape = (1, *inputs["sample"].shape[1:])
-            x = torch.randn(shape, generator=generator)
+            x = torch.randn(1, 8, 4, generator=generator)
             for t in self.scheduler.timesteps:
-                v = self.unet(x, t, encoder_hidden_states=text).sample
+                v = self.unet(x, t.expand(1) / 1000)
                 x = self.scheduler.step(v, t, x).prev_sample
             return diffusers.utils.BaseOutput(images=x)
 
-    pipe = Pipeline(unet, diffusers.DDIMScheduler())
+    pipe = Pipeline(model, diffusers.DDIMScheduler())
     config = dict(pipe.config)
-
     tune = functools.partial(
         fxcache.tune, max_computed_steps=2, frontier=(), sensitivity_steps=0, verify_runs=1,
         progress=False,
@@ -188,19 +163,19 @@ def test_a_unet_and_a_pipeline():
         return pipe(4, torch.Generator().manual_seed(seed))
 
     result = tune(pipe, run)
-    assert pipe.unet is unet
+    assert pipe.unet is model
     assert dict(pipe.config) == config
-    assert result.policy.origin.model_classes == ("UNet2DConditionModel",)
+    assert result.policy.origin.model_classes == ("Small",)
     assert "DDIMScheduler, 4 steps" in result.policy.origin.source
+    assert result.point.computed_steps == 2
 
     def broken(pipe, seed):
-        assert pipe.unet is not unet
+        assert pipe.unet is not model
         raise RuntimeError("out of memory")
 
     with pytest.raises(ProfileError, match="RuntimeError with seed 0: out of memory"):
         tune(pipe, broken)
-    assert pipe.unet is unet
-    assert result.point.computed_steps == 2
+    assert pipe.unet is model
 
 
 def test_results_of_every_kind():
