@@ -28,6 +28,16 @@ def run(denoiser, steps=8, seed=0):
         return [denoiser(moving(x, i), times(1 - i / steps)) for i in range(steps)]
 
 
+@pytest.mark.parametrize("policy", MEASURING, ids=name_of)
+def test_what_was_evaluated_unannounced_says_nothing(model, policy):
+    denoiser = plain(model, policy)
+    fresh, made = run(denoiser), hits(denoiser)
+    for _ in range(4):
+        denoiser(moving(sample(), 0), times(1))
+    assert_identical(run(denoiser), fresh)
+    assert hits(denoiser)[-8:] == made
+
+
 def test_an_output_of_another_shape():
     """Only policies whose span is the whole model need one like the input."""
 

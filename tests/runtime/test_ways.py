@@ -78,7 +78,7 @@ def test_the_same_numbers_and_decisions(way, device, policy):
 
 
 @pytest.mark.parametrize("way", ["complete", *WAYS], indirect=True)
-def test_slots_branches_and_threads_do_not_mix(model, way):
+def test_slots_branches_and_threads_do_not_mix(model, device, way):
     """Each is what it is alone, also if their requests are served by threads."""
     a, b, same = pair(way, model, TWO)
     places, made = [("r", "cond"), ("r", "uncond"), ("s", "cond"), (None, None)], {}
@@ -87,6 +87,7 @@ def test_slots_branches_and_threads_do_not_mix(model, way):
             with a.slot(slot), a.branch(branch):
                 output = a(sample(seed=seed + 7 * repeat) + 0.05 * i, times(1 - i / 6))
             made.setdefault(seed + 7 * repeat, []).append(output)
+    assert way != "graphs" or device.captures == 3 * len(places)
     for seed, outputs in made.items():
         b.reset()
         same(outputs, solve(b, 6, seed))
