@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from frontier_measure import BlockCounter, Sampler, Settings, Task, grid, named, regular_masks
 
-from fxcache.demo.sampler import sample
-
 
 def cache_dit_cache(config: dict[str, Any], calibrator: Any, task: Task) -> Sampler:
     """cache-dit's adapter for DiT; `config` is that of its DBCache."""
@@ -30,7 +28,7 @@ def cache_dit_cache(config: dict[str, Any], calibrator: Any, task: Task) -> Samp
 
     def run(labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, float]:
         cache_dit.refresh_context(model, **configs())
-        return sample(model, labels, steps=task.steps, seed=seed), counter.take()
+        return task.sample(model, labels, seed), counter.take()
 
     return run
 

@@ -12,8 +12,6 @@ from frontier_diffusers import DIFFUSERS
 from frontier_measure import BlockCounter, Sampler, Settings, Task
 from frontier_policies import OURS, ours
 
-from fxcache.demo.sampler import sample
-
 FEWER_STEPS = "fewer steps"
 
 
@@ -25,7 +23,7 @@ def fewer_steps(task: Task) -> Settings:
         counter = BlockCounter(model, task.steps)
 
         def run(labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, float]:
-            return sample(model, labels, steps=count, seed=seed), counter.take()
+            return task.sample(model, labels, seed, steps=count), counter.take()
 
         return run
 

@@ -15,18 +15,16 @@ from typing import Any
 import torch
 from frontier_measure import BlockCounter, Sampler, Settings, Task, grid, named, silence
 
-from fxcache.demo.sampler import sample
-
 
 class Announced:
     """A model that is told at every call where in the trajectory it is, as by a pipeline."""
 
-    def __init__(self, model: Any, steps: int) -> None:
-        self.model, self.config, self.steps, self.step = model, model.config, steps, 0
+    def __init__(self, model: Any, task: Task) -> None:
+        self.model, self.config, self.task, self.step = model, model.config, task, 0
 
     def __call__(self, x: torch.Tensor, *, timestep: torch.Tensor, class_labels: Any) -> Any:
-        sigma = float(timestep[0]) / 1000
-        place = {"step_index": self.step, "num_inference_steps": self.steps, "sigma": sigma}
+        sigma = self.task.noise_share(timestep[0])
+        place = {"step_index": self.step, "num_inference_steps": self.task.steps, "sigma": sigma}
         self.step += 1
         with self.model.cache_context("batched", **place):
             return self.model(x, timestep=timestep, class_labels=class_labels)
@@ -45,7 +43,7 @@ def hooked(config: Any, task: Task) -> tuple[Announced, BlockCounter]:
     counter = BlockCounter(model, task.steps)
     model.__class__ = type("CachedDiT", (type(model), CacheMixin), {})
     model.enable_cache(config)
-    return Announced(model, task.steps), counter
+    return Announced(model, task), counter
 
 
 def diffusers_cache(config: Any, task: Task) -> Sampler:
@@ -53,7 +51,7 @@ def diffusers_cache(config: Any, task: Task) -> Sampler:
 
     def run(labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, float]:
         denoiser.restart()
-        return sample(denoiser, labels, steps=task.steps, seed=seed), counter.take()
+        return task.sample(denoiser, labels, seed), counter.take()
 
     return run
 

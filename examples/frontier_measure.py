@@ -19,17 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_adaptive import SAMPLERS
+from benchmark_adaptive import sample as sample_with
 from contestants import silent_stderr
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file
 
 from fxcache.demo import metrics
-from fxcache.demo.sampler import load_denoiser, sample
+from fxcache.demo.sampler import GUIDANCE, load_denoiser, sample
 
 #: Seeds that only choose settings, and those that only make tables and schedules.
 SCREENING_SEED, CALIBRATION_SEED = 100, 200
 #: The noise level at which the denoiser looks at pictures for the feature distance.
 FEATURE_TIME = 0.1
+#: What in `train_demo.py`'s config is not the model's own.
+NOT_THE_MODELS = {"classes", "_class_name", "predict"}
 
 #: The labels of a batch and its seed.
 Chunk = tuple[torch.Tensor, int]
@@ -50,14 +54,39 @@ class Task:
     #: A folder that `train_demo.py` wrote; None is the denoiser that ships with fxcache.
     model: Path | None = None
 
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """What `train_demo.py` wrote of the model."""
+        return json.loads((self.model / "config.json").read_text()) if self.model else {}
+
+    @property
+    def predicts_noise(self) -> bool:
+        return self.config.get("predict") == "epsilon"
+
+    def sample(
+        self, denoiser: Any, labels: torch.Tensor, seed: int, steps: int | None = None
+    ) -> torch.Tensor:
+        """Pictures as the demo samples them (Euler), or by DDIM if the model predicts the noise."""
+        steps = steps or self.steps
+        if not self.predicts_noise:
+            return sample(denoiser, labels, steps=steps, seed=seed)
+        with torch.no_grad():
+            scheduler = SAMPLERS["epsilon"]["euler"]()
+            return sample_with(denoiser, scheduler, labels, seed, steps, GUIDANCE)
+
+    def noise_share(self, timestep: torch.Tensor) -> float:
+        """The noise's share of noise and picture there: flow matching's sigma."""
+        if not self.predicts_noise:
+            return float(timestep) / 1000
+        kept = float(SAMPLERS["epsilon"]["euler"]().alphas_cumprod[int(timestep)])
+        return (1 - kept) ** 0.5 / ((1 - kept) ** 0.5 + kept**0.5)
+
     def load(self) -> Any:
         """A new copy of the denoiser, in which nothing is patched."""
         if self.model is None:
             return load_denoiser()[0]
-        config = json.loads((self.model / "config.json").read_text())
-        for name in ("classes", "_class_name", "predict"):
-            config.pop(name, None)
-        model: Any = DiTTransformer2DModel(**config)
+        known = {k: v for k, v in self.config.items() if k not in NOT_THE_MODELS}
+        model: Any = DiTTransformer2DModel(**known)
         model.load_state_dict(load_file(self.model / "model.safetensors"))
         return model.eval()
 
@@ -80,7 +109,7 @@ class Task:
     def calibration_run(self, denoiser: Any, images: int = 16) -> torch.Tensor:
         """Sample pictures for calibration: on a seed that is neither screened nor evaluated."""
         chunks = self.chunks((CALIBRATION_SEED,), images)
-        return torch.cat([sample(denoiser, c, steps=self.steps, seed=s) for c, s in chunks])
+        return torch.cat([self.sample(denoiser, c, s) for c, s in chunks])
 
 
 class BlockCounter:
@@ -150,7 +179,7 @@ class Judge:
     def reference(self, chunk: Chunk) -> torch.Tensor:
         labels, seed = chunk
         if seed not in self._pictures:
-            self._pictures[seed] = sample(self.model, labels, steps=self.task.steps, seed=seed)
+            self._pictures[seed] = self.task.sample(self.model, labels, seed)
             self._features[seed] = self.features(self._pictures[seed])
         return self._pictures[seed]
 

@@ -12,7 +12,6 @@ import torch
 from frontier_measure import CALIBRATION_SEED, Sampler, Settings, Task, grid, regular_masks
 
 import fxcache
-from fxcache.demo.sampler import sample
 from fxcache.policy import (
     AdamsBashforth,
     AdaptiveCache,
@@ -95,7 +94,7 @@ def tuned(task: Task) -> Policies:
 
     def run(denoiser: Any, seed: int) -> torch.Tensor:
         chunks = task.chunks((CALIBRATION_SEED + 1 + seed,), 8)
-        return torch.cat([sample(denoiser, c, steps=task.steps, seed=s) for c, s in chunks])
+        return torch.cat([task.sample(denoiser, c, s) for c, s in chunks])
 
     budgets = sorted({max(2, round(task.steps * number / 30)) for number in TUNED})
     result = fxcache.tune(
@@ -137,7 +136,7 @@ def fxcache_policy(policy: Policy, task: Task) -> Sampler:
 
     def run(labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, float]:
         denoiser.reset()
-        pictures = sample(denoiser, labels, steps=task.steps, seed=seed)
+        pictures = task.sample(denoiser, labels, seed)
         return pictures, 1 - skipped * denoiser.report().hit_rate
 
     return run
