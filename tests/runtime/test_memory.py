@@ -24,31 +24,34 @@ WAYS = {
 }
 
 
+#: By `id`, what tests before this one left in the process; this one is not asked about it.
+OTHERS = {}
+
+
+def objects(kind):
+    """Those of this test."""
+    gc.collect()
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+    return [thing for thing in found if id(thing) not in OTHERS]
+
+
+@pytest.fixture(autouse=True)
+def others():
+    OTHERS.update({id(thing): thing for kind in (torch.Tensor, Buffers) for thing in objects(kind)})
+    yield
+    OTHERS.clear()
+
+
 def alive():
     """How many tensors there are, and how many bytes they hold."""
-    gc.collect()
-    found = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
-    real = [tensor for tensor in found if not issubclass(type(tensor), FakeTensor)]
+    real = [t for t in objects(torch.Tensor) if not issubclass(type(t), FakeTensor)]
     memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in real}
     return len(real), sum(memory.values())
 
 
 def all_buffers():
     """What denoisers hold memory with; a test has one denoiser."""
-    found = [thing for thing in gc.get_objects() if type(thing) is Buffers]
-    return [thing for thing in found if not any(thing is other for other in OTHERS)]
-
-
-#: What tests before this one left in the process; this one is not asked about it.
-OTHERS = []
-
-
-@pytest.fixture(autouse=True)
-def others():
-    gc.collect()
-    OTHERS[:] = [thing for thing in gc.get_objects() if type(thing) is Buffers]
-    yield
-    OTHERS.clear()
+    return objects(Buffers)
 
 
 def references():
