@@ -20,7 +20,7 @@ sys.path.insert(0, sys.argv[3])
 import torch, fxcache
 import torch._inductor.cpp_builder as builder
 from helpers import ALWAYS, sample, seeded, times
-from zoo import SequentialDiT
+from opened import Small
 
 built, original = [], builder.run_compile_cmd
 def run(line, *rest, **named):
@@ -29,7 +29,7 @@ def run(line, *rest, **named):
 builder.run_compile_cmd = run
 if sys.argv[1] == "load":
     fxcache.load_compiled(sys.argv[2])
-denoiser = fxcache.transform(seeded(SequentialDiT), ALWAYS)
+denoiser = fxcache.transform(seeded(Small), ALWAYS)
 with torch.no_grad():
     for t in (1.0, 0.9):
         output = denoiser(sample(), times(t))
