@@ -24,7 +24,8 @@ from fxcache.demo.sampler import load_denoiser, sample
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 
-PAGE = (EXAMPLES.parent / "docs" / "policies.md").read_text()
+DOCS = EXAMPLES.parent / "docs"
+PAGE = (DOCS / "policies.md").read_text()
 RESULTS = json.loads((EXAMPLES / "results" / "choosing.json").read_text())
 SECTIONS = ("policies", "threshold", "few_steps", "ancestral")
 HEAD = "| policy | setting | hits/steps | blocks computed | PSNR (worst), dB | median metric |"
@@ -122,13 +123,19 @@ def test_the_figures_of_the_text_are_those_of_the_script():
     assert quoted == [f"{value:.1f}" for value in schedules]
 
 
+def anchors_of(text):
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_the_links_lead_somewhere():
-    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-               for title in re.findall(r"^#+ (.*)$", PAGE, re.MULTILINE)}  # fmt: skip
     links = re.findall(r"\]\(([^)]+)\)", PAGE)
     assert len(links) > 5
     for link in links:
-        assert link[1:] in anchors if link.startswith("#") else (EXAMPLES / link).is_file(), link
+        path, _, anchor = link.partition("#")
+        assert not path or (DOCS / path).is_file(), link
+        page = (DOCS / path).read_text() if path else PAGE
+        assert not anchor or anchor in anchors_of(page), link
 
 
 def rows_of(policy):
