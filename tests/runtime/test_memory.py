@@ -49,14 +49,9 @@ def alive():
     return len(real), sum(memory.values())
 
 
-def all_buffers():
-    """What denoisers hold memory with; a test has one denoiser."""
-    return objects(Buffers)
-
-
 def references():
     """Weak references to all that holds memory."""
-    own = all_buffers()
+    own = objects(Buffers)
     residuals = [residual for each in own for ring in each.rings for residual in ring]
     return [weakref.ref(thing) for thing in (*own, *residuals)]
 
@@ -199,7 +194,7 @@ def test_runs_of_a_pipeline():
     assert handle.report().hits == handle.report().misses == 51 * 2
 
     held = references()
-    assert {r.dtype for own in all_buffers() for ring in own.rings for r in ring} == {E4M3}
+    assert {r.dtype for own in objects(Buffers) for ring in own.rings for r in ring} == {E4M3}
     handle.remove()
     assert_dead(held)
     assert handle.report().cached_bytes == 0
