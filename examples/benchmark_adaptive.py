@@ -59,9 +59,10 @@ def load(folder: Path | None) -> tuple[Any, str]:
 def sample(
     denoiser: Any, scheduler: Any, labels: torch.Tensor, seed: int, steps: int, guidance: float
 ) -> torch.Tensor:
-    """Pictures [N, 3, 32, 32] in [0, 1], both branches of the guidance in one batch."""
+    """Pictures [N, 3, H, W] in [0, 1], both branches of the guidance in one batch."""
     scheduler.set_timesteps(steps)
-    x = torch.randn(len(labels), 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    shape = (len(labels), 3, denoiser.config.sample_size, denoiser.config.sample_size)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
     both = torch.cat([labels, torch.full_like(labels, CLASSES)])
     is_cached = hasattr(denoiser, "trajectory")

@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=30, help="of the uncached sampler")
     parser.add_argument("--batch", type=int, default=4, help="pictures that share their decisions")
-    parser.add_argument("--model", type=Path, help="folder written by train_demo.py")
+    parser.add_argument("--model", type=Path, help="folder of a DiT, written by train_demo.py")
     parser.add_argument("--screening-images", type=int, default=8)
     parser.add_argument(
         "--contestants", default="", help="regular expression for methods, or METHOD:SETTING"

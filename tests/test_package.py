@@ -91,8 +91,12 @@ def test_files_stay_small():
 
 def test_pages_link_to_what_exists():
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text()):
+            other = page.parent / target if target else page
+            assert other.exists(), f"{page.name}: {target}"
+            titles = re.findall(r"^#+ (.*)$", other.read_text(), re.M) if anchor else ()
+            anchors = [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
+            assert anchor in ["", *anchors], f"{page.name}: {target}#{anchor}"
 
 
 def test_the_backend_is_an_entry_point():

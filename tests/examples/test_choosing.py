@@ -24,8 +24,7 @@ from fxcache.demo.sampler import load_denoiser, sample
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 
-DOCS = EXAMPLES.parent / "docs"
-PAGE = (DOCS / "policies.md").read_text()
+PAGE = (EXAMPLES.parent / "docs" / "policies.md").read_text()
 RESULTS = json.loads((EXAMPLES / "results" / "choosing.json").read_text())
 SECTIONS = ("policies", "threshold", "few_steps", "ancestral")
 HEAD = "| policy | setting | hits/steps | blocks computed | PSNR (worst), dB | median metric |"
@@ -121,17 +120,6 @@ def test_the_figures_of_the_text_are_those_of_the_script():
     ]
     quoted = re.findall(r"([\d.]+) dB", section("Samplers that add noise"))
     assert quoted == [f"{value:.1f}" for value in schedules]
-
-
-def test_the_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)#]*)#?([^)]*)\)", PAGE)
-    assert len(links) > 5
-    for path, anchor in links:
-        assert (DOCS / (path or "policies.md")).is_file(), path
-        text = (DOCS / (path or "policies.md")).read_text() if anchor else ""
-        titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-        anchors = ["", *(re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles)]
-        assert anchor in anchors, anchor
 
 
 def rows_of(policy):

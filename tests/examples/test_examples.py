@@ -290,6 +290,12 @@ def test_the_overhead_is_measured(run_script, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_the_frontier_is_measured_and_drawn(run_script, tiny, tmp_path):
+    path, task = tiny / "config.json", scripts.load("frontier_measure").Task(8, model=tiny)
+    flow = task.sample(task.load(), torch.arange(2), seed=0)
+    path.write_text(path.read_text().replace("velocity", "epsilon"))
+    task = scripts.load("frontier_measure").Task(8, model=tiny)
+    assert not torch.equal(flow, task.sample(task.load(), torch.arange(2), seed=0))  # by DDIM
+    assert 0 < task.noise_share(torch.tensor(1)) < 0.1 < 0.9 < task.noise_share(torch.tensor(990))
     script = ["benchmark_frontier", "--images", 2, "--seeds", 0, "--steps", 8, "--model", tiny]
     few = ["--screening-images", 2, "--output", tmp_path]
     printed = run_script(*script, *few, "--contestants", "fxcache tune:^3 computed")
