@@ -75,7 +75,7 @@ def find_cut(facts: Facts, span: Span) -> Cut:
             f"result is their input plus something, or a U shape whose tail reads what its head "
             f"leaves it"
         )
-    return _with_notes(facts, _best(worth), stacks)
+    return replace(_with_notes(facts, _best(worth), stacks), input_share=span.input_share)
 
 
 def _why_not(facts: Facts, stack: Run) -> str:

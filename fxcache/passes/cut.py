@@ -56,7 +56,8 @@ class Cut:
     `head` the last of the head, `end` the last of the span, `blocks` the last of the block stack.
     `hit` is what a hit runs of the graph. `head_units`, `span_units` and `tail_units` name what
     lies where, `stack` describes the units of the block stack, `notes` say what else was seen.
-    `repeated` are the units of all runs, the stack's and others.
+    `repeated` are the units of all runs, the stack's and others. `input_share` is that of the
+    policy's span.
     """
 
     facts: Facts
@@ -74,6 +75,7 @@ class Cut:
     tail_units: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     repeated: tuple[Unit, ...] = ()
+    input_share: float = 1.0
 
     @property
     def skipped_share(self) -> float:

@@ -201,11 +201,14 @@ class _PiecesWriter:
         return torch.view_as_complex(predicted)
 
     def _before(self, graph: PieceGraph, stream: Stream) -> Any:
-        """What of `stream` is renewed, a proxy (None: nothing is)."""
+        """What of `stream` is renewed, a proxy (None: nothing is): of it, the cut's share."""
         if stream.skeleton is None:
             return None
         before, dtype = graph.proxy(graph.skeletons.write(stream.skeleton)), stream.after_dtype
-        return before if stream.skeleton.dtype == dtype else before.to(dtype)
+        if stream.skeleton.dtype != dtype:
+            before = before.to(dtype)
+        share = self.cut.input_share
+        return before if share == 1 else before * share
 
     def _past(self, graph: PieceGraph, stream: Stream, key: str) -> Any:
         """A past residual of `stream`, in the dtype that it was computed in."""

@@ -9,6 +9,9 @@ from fxcache.errors import PolicyError
 from fxcache.policy.forecast import Forecast, checked
 from fxcache.policy.probe import ProbeKind
 
+#: The least `input_share` of a span: a hit's output always depends on the present input.
+LEAST_INPUT = 0.1
+
 
 @dataclass(frozen=True)
 class ForecastError:
@@ -58,12 +61,15 @@ class Decision:
 class Span:
     """The blocks that a hit skips: all but the first `head_blocks` and the last `tail_blocks`.
 
-    With `whole_model`, the model itself: from its input to its output.
+    With `whole_model`, the model itself: from its input to its output. What is kept of a stream is
+    ``after - input_share * before``, and a hit adds it to ``input_share * before``: at 1 that is
+    the residual; the less, the more it is the stream behind the span that is forecast.
     """
 
     head_blocks: int = 0
     tail_blocks: int = 0
     whole_model: bool = False
+    input_share: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def save_schedule(policy: StepSchedule, path: str | Path) -> Path:
         "format": FORMAT,
         "mask": [int(hit) for hit in policy.mask],
         "forecast": _encoded(policy.forecast),
+        "input_share": policy.input_share,
         "origin": dataclasses.asdict(policy.origin) if policy.origin is not None else None,
     }
     write_whole(Path(path), (json.dumps(content, indent=1) + "\n").encode())
@@ -53,7 +54,10 @@ def load_schedule(path: str | Path) -> StepSchedule:
         if origin is not None:
             origin = Origin(**{**origin, "model_classes": tuple(origin["model_classes"])})
         forecast = _decoded(content["forecast"])
-        return StepSchedule(mask=content["mask"], forecast=forecast, origin=origin)
+        share = content.get("input_share", 1.0)
+        return StepSchedule(
+            mask=content["mask"], forecast=forecast, input_share=share, origin=origin
+        )
     except (OSError, ValueError, KeyError, TypeError, PolicyError) as error:
         raise ProfileError(f"{path} cannot be read as a schedule: {error!r}") from error
 

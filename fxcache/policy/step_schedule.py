@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxcache.errors import PolicyError
-from fxcache.policy.base import Decision, History, Span
-from fxcache.policy.checks import check_integer
+from fxcache.policy.base import LEAST_INPUT, Decision, History, Span
+from fxcache.policy.checks import check_integer, check_number
 from fxcache.policy.named import NamedPolicy
 from fxcache.policy.reasons import Reason
 
@@ -23,16 +23,23 @@ class StepSchedule(NamedPolicy):
     Args:
         mask: one boolean a step of the trajectory; True where the step is a hit. Steps without a
             residual (the first) and steps beyond the mask are computed.
+        input_share: in [0.1, 1]. At 1 a hit forecasts the stack's residual and adds it to the
+            stream before the stack. The less, the more it forecasts the stream behind the stack
+            itself, and the less it looks at its own input: better where that input moves
+            unevenly, as with models that predict noise (`fxcache.tune` tries it).
         forecast, decide, control_threshold, origin: see `NamedPolicy`.
 
     Raises:
-        PolicyError: for a mask that is empty or holds something else than booleans.
+        PolicyError: for a mask that is empty or holds something else than booleans, and an
+            `input_share` outside its range.
     """
 
     mask: Sequence[bool]
+    input_share: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_number("input_share", self.input_share, LEAST_INPUT, 1)
         mask = tuple(self.mask) if isinstance(self.mask, Iterable) else ()
         if not mask or not all(_is_boolean(value) for value in mask):
             raise PolicyError(f"mask must hold one boolean a step, got {self.mask!r}")
@@ -60,7 +67,7 @@ class StepSchedule(NamedPolicy):
 
     @property
     def span(self) -> Span:
-        return Span()
+        return Span(input_share=self.input_share)
 
     @property
     def num_computed(self) -> int:

@@ -92,11 +92,7 @@ def _mask(layers: list[dict[Past, tuple[float, Past]]], past: Past, steps: int) 
 def schedule_costs(
     gram: torch.Tensor, sensitivity: torch.Tensor, weights: Weights
 ) -> Callable[[int, Past], float]:
-    """The cost of a hit for `search`: its squared error, weighted by the step's `sensitivity`.
-
-    By the sensitivity and not by its square: errors of neighbouring steps point the same way and
-    add up, so the early ones, which are largest, weigh less than they would alone.
-    """
+    """The cost of a hit for `search`: its squared error, weighted by the step's `sensitivity`."""
     known: dict[Place, float] = {}
 
     def cost(step: int, past: Past) -> float:

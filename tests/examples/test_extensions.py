@@ -175,13 +175,17 @@ def test_schedules_are_saved_and_loaded(tmp_path):
         fxcache.AdamsBashforth(order=3),
         fxcache.Chebyshev(order=2, ridge=0.3),
     ):
-        policy = fxcache.StepSchedule.every(3, num_steps=9, warmup_steps=2, forecast=forecast)
+        options = {"warmup_steps": 2, "forecast": forecast, "input_share": 0.25}
+        policy = fxcache.StepSchedule.every(3, num_steps=9, **options)
         assert fxcache.load_schedule(fxcache.save_schedule(policy, tmp_path / "s.json")) == policy
 
 
 def test_files_that_are_no_schedules_are_refused(tmp_path):
     path = fxcache.save_schedule(fxcache.StepSchedule(mask=[0, 1]), tmp_path / "s.json")
     text = path.read_text()
+    before = {name: value for name, value in json.loads(text).items() if name != "input_share"}
+    path.write_text(json.dumps(before))  # a file of before there were shares
+    assert fxcache.load_schedule(path).input_share == 1
     bad = {"format": "other", "mask": [], "forecast": {"name": "Oracle"}}
     changed = [json.dumps({**json.loads(text), name: value}) for name, value in bad.items()]
     for content in (*changed, text[:40], None):

@@ -22,6 +22,7 @@ from fxcache import (
     Reuse,
     SeaCache,
     StepSchedule,
+    Taylor,
     TeaCache,
 )
 from fxcache.policy import History, Span
@@ -182,6 +183,9 @@ def test_bad_schedules_are_named():
                  [[True, False]], np.zeros((2, 2), bool), torch.zeros(2, 2)):  # fmt: skip
         with pytest.raises(PolicyError, match="mask must hold one boolean a step"):
             StepSchedule(mask=mask)
+    for share in (0, 0.09, 1.1, -1, math.nan, True, "1"):
+        with pytest.raises(PolicyError, match=r"input_share must be a number in \[0.1, 1\], got"):
+            StepSchedule(mask=[True], input_share=share)
     with pytest.raises(PolicyError, match="forecast"):
         StepSchedule(mask=[True], forecast="taylor")
     with pytest.raises(TypeError):
@@ -220,6 +224,21 @@ def test_a_schedule_over_models(name):
     assert [record.metric for record in records] == [None] * 4
     reasons = [record.reason for record in records]
     assert reasons == ["nothing cached", None, "scheduled", "beyond the mask"]
+
+
+@pytest.mark.parametrize("share", [1, 0.5, 0.1])
+def test_a_hit_adds_its_share_of_the_input_to_what_is_forecast(share):
+    model = seeded(Small)
+    denoiser = plain(model, StepSchedule(mask=[False, False, True], forecast=Taylor(order=1)))
+    denoiser.policy = replace(denoiser.policy, input_share=share)  # is captured anew
+    given = [(sample(seed=step), times(1 - step / 3)) for step in range(3)]
+    outputs = [denoiser(*each) for each in given]
+    before = [model.embed(x) + model.time(t[:, None])[:, None] for x, t in given]
+    first, last = (model.stack(each) - share * each for each in before[:2])
+    expected = model.out(model.norm(share * before[2] + 2 * last - first))
+    assert hits(denoiser) == [False, False, True]
+    assert_close(outputs[2], expected, tolerance=1e-5)
+    assert_identical(outputs[1], model(*given[1]))
 
 
 def test_a_scheduled_hit_runs_no_block():

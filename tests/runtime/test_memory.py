@@ -24,22 +24,17 @@ WAYS = {
 }
 
 
-#: By `id`, what tests before this one left in the process; this one is not asked about it.
-OTHERS = {}
-
-
 def objects(kind):
     """Those of this test."""
     gc.collect()
-    found = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
-    return [thing for thing in found if id(thing) not in OTHERS]
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
 
 
 @pytest.fixture(autouse=True)
 def others():
-    OTHERS.update({id(thing): thing for kind in (torch.Tensor, Buffers) for thing in objects(kind)})
-    yield
-    OTHERS.clear()
+    """What tests before this one left in the process is not asked about it (nor looked through)."""
+    gc.collect()
+    gc.freeze()
 
 
 def alive():

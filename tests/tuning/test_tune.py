@@ -1,5 +1,6 @@
 """Tuning: the best schedule for a budget, verified by sampling."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -7,7 +8,8 @@ import math
 import pytest
 import torch
 from comparing import assert_identical
-from helpers import adopt, plain, sample, seeded
+from helpers import adopt, plain, sample, seeded, times
+from opened import Small, SmallBlock
 from policies import NEVER
 from samplers import STEPS, euler, guided, observers
 from torch import nn
@@ -143,6 +145,50 @@ def test_runs_with_which_a_tolerance_can_and_cannot_be_tried(denoiser):
     assert 0 < point.computed_steps < point.num_steps == 12
 
 
+class Forgets(SmallBlock):
+    """Little of its input is left in its output."""
+
+    def forward(self, h):
+        return super().forward(h) - 9 * torch.tanh(h / 10)
+
+
+class Leading(Small):
+    """What a hit leaves of an error in its input drives the sample on."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.blocks, self.norm = nn.Sequential(Forgets(16), Forgets(16)), nn.Identity()
+        with torch.no_grad():
+            self.out.weight.copy_(-gain * self.embed.weight.T)
+
+
+@pytest.mark.parametrize(
+    ("make", "noise", "share"), [(lambda: Leading(15), 0, 0.1), (Small, 0.3, 1)]
+)
+def test_the_input_share_that_samples_better(make, noise, share):
+    """And the steps whose sensitivity is measured: the last one, and others before it."""
+    seen, model = set(), seeded(make)
+
+    @torch.no_grad()
+    def run(d, seed):
+        if isinstance(getattr(d, "policy", None), StepSchedule) and sum(d.policy.mask) == 1:
+            seen.add(d.policy.mask.index(True))
+        x, generator = sample(seed=seed), torch.Generator().manual_seed(seed)
+        for step in range(16):
+            x = x - d(x, times(1 - step / 16, 1)) / 16
+            x = x + noise * torch.randn(x.shape, generator=generator)
+        return x
+
+    result = quick(model, run, max_computed_steps=8, sensitivity_steps=4)
+    assert result.policy.input_share == share
+    assert seen == {1, 8, 14, 15}
+    (seed,) = result.point.seeds
+    both = (result.policy, dataclasses.replace(result.policy, input_share=1.1 - share))
+    ours, other = (psnr(as_tensor(run(plain(model, p), seed)), run(model, seed)) for p in both)
+    assert ours == pytest.approx(result.point.psnr_min)
+    assert ours > other + 5
+
+
 def test_result(model, denoiser, tmp_path, recwarn):
     options = {"max_computed_steps": 3, "sensitivity_steps": 2}
     result = tune(denoiser, euler, frontier=[2, 5, 5, 99], **options)
@@ -180,7 +226,7 @@ def test_result(model, denoiser, tmp_path, recwarn):
 
 
 @pytest.mark.slow
-def test_it_is_compiled_once_and_leaves_nothing(model, monkeypatch):
+def test_it_is_compiled_once_for_each_input_share_and_leaves_nothing(model, monkeypatch):
     graphs, seen, original = [], [], Backend.__call__
     monkeypatch.setattr(
         Backend, "__call__", lambda self, *args: graphs.append(1) or original(self, *args)
@@ -200,12 +246,12 @@ def test_it_is_compiled_once_and_leaves_nothing(model, monkeypatch):
     with torch.enable_grad():
         result = tune(denoiser, run, max_computed_steps=4)
     assert result.point.psnr_min > 40
-    assert len(graphs) == 1
+    assert len(graphs) == 2
     assert min(seen) > number == observers()
     assert (denoiser.report(), denoiser.policy, model.__dict__) == before
     assert torch.equal(torch.get_rng_state(), state)
     assert_identical(euler(denoiser, 0), first)
-    assert len(graphs) == 1
+    assert len(graphs) == 2
 
 
 SAMPLERS = {

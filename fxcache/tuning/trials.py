@@ -1,0 +1,294 @@
+"""Sample with schedules, and keep what was measured."""
+
+import datetime
+import itertools
+import logging
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+import torch
+
+from fxcache.capture.runner import Runner
+from fxcache.errors import PolicyError, ProfileError
+from fxcache.policy import Forecast, Hermite, Origin, Reuse, StepSchedule, Taylor
+from fxcache.policy.fitted import Fitted
+from fxcache.policy.forecast import Within
+from fxcache.tuning.calibrate import mean_gram, progress_bar, recorded
+from fxcache.tuning.record import Counter, Recorder
+from fxcache.tuning.result import Point, TuneResult, check_same_sample, check_same_shape
+from fxcache.tuning.sampling import Sampler, Seen, as_tensor, psnr
+from fxcache.tuning.search import (
+    Past,
+    fit_weights,
+    interpolated_sensitivity,
+    schedule_costs,
+    search,
+    table_of,
+)
+
+log = logging.getLogger("fxcache")
+
+#: So many past residuals a fitted forecast is made of.
+RING = 3
+#: So many hits in a row are considered, unless the budget needs more.
+MAX_HITS = 6
+#: The forecasters that are tried besides fitted weights where few steps are computed. Hermite's of
+#: order 1 is a Taylor step damped by 2 * scale^2: here 0.75.
+FORECASTS: dict[str, Forecast] = {
+    "Taylor(1)": Taylor(order=1),
+    "damped Taylor(1)": Hermite(order=1, scale=0.375**0.5),
+}
+FITTED = "fitted weights"
+#: A hit's squared error counts times these powers of its step's sensitivity. Errors of neighbouring
+#: steps add up where they point the same way, and the early ones, which are largest, then weigh
+#: less (1); where they do not, it is the square. Which is better, sampling tells.
+EXPONENTS = (1, 2)
+#: What is tried besides `StepSchedule.input_share` = 1, and by how many dB it must be better: what
+#: a hit sees of its input is also what tells a wrong cut, and what follows another sampler's noise.
+SHARE, GAIN = 0.1, 0.5
+
+#: By number of computed steps, a mask.
+Plan = dict[int, tuple[bool, ...]]
+
+
+@contextmanager
+def trials_of(sampler: Sampler) -> Iterator["Trials"]:
+    """Trials with `sampler`, whose denoiser follows other policies inside."""
+    never = StepSchedule(mask=[False], forecast=Fitted(table={}, ring=RING))
+    with sampler.following(never) as runner:
+        yield Trials(sampler, runner, never)
+
+
+class Trials:
+    """Samples with schedules, and keeps what was measured."""
+
+    def __init__(self, sampler: Sampler, runner: Runner, never: StepSchedule) -> None:
+        self.sampler, self.runner, self.never = sampler, runner, never
+        #: The input share of the schedules that are tried.
+        self.share = 1.0
+        self.references: dict[int, torch.Tensor] = {}
+        self.seconds: dict[int, float] = {}
+        self.gram = torch.empty(0)
+        self.sensitivity = torch.empty(0)
+        self.plans: dict[tuple[object, ...], Plan] = {}
+
+    def record(self, seeds: Sequence[int], others: Sequence[int], progress: bool) -> None:
+        """Sample uncached: with `seeds` for the errors, with `others` for comparison."""
+        self.recorded, self.compared, self.verifying = list(seeds), others[0], list(others[1:])
+        recorders = []
+        for seed in progress_bar([*seeds, *others], "recording", progress):
+            make = Recorder if seed in seeds else Counter
+            self.references[seed], self.seconds[seed], seen = self._sample(self.never, seed, make)
+            if isinstance(seen, Recorder):
+                recorders.append(seen)
+            if not self.references[seed].isfinite().all():
+                raise ProfileError(f"run must return finite numbers, got inf or NaN, seed {seed}")
+        # The squared errors of a step's branches add up.
+        self.gram = torch.stack([mean_gram(own) for own in recorded(recorders).values()]).sum(0)
+        self.runner.session.expected_steps = self.steps
+        self.sensitivity = torch.ones(self.steps, dtype=torch.float64)
+        self._check_seeds()
+
+    def _check_seeds(self) -> None:
+        """Whether a seed tells the sample: raise ProfileError if not, warn if all are the same."""
+        again, _, _ = self._sample(self.never, self.compared, Counter)
+        reference = self.references[self.compared]
+        check_same_sample(reference, again, self.compared)
+        if all(torch.equal(reference, self.references[seed]) for seed in self.verifying):
+            log.warning(
+                "run returned the same sample for seeds %s: what was measured is of that one alone",
+                [self.compared, *self.verifying],
+            )
+
+    @property
+    def steps(self) -> int:
+        return len(self.gram)
+
+    def measure_sensitivity(self, number: int, progress: bool) -> None:
+        """How much of a single hit's error is left at the end, at `number` steps.
+
+        The last step is one of them, and the others lie before it: samplers jump there (to no
+        noise), so it tells nothing of the step before, nor that of it.
+        """
+        last, spread = self.steps - 1, number - 1
+        width = max(0, last - 2) / max(1, spread - 1)
+        places = {round(1 + i * width) for i in range(spread)}
+        places |= {last} if number else set()
+        errors: dict[int, float] = {}
+        seed = self.recorded[0]
+        for step in progress_bar(sorted(places), "sensitivity", progress):
+            mask = tuple(at == step for at in range(self.steps))
+            sample, _, _ = self._sample(self._schedule(mask, Reuse()), seed, Counter)
+            errors[step] = float((sample - self.references[seed]).square().mean().sqrt())
+        if errors:
+            self.sensitivity = interpolated_sensitivity(self.gram, errors)
+
+    def _sample(
+        self, policy: StepSchedule, seed: int, make: type[Seen]
+    ) -> tuple[torch.Tensor, float, Seen]:
+        """A sample, its seconds, and an observer, made by `make`."""
+        self.runner.session.policy = policy
+        begin = time.perf_counter()
+        result, seen = self.sampler.call(self.runner, seed, make)
+        sample = as_tensor(result)
+        return sample, time.perf_counter() - begin, seen
+
+    def _schedule(self, mask: Sequence[bool], forecast: Forecast) -> StepSchedule:
+        within = Within(inner=forecast, ring=RING)
+        return StepSchedule(mask=mask, forecast=within, input_share=self.share)
+
+    @contextmanager
+    def better_share(self) -> Iterator[None]:
+        """Inside, schedules have the input share that samples better with 3 of 5 steps computed.
+
+        Which one does cannot be seen in what was recorded: errors of a forecast are about the same
+        with both, but a hit hands on the error of its input, or does not.
+        """
+        name, policy = next(self._candidates(max(1, 3 * self.steps // 5)))
+        least = self.compare(name, policy).psnr_mean + GAIN
+        runner = self.runner
+        with ExitStack() as followed:
+            never = replace(self.never, input_share=SHARE)
+            self.runner, self.share = followed.enter_context(self.sampler.following(never)), SHARE
+            self.runner.session.expected_steps = self.steps
+            if not self.compare(name, policy).psnr_mean > least:
+                followed.close()
+                self.runner, self.share = runner, 1.0
+            yield
+
+    def budget(self, target_speedup: float | None, max_computed_steps: int | None) -> int:
+        """The number of computed steps that a target leaves. Raises PolicyError if it is none."""
+        if max_computed_steps is not None:
+            return min(max_computed_steps, self.steps)
+        assert target_speedup is not None
+        for computed in range(self.steps, 0, -1):
+            if self.speedup(computed) >= target_speedup:
+                return computed
+        raise PolicyError(
+            f"target_speedup must be at most {self.speedup(1):.3g} with one of {self.steps} steps "
+            f"computed (a hit skips {self.skipped:.0%} of the FLOPs), got {target_speedup}"
+        )
+
+    @property
+    def skipped(self) -> float:
+        return self.runner.session.skipped_share
+
+    def speedup(self, computed: int) -> float:
+        """Uncached FLOPs over cached FLOPs."""
+        return self.steps / (computed + (self.steps - computed) * (1 - self.skipped))
+
+    def spread(self, numbers: Iterable[int] | None) -> list[int]:
+        """The numbers of computed steps of the frontier, each once; None: four of ours."""
+        if numbers is None:
+            numbers = [max(2, round(share * self.steps)) for share in (1 / 4, 1 / 3, 1 / 2, 2 / 3)]
+        return sorted({min(number, self.steps) for number in numbers})
+
+    def best(self, computed: int) -> tuple[str, StepSchedule]:
+        """Of the candidates with `computed` steps, the one that samples best with a seed that the
+        errors were not recorded with.
+        """
+        if computed >= self.steps:
+            return "all computed", StepSchedule(mask=[False] * self.steps)
+        return max(self._candidates(computed), key=lambda pair: self.compare(*pair).psnr_mean)
+
+    def compare(self, name: str, policy: StepSchedule) -> Point:
+        """A candidate, measured with the seed that chooses."""
+        return self._point(name, policy, [self.compared])
+
+    def likely(self, computed: int) -> tuple[str, StepSchedule]:
+        """The candidate that the recorded errors prefer; of few computed steps, the best sample."""
+        if self._is_few(computed) or computed >= self.steps:
+            return self.best(computed)
+        return next(self._candidates(computed))
+
+    def _is_few(self, computed: int) -> bool:
+        """Whether fitted weights may be worse than others: hits are far from what was recorded."""
+        return 5 * computed < 2 * self.steps
+
+    def _candidates(self, computed: int) -> Iterator[tuple[str, StepSchedule]]:
+        """What may be best, each mask of a forecaster once; the likeliest first."""
+        names = [FITTED, *FORECASTS] if self._is_few(computed) else [FITTED]
+        every = itertools.product(names, EXPONENTS)
+        masks = [(name, self._plan(name, power, computed)[computed]) for name, power in every]
+        for name, mask in dict.fromkeys(masks):
+            forecast = FORECASTS.get(name)
+            if forecast is None:
+                forecast = Fitted(table=table_of(mask, RING, self._fitted), ring=RING)
+            yield name, StepSchedule(mask=mask, forecast=forecast, input_share=self.share)
+
+    def _plan(self, name: str, exponent: int, computed: int) -> Plan:
+        """The masks of the shortest paths for a forecaster, that with `computed` steps included."""
+        hits = -(-self.steps // computed) - 1
+        few = {"max_hits": hits, "most": computed} if hits > MAX_HITS else {"max_hits": MAX_HITS}
+        key = name, exponent, *few.values()
+        if key not in self.plans:
+            forecast = FORECASTS.get(name)
+            weights, ring = (forecast.weights, forecast.ring) if forecast else (self._fitted, RING)
+            cost = schedule_costs(self.gram, self.sensitivity**exponent, weights)
+            found = search(cost, steps=self.steps, ring=ring, **few)
+            self.plans[key] = {number: mask for number, (_, mask) in found.items()}
+        return self.plans[key]
+
+    def _fitted(self, step: int, past: Past) -> list[float]:
+        return fit_weights(self.gram, step, past)
+
+    def verified(self, name: str, policy: StepSchedule) -> Point:
+        """A candidate, measured with the seeds that chose nothing."""
+        return self._point(name, policy, self.verifying)
+
+    def _point(self, name: str, policy: StepSchedule, seeds: Iterable[int]) -> Point:
+        values, ratios, most = [], [], 0
+        for seed in seeds:
+            tried = self._schedule(policy.mask, policy.forecast)
+            sample, seconds, counter = self._sample(tried, seed, Counter)
+            check_same_shape(sample, self.references[seed], seed)
+            values.append(psnr(sample, self.references[seed]))
+            ratios.append(self.seconds[seed] / seconds)
+            most = max(most, counter.most)
+        if most > policy.num_computed:
+            raise ProfileError(
+                f"a trajectory computed {most} steps where the schedule has {policy.num_computed}: "
+                f"trajectories must all have {self.steps} steps"
+            )
+        return Point(
+            policy=policy,
+            forecast=name,
+            computed_steps=most,
+            num_steps=self.steps,
+            speedup=self.speedup(most),
+            measured_speedup=statistics.median(ratios),
+            psnr_mean=statistics.fmean(values),
+            psnr_min=min(values),
+            seeds=tuple(seeds),
+            mask=tuple(policy.mask),
+        )
+
+    def reaching(self, min_psnr: float) -> Point:
+        """The verified point with the fewest computed steps whose every PSNR is `min_psnr`."""
+        numbers = range(-(-self.steps // (MAX_HITS + 1)), self.steps + 1)
+        low, high = 0, len(numbers) - 1
+        while low < high:  # quality grows with the computed steps, about
+            middle = (low + high) // 2
+            enough = self.compare(*self.likely(numbers[middle])).psnr_min >= min_psnr
+            low, high = (low, middle) if enough else (middle + 1, high)
+        for number in numbers[low:]:
+            point = self.verified(*self.best(number))
+            if point.psnr_min >= min_psnr:
+                return point
+        raise PolicyError(
+            f"min_psnr must be at most what two uncached samples with one seed have, got "
+            f"{min_psnr}: with all steps computed it was {point.psnr_min:.1f} dB"
+        )
+
+    def result(self, chosen: Point, others: Sequence[Point], target: str) -> TuneResult:
+        """The chosen point with its origin, and the table."""
+        model = type(self.sampler.model).__name__
+        date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        source = f"fxcache.tune({target}), {self.sampler.name}, {self.steps} steps, {date}"
+        origin = Origin(f"schedule tuned for {model}", (model,), source)
+        policy = replace(chosen.policy, origin=origin)
+        points = sorted([chosen, *others], key=lambda point: point.computed_steps)
+        return TuneResult(policy, target, chosen, tuple(points))
