@@ -20,6 +20,7 @@ from fxcache.capture.programs import Head, Side, Step, entry_name
 from fxcache.errors import CaptureError, OptionError
 from fxcache.policy import Policy
 from fxcache.policy import tensor_rules as rules
+from fxcache.policy.base import pieces_of
 
 #: Of the state's layout. Another one is another state.
 VERSION = 1
@@ -49,6 +50,7 @@ class Layout:
     kept: list[str]
     #: A hit changes these, too.
     keeps_on_hits: bool
+    pieces: str = ""  #: What of the policy is compiled in.
 
     @property
     def key(self) -> int:
@@ -72,10 +74,7 @@ class Exported:
 
     @property
     def program(self) -> ExportedProgram:
-        """``step(inputs, state) -> outputs, changed``, as one program.
-
-        Raises OptionError for ``form="pieces"`` and for a loaded package, which have none.
-        """
+        """``step(inputs, state) -> outputs, changed``. Raises OptionError if there is none."""
         if "model" not in self.programs:
             raise OptionError(
                 f"there is no one ExportedProgram here, but {', '.join(self.programs) or 'none'}: "
@@ -202,12 +201,12 @@ def load_exported(path: str | Path, policy: Policy | None = None) -> Exported:
     layout = Layout(**json.loads(metadata["fxcache"]))
     if "model" in programs:
         return Exported(layout, programs["model"])
-    if type(policy).__name__ != layout.policy or policy.forecast.ring != layout.ring:  # type: ignore[union-attr]
+    made_for = [layout.policy, layout.pieces]
+    if policy is None or [type(policy).__name__, repr(pieces_of(policy))] != made_for:
         raise OptionError(
-            f"policy must be the {layout.policy} (with {layout.ring} entries) that these pieces "
-            f"were exported for, got {policy!r}"
+            f"policy must be the {layout.policy} that these pieces were exported for, or one with "
+            f"the same span, probe, entries and checks, {layout.pieces}, got {policy!r}"
         )
-    assert policy is not None
     return Exported(layout, HostStep(policy, **programs))
 
 
@@ -297,6 +296,7 @@ def _layout(model: nn.Module, policy: Any, captured: Captured, inputs: Mapping[s
         _symbols(captured),
         list(captured.kept),
         policy.probe is not None and policy.probe.reference == "previous",
+        repr(pieces_of(policy)),
     )
 
 
@@ -312,8 +312,8 @@ def _symbols(captured: Captured) -> dict[str, str]:
 
 
 def _shape(fake: torch.Tensor) -> tuple[list[Any], str]:
-    sizes = [size if isinstance(size, int) else str(size) for size in fake.shape]
-    return sizes, str(fake.dtype).removeprefix("torch.")
+    dtype = str(fake.dtype).removeprefix("torch.")
+    return [size if isinstance(size, int) else str(size) for size in fake.shape], dtype
 
 
 def _dimension(path: str, inputs: Mapping[str, Any]) -> int:

@@ -42,12 +42,11 @@ FORECASTS: dict[str, Forecast] = {
     "damped Taylor(1)": Hermite(order=1, scale=0.375**0.5),
 }
 FITTED = "fitted weights"
-#: A hit's squared error counts times these powers of its step's sensitivity. Errors of neighbouring
-#: steps add up where they point the same way, and the early ones, which are largest, then weigh
-#: less (1); where they do not, it is the square. Which is better, sampling tells.
+#: A hit's squared error counts times these powers of its step's sensitivity: the square, and less
+#: for early steps, as errors of neighbouring steps may point the same way and add up.
 EXPONENTS = (1, 2)
-#: What is tried besides `StepSchedule.input_share` = 1, and by how many dB it must be better: what
-#: a hit sees of its input is also what tells a wrong cut, and what follows another sampler's noise.
+#: What is tried besides an `input_share` of 1, and by how many dB it must be better: what a hit
+#: sees of its input also tells a wrong cut, and follows another sampler's noise.
 SHARE, GAIN = 0.1, 0.5
 
 #: By number of computed steps, a mask.
@@ -144,8 +143,8 @@ class Trials:
     def better_share(self) -> Iterator[None]:
         """Inside, schedules have the input share that samples better with 3 of 5 steps computed.
 
-        Which one does cannot be seen in what was recorded: errors of a forecast are about the same
-        with both, but a hit hands on the error of its input, or does not.
+        What was recorded does not tell: a forecast's errors are about the same with both, but a hit
+        hands on the error of its input, or does not.
         """
         name, policy = next(self._candidates(max(1, 3 * self.steps // 5)))
         least = self.compare(name, policy).psnr_mean + GAIN
@@ -200,17 +199,13 @@ class Trials:
 
     def likely(self, computed: int) -> tuple[str, StepSchedule]:
         """The candidate that the recorded errors prefer; of few computed steps, the best sample."""
-        if self._is_few(computed) or computed >= self.steps:
+        if not 2 * self.steps <= 5 * computed < 5 * self.steps:
             return self.best(computed)
         return next(self._candidates(computed))
 
-    def _is_few(self, computed: int) -> bool:
-        """Whether fitted weights may be worse than others: hits are far from what was recorded."""
-        return 5 * computed < 2 * self.steps
-
     def _candidates(self, computed: int) -> Iterator[tuple[str, StepSchedule]]:
         """What may be best, each mask of a forecaster once; the likeliest first."""
-        names = [FITTED, *FORECASTS] if self._is_few(computed) else [FITTED]
+        names = [FITTED, *FORECASTS] if 5 * computed < 2 * self.steps else [FITTED]
         every = itertools.product(names, EXPONENTS)
         masks = [(name, self._plan(name, power, computed)[computed]) for name, power in every]
         for name, mask in dict.fromkeys(masks):

@@ -1,5 +1,6 @@
 """Exported programs: the same numbers and decisions as the denoiser, with the decision inside."""
 
+import dataclasses
 import functools
 import math
 
@@ -224,8 +225,9 @@ def test_packaged_pieces(export, net, tmp_path):
     exported = export(ADAPTIVE, "pieces")
     with compiled_fast():
         path = exported.package(tmp_path / "pieces.pt2")
-    with pytest.raises(fxcache.OptionError, match="policy must be the AdaptiveCache"):
-        fxcache.load_exported(path)
+    for other in (None, dataclasses.replace(ADAPTIVE, control_threshold=0.5)):
+        with pytest.raises(fxcache.OptionError, match="policy must be the AdaptiveCache"):
+            fxcache.load_exported(path, other)
     close(solve(fxcache.load_exported(path, ADAPTIVE), net[1]), solve(exported, net[1]))
 
 
