@@ -35,6 +35,21 @@ NEVER = StepSchedule(mask=[False])
 ANCESTRAL = functools.partial(custom_loop.sample, name="ancestral")
 
 
+class Watched:
+    """A denoiser that notes how much it holds at most: at the end it holds nothing."""
+
+    def __init__(self, denoiser: Any) -> None:
+        self.denoiser, self.cached_bytes = denoiser, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.denoiser, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.denoiser(*args, **kwargs)
+        self.cached_bytes = max(self.cached_bytes, self.denoiser.report().cached_bytes)
+        return output
+
+
 class Bench:
     """The demo's denoiser with one sampler, and what policies do to its pictures."""
 
@@ -47,10 +62,11 @@ class Bench:
 
     def sampled(self, policy: Any, steps: int, seed: int = SEED) -> tuple[torch.Tensor, Any]:
         """Pictures and report."""
-        denoiser: Any = fxcache.transform(self.model, policy, backend="eager")
+        denoiser = Watched(fxcache.transform(self.model, policy, backend="eager"))
         labels = self.labels if seed == SEED else self.labels[:SHOWN]
         with denoiser.trajectory(num_steps=steps):
-            return self.by(denoiser, labels=labels, steps=steps, seed=seed), denoiser.report()
+            pictures = self.by(denoiser, labels=labels, steps=steps, seed=seed)
+        return pictures, replace(denoiser.report(), cached_bytes=denoiser.cached_bytes)
 
     def try_out(self, policy: Any, name: str = "", **other: Any) -> None:
         """Note what `policy` does to the pictures and what it costs; `other` steps if given."""

@@ -301,6 +301,7 @@ def test_the_script_writes_what_it_prints(script, few_captures, tmp_path, capsys
         share = (row["steps"] - row["hits"] * skipped) / whole
         assert row["blocks"] == pytest.approx(share, abs=1e-4), row
         assert row["worst"] <= row["psnr"]
+        assert is_uncached or row["cached_bytes"] > 0
     (tuned,) = (row for row in rows if row["policy"] == "tune")
     assert tuned["hits"] >= 4
     assert results["threshold"][0]["hits"] == 0
