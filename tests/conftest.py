@@ -6,8 +6,6 @@ import os
 # Compiling in this process keeps the two cores for the test itself and its warnings visible.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Garbage is collected as said below, not after each of thousands of compilations.
-os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 import pytest
 import torch
