@@ -25,8 +25,8 @@ class StepSchedule(NamedPolicy):
             residual (the first) and steps beyond the mask are computed.
         input_share: in [0.1, 1]. At 1 a hit forecasts the stack's residual and adds it to the
             stream before the stack. The less, the more it forecasts the stream behind the stack
-            itself, and the less it looks at its own input: better where that input moves
-            unevenly, as with models that predict noise (`fxcache.tune` tries it).
+            itself: better where errors of its input would be carried on (DDIM with a model that
+            predicts noise), worse where samplers add noise. `fxcache.tune` tries 1 and 0.1.
         forecast, decide, control_threshold, origin: see `NamedPolicy`.
 
     Raises:
