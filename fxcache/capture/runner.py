@@ -19,6 +19,7 @@ from fxcache.capture.backend import Backend, repeated_weights
 from fxcache.capture.batching import Batches
 from fxcache.capture.compile import Compilers
 from fxcache.capture.evaluate import evaluate, own_evaluate
+from fxcache.capture.torch_guards import failed_guard, guards_of
 from fxcache.errors import (
     BatchError,
     BrokenGraphError,
@@ -32,7 +33,7 @@ from fxcache.pipelines import hooks
 from fxcache.policy import Policy
 from fxcache.policy.reasons import Reason
 from fxcache.runtime.session import NewTrajectory, Session
-from fxcache.runtime.shortcut import NOT_TAKEN, Guards, Shortcut
+from fxcache.runtime.shortcut import NOT_TAKEN, Shortcut
 from fxcache.runtime.steps import Call
 from fxcache.runtime.training import goes_around, is_recomputation, trains
 
@@ -202,14 +203,9 @@ class Runner:
         if outputs is NOT_TAKEN:
             outputs = self.evaluate_checked(args, kwargs)
             if self.shortcut.learns:
-                self.shortcut.learn(given, outputs, self._guards(given))
+                find = functools.partial(guards_of, self.function, given)
+                self.shortcut.learn(given, outputs, find)
         return outputs
-
-    def _guards(self, given: dict[str, Any]) -> Guards | None:
-        last = self.session.last_call.get()
-        if last is None or not self.shortcut.checks:
-            return None
-        return internals.guards_of(self.function, given, last[2])
 
     def _locals(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `evaluate`, by name."""
@@ -283,7 +279,7 @@ class Runner:
             evaluations, self._renewed_at = self._renewed_at, self.session.evaluations
         name, graphs = type(self.model).__name__, self.session.graphs
         given = self._locals(args, kwargs)
-        why = internals.failed_guard(self.function, given) or "TORCH_LOGS=recompiles shows what"
+        why = failed_guard(self.function, given) or "TORCH_LOGS=recompiles shows what"
         if evaluations is not None and self.session.evaluations - evaluations < MAX_QUIET_CALLS:
             self.gave_up = True
             log.warning(

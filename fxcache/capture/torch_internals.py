@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch._C import DispatchKey
-from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
-from torch._C._dynamo.guards import TensorGuards
 from torch._decomp.decompositions import upsample_compute_output_size
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import (
@@ -238,50 +236,6 @@ def changes_objects() -> bool:
                 isinstance(variable.mutation_type, kinds) for variable in changed
             )
     return True
-
-
-def guards_of(
-    function: types.FunctionType, given: Mapping[str, Any], inputs: Sequence[Any]
-) -> Callable[[Mapping[str, Any]], bool] | None:
-    """Dynamo's guards of that compiled entry of `function` which fits a call with `given`, by the
-    names of its arguments. None if there is none.
-
-    Much of their time goes into the parameters, six guards each. Where these are all among the
-    graph's `inputs`, their layouts are compared in one call instead.
-    """
-    managers = (entry.guard_manager for entry in _entries(function))
-    fitting = next((manager for manager in managers if manager.check(given)), None)
-    parameters = [value for value in inputs if isinstance(value, nn.Parameter)]
-    guarded = 0
-
-    def is_kept(node: Any) -> bool:
-        nonlocal guarded
-        is_parameter = issubclass(node.get_type_of_guarded_value(), nn.Parameter)
-        guarded += is_parameter
-        return not is_parameter
-
-    if fitting is None:
-        return None
-    others = fitting.root.clone_manager(is_kept)
-    if guarded != len(parameters):
-        check: Callable[[Mapping[str, Any]], bool] = fitting.check
-        return check
-    layouts = TensorGuards(*parameters, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-    return lambda given: others.check(given) and layouts.check(*parameters)
-
-
-def failed_guard(function: types.FunctionType, given: Mapping[str, Any]) -> str | None:
-    """What the newest compiled entry of `function` depends on and `given` does not fulfil."""
-    for entry in _entries(function):
-        parts = entry.guard_manager.check_verbose(given).verbose_code_parts
-        if parts:
-            return str(parts[0]).split("#")[0].strip()
-    return None
-
-
-def _entries(function: types.FunctionType) -> list[Any]:
-    entries: list[Any] = _debug_get_cache_entry_list(function.__code__)
-    return entries
 
 
 def inductor_folder() -> Path:

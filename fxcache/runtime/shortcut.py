@@ -11,7 +11,7 @@ them; who writes into ``module._parameters`` by hand says so, by `denoiser.reset
 
 import functools
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -123,14 +123,22 @@ class Shortcut:
             return tuple(results)
         return pytree.tree_unflatten(results, path.result_spec)
 
-    def learn(self, given: Mapping[str, Any], result: Any, guards: Guards | None) -> None:
+    def learn(
+        self,
+        given: Mapping[str, Any],
+        result: Any,
+        find: Callable[[Sequence[Guards]], Guards | None],
+    ) -> None:
         """Remember how the evaluation that just went the complete way can be repeated.
 
-        `given` are the arguments of what Dynamo compiled, by name, `guards` those that hold for it.
+        `given` are the arguments of what Dynamo compiled, by name; `find` gives the guards that
+        hold for it, one of those that it is given if they are known.
         """
         last, key = self.session.last_call.get(), self._key()
+        known = [path.guards for path in self.paths.values() if path.guards is not None]
         self.paths.pop(key, None)
         self.failures += 1
+        guards = find(known) if last is not None and self.checks else None
         if last is None or (self.checks and guards is None):
             return
         path = _path(last, given, result, guards)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from comparing import assert_close, assert_identical
 from helpers import graphed, hits, plain, sample, seeded, short, times
-from opened import Small, at, opened
+from opened import Small, at
 from policies import ALWAYS, EASY, MAG, MASK, TAYLOR, TEA, name_of
 from policy_cases import STEPS, moving
 from torch import nn
@@ -314,63 +314,3 @@ def test_another_graph_of_the_same_model(tensors):
     third = weights(constants=lambda: {"scale": frozenset({"== 2"})})
     assert checked(third, new, tensors)[1] == "a number of the model changed"
     assert checked(own, stamp, [tensors[2], tensors[1], tensors[2]])[1] == "weights changed"
-
-
-class Switched(Small):
-    """Has attributes that its forward reads."""
-
-    factor, is_doubled, calls = 1, False, 0
-
-    def forward(self, x, t):
-        out = super().forward(x, t) * self.factor
-        return out * 2 if self.is_doubled else out
-
-
-def increased(m):
-    return {k: v + 0.1 for k, v in m.state_dict().items()}
-
-
-SEEN = {
-    "attribute": lambda m: setattr(m, "factor", 3),
-    "flag": lambda m: setattr(m, "is_doubled", True),
-    "parameter": lambda m: setattr(m.blocks[1].proj, "weight", nn.Parameter(torch.randn(16, 32))),
-    "layout": lambda m: setattr(m.out.bias, "data", torch.ones(1)),
-    "child": lambda m: setattr(m.blocks[1], "proj", nn.Linear(32, 16)),
-    "block": lambda m: m.blocks.__setitem__(0, nn.Identity()),
-    "state": lambda m: m.load_state_dict(increased(m), assign=True),
-    "forward": lambda m: setattr(m, "forward", lambda x, t: type(m).forward(m, x, t) + 1),
-}
-
-
-def test_every_change_amid_a_trajectory_is_seen():
-    """What goes past Dynamo gives what goes the complete way, and says so."""
-    model = seeded(lambda: Switched(3))
-    quick, slow = opened(model), opened(model)
-    for name, change in SEEN.items():
-        with quick.trajectory(), slow.trajectory():
-            for i in range(8):
-                if i == 5:
-                    assert len(quick.shortcut.paths) == 1, name
-                    change(model)
-                x, t = sample() * (1 - i / 9), times(1 - i / 9)
-                slow.shortcut.forget()
-                assert_identical(quick(x, t), slow(x, t))
-        assert quick.report().records == slow.report().records, name
-        assert_identical(quick(sample(), times(1)), model(sample(), times(1)))
-        slow(sample(), times(1))
-
-
-def test_what_the_model_does_to_its_own_objects_is_done_at_each_call():
-    class Counting(Small):
-        def forward(self, x, t):
-            self.seen.append(1)
-            return super().forward(x, t)
-
-    model = seeded(Counting)
-    model.seen = []
-    denoiser = opened(model, ALWAYS)
-    with denoiser.trajectory():
-        for i in range(5):
-            denoiser(sample(), times(1 - i / 9))
-    assert len(model.seen) >= 5
-    assert denoiser.shortcut.paths == {}
