@@ -10,10 +10,12 @@ from helpers import adopt
 
 import fxcache
 from fxcache.cli import main
+from fxcache.denoiser import DenoiserMethods
 from fxcache.policy.forecast import Within
 
 pytest.importorskip("diffusers")
 from fxcache.demo.metrics import psnr, ssim
+from fxcache.demo.run import take_turns
 from fxcache.demo.sampler import load_denoiser, sample
 
 
@@ -66,12 +68,20 @@ def test_demo(tmp_path, capsys, monkeypatch):
         model.transformer_blocks = model.transformer_blocks[:2]
         return model, classes
 
+    def timed(runs, *rest):
+        denoisers = [run.denoiser for run in runs if isinstance(run.denoiser, DenoiserMethods)]
+        captured = [denoiser.report().graphs for denoiser in denoisers]
+        take_turns(runs, *rest)
+        assert [denoiser.report().graphs for denoiser in denoisers] == captured
+
+    monkeypatch.setattr("fxcache.demo.run.take_turns", timed)
     monkeypatch.setattr("fxcache.demo.run.IMAGES", 4)
     monkeypatch.setattr("fxcache.demo.run.load_denoiser", shallow)
     assert main(["demo", "--steps", "10", "--output", str(tmp_path), "--seed", "3"]) == 0
     out = capsys.readouterr().out
     assert "hits/steps" in out
     assert "fewer steps" in out
+    assert re.search(r"adaptive \(default\) .* 9 +1\.11x", out)  # of 10 steps
     assert len(re.findall(r"(wins|loses) by \d+\.\d dB$", out, re.MULTILINE)) == 3
     assert {p.name for p in tmp_path.iterdir()} == {"comparison.png", "errors.png"}
 

@@ -117,7 +117,7 @@ def rewrite(
         ring=ring,
         signature=signature_of(placeholders, inputs, cut, [*kept.values(), *residuals]),
         allocate=allocator(placeholders, inputs, kept, residuals, ring, on_host=on_host),
-        weights=_weights(inputs, place),
+        weights=_weights(inputs, place, None if rows is not None else pieces),
         conditions=_conditions(facts, place, session.policy, options, groups, device),
         # With the whole model as the span, nothing was found that could be wrong.
         audit=audit if options.audit and cut.span_units else None,
@@ -207,15 +207,22 @@ def _batch(
     )
 
 
-def _weights(inputs: GraphInputs, place: dict[fx.Node, int]) -> Weights:
-    """The weights of a graph that is being captured, at their `place` among its inputs."""
+def _weights(inputs: GraphInputs, place: dict[fx.Node, int], pieces: Pieces | None) -> Weights:
+    """The weights of a graph that is being captured, at their `place` among its inputs, and which
+    of them a hit reads (without `pieces`: all).
+    """
     own = [node for node in inputs.weights if node not in inputs.written]  # that is a counter
     tensors = [node for node in own if not is_number(node)]
+    read = [*tensors]
+    if pieces is not None:
+        on_hit = {*pieces.hit.arguments, *(pieces.head.arguments if pieces.head else ())}
+        read = [node for node in tensors if node in on_hit]
     return Weights(
         [place[node] for node in tensors],
         [node in inputs.registered for node in tensors],
         {inputs.sources[node]: place[node] for node in own if is_number(node)},
         internals.guarded_numbers(is_of_model),
+        [place[node] for node in read],
     )
 
 

@@ -155,6 +155,9 @@ class StepExecutor:
         if checks_late:
             self.ranks.compare(state.step, state.label, metric, decision)
         if not decision.is_hit:
+            holds = session.holds.get()
+            if holds is not None and not holds(True):
+                raise Outdated
             if conditions is not None:
                 conditions.keep(inputs, state.allocated)
             outputs = yield from self._miss(call, measured, inputs, current)
@@ -184,7 +187,7 @@ class StepExecutor:
         """
         session = self.session
         holds = session.holds.get()
-        if holds is not None and not holds():
+        if holds is not None and not holds(False):
             raise Outdated
         if not state.past or session.trusts_trajectory.get():
             return False

@@ -66,11 +66,13 @@ class Weights:
         registered: which of them are parameters and buffers; other graphs of the model share those.
         numbers: places of numbers of the model, by name.
         constants: gives the model's numbers that are constant in the graph, by name.
+        read_by_hits: those of `tensors` that a hit reads.
     """
 
     def __init__(self, tensors: Sequence[int], registered: Sequence[bool],
                  numbers: Mapping[str, int], constants: Callable[[], Mapping[str, Hashable]],
-                 ) -> None:  # fmt: skip
+                 read_by_hits: Sequence[int] = ()) -> None:  # fmt: skip
+        self.pick_for_hits = picker(read_by_hits)
         self.pick, self.registered, self.numbers = picker(tensors), tuple(registered), dict(numbers)
         self.constants = functools.cache(constants)  # what they are read from need not be kept
 

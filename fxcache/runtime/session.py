@@ -71,8 +71,9 @@ class Session:
         self.trusts_trajectory: ContextVar[bool] = ContextVar("fxcache_trusts", default=False)
         #: Those of a batch, which it evaluates together.
         self.calls: ContextVar[list[Call] | None] = ContextVar("fxcache_calls", default=None)
-        #: Asked once the device is busy: whether what was learned of the model still holds.
-        self.holds: ContextVar[Callable[[], bool] | None] = ContextVar(
+        #: Asked once the device is busy: whether what was learned of the model still holds; and
+        #: with True before a miss: whether the weights that only it reads are laid out as before.
+        self.holds: ContextVar[Callable[[bool], bool] | None] = ContextVar(
             "fxcache_holds", default=None
         )
         #: The last evaluation of this thread: executor, slot, flat inputs and outputs.

@@ -6,7 +6,8 @@ the next of the same trajectory goes straight there, as long as its arguments ha
 structure, layouts and constants. Dynamo's guards are checked once the device is busy; if they fail,
 what was queued is dropped and the complete way is taken. (With ``guards="trajectory"`` they are not
 checked before the next trajectory begins.) Weights that are replaced are seen as modules register
-them; who writes into ``module._parameters`` by hand says so, by `denoiser.reset()`.
+them, and up to Python 3.12 wherever they stand; later, who writes into ``module._parameters`` by
+hand, or gives an object another plain tensor, says so, by `denoiser.reset()`.
 """
 
 import functools
@@ -14,9 +15,11 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.nn.modules import module as modules
 from torch.utils import _pytree as pytree
 
@@ -29,8 +32,16 @@ NOT_TAKEN = object()
 _CONSTANTS = int | float | str | bool | None | torch.dtype | torch.device
 _FIXED_RESULTS = (str, bool, type(None), torch.dtype, torch.device)
 _MAX_PATHS, _MAX_FAILURES = 64, 8
-#: Of the arguments of what Dynamo compiled, by name: whether the compiled code fits.
-Guards = Callable[[Mapping[str, Any]], bool]
+
+
+class Guards(Protocol):
+    """Dynamo's guards of what it compiled."""
+
+    def hold(self, given: Mapping[str, Any]) -> bool:
+        """Whether it fits these arguments, by name, and the weights that hits read."""
+
+    def fit(self) -> bool:
+        """Whether it fits the weights that misses read."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,8 @@ class Shortcut:
             _learners.add(self)
             _watch_registrations()
         self.paths: dict[Hashable, _Path] = {}
+        #: Those of a path that did not hold any more.
+        self.dropped: Guards | None = None
         #: How often in a row nothing could be learned.
         self.failures = 0
 
@@ -101,17 +114,18 @@ class Shortcut:
             values[place] = leaves[leaf]
         trusts = self.session.trusts_trajectory.set(not self.checks)
         guards = path.guards
-        holds = self.session.holds.set(None if guards is None else lambda: guards(given))
+        holds = self.session.holds.set(None if guards is None else partial(_holds, guards, given))
         try:
             with _without_autocast():  # which is in the graph, as casts
                 outputs = path.executor(*values)
         except NewTrajectory:
             return NOT_TAKEN
         except Outdated:
-            del self.paths[key]
+            self.paths.pop(key, None)
+            self.dropped = path.guards
             return NOT_TAKEN
         except Exception:
-            if guards is None or guards(given):
+            if guards is None or guards.hold(given):
                 raise
             del self.paths[key]  # what was queued did not fit the model any more
             return NOT_TAKEN
@@ -127,19 +141,25 @@ class Shortcut:
         self,
         given: Mapping[str, Any],
         result: Any,
-        find: Callable[[Sequence[Guards]], Guards | None],
+        find: Callable[[Sequence[Sequence[Any]], Sequence[Guards | None]], Guards | None],
     ) -> None:
         """Remember how the evaluation that just went the complete way can be repeated.
 
         `given` are the arguments of what Dynamo compiled, by name; `find` gives the guards that
-        hold for it, one of those that it is given if they are known.
+        hold for it, from the weights that hits and misses read, and guards that it knows.
         """
         last, key = self.session.last_call.get(), self._key()
-        known = [path.guards for path in self.paths.values() if path.guards is not None]
+        known = [self.dropped, *(path.guards for path in self.paths.values())]
+        self.dropped = None
         self.paths.pop(key, None)
         self.failures += 1
-        guards = find(known) if last is not None and self.checks else None
-        if last is None or (self.checks and guards is None):
+        if last is None:
+            return
+        executor, _, inputs, _ = last
+        picked = executor.weights.pick_for_hits(inputs), executor.weights.pick(inputs)
+        read = [[tensor for tensor in own if type(tensor) is nn.Parameter] for own in picked]
+        guards = find(read, known) if self.checks else None
+        if self.checks and guards is None:
             return
         path = _path(last, given, result, guards)
         if path is not None:
@@ -157,7 +177,7 @@ class Shortcut:
     def forget(self) -> None:
         """Every next call goes the complete way."""
         self.paths.clear()
-        self.failures = 0
+        self.failures, self.dropped = 0, None
 
 
 _learners: "weakref.WeakSet[Shortcut]" = weakref.WeakSet()
@@ -180,11 +200,15 @@ def _watch_registrations() -> None:
     modules.register_module_module_registration_hook(forget)
 
 
+def _holds(guards: Guards, given: Mapping[str, Any], is_miss: bool) -> bool:
+    return guards.fit() if is_miss else guards.hold(given)
+
+
 def _path(
     call: LastCall,
     given: Mapping[str, Any],
     result: Any,
-    guards: Callable[[Mapping[str, Any]], bool] | None,
+    guards: Guards | None,
 ) -> _Path | None:
     """The path of `call`, None if its inputs or results are not simply the caller's."""
     executor, slot, inputs, outputs = call

@@ -216,13 +216,11 @@ class Steps:
         if time is None:
             state.step += 1
         elif time != state.timestep:
-            state.step += 1 + state.pairs.moves()
-            if any(s.step >= state.step for s in slot.branches.values() if s is not state):
-                seen = slot.steps.get(time)
-                if seen is None:
-                    before = (s for t, s in slot.steps.items() if (t < time) == self.rising)
-                    seen = max(before, default=slot.first_step - 1) + 1
-                state.step = max(state.step, seen)
+            seen = slot.steps.get(time)
+            if seen is None:
+                before = (s for t, s in slot.steps.items() if (t < time) == self.rising)
+                seen = max(before, default=slot.first_step - 1) + 1
+            state.step = max(state.step + 1 + state.pairs.moves(), seen)
         elif slot.is_announced:
             state.step += state.pairs.repeats()
         if time is not None:

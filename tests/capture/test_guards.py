@@ -1,21 +1,23 @@
 """Dynamo's guards: each change of the model is seen; what nobody wrote into is not looked at."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from comparing import assert_identical
 from helpers import sample, seeded, times
 from opened import Small, opened
-from policies import ALWAYS
+from policies import ALWAYS, NEVER
 from torch import nn
 
 from fxcache.capture import torch_guards
 
-SHIFT = {"is on": False}
+SHIFT, DEFAULT = {"is on": False}, {"is on": False}
 
 
-class Switched(Small):
+class Base(Small):
+    shared = {"is on": False}  # noqa: RUF012
+
+
+class Switched(Base):
     """Has attributes of many kinds that its forward reads."""
 
     factor, is_doubled, calls = 1, False, 0
@@ -24,18 +26,25 @@ class Switched(Small):
         super().__init__(blocks)
         self.flags, self.table, self.limits = [False], {"a": {"is on": False}}, {1, 2}
         self.helper = type("Helper", (), {"is_on": False})()
+        self.register_buffer("null", torch.zeros(2))
+        self.plain = torch.zeros(1)
 
     def forward(self, x, t):
-        out = super().forward(x, t) * self.factor
+        out = super().forward(x, t) * self.factor + self.plain + self.null.numel()
         ons = self.flags[0], self.table["a"]["is on"], 3 in self.limits, self.helper.is_on
-        return out * 2 if self.is_doubled else out + sum((*ons, SHIFT["is on"]))
+        more = hasattr(self.helper, "more"), hasattr(self.out.weight, "more"), self.by_default()
+        ons += (*more, self.shared["is on"], SHIFT["is on"])
+        return out * 2 if self.is_doubled else out + sum(ons)
+
+    def by_default(self, given=DEFAULT):
+        return given["is on"]
 
 
 def increased(m):
     return {k: v + 0.1 for k, v in m.state_dict().items()}
 
 
-SEEN = {
+KINDS = {
     "class": lambda m: setattr(type(m), "factor", 2),
     "class of a helper": lambda m: setattr(type(m.helper), "is_on", True),
     "helper": lambda m: setattr(m.helper, "is_on", False),
@@ -43,6 +52,16 @@ SEEN = {
     "set": lambda m: m.limits.add(3),
     "dictionary": lambda m: m.table["a"].update({"is on": True}),
     "global": lambda m: SHIFT.update({"is on": True}),
+    "default": lambda m: DEFAULT.update({"is on": True}),
+    "inherited": lambda m: m.shared.update({"is on": True}),
+    "another attribute": lambda m: setattr(m.helper, "more", 1),
+    "attribute of a weight": lambda m: setattr(m.out.weight, "more", 1),
+    "tensor": lambda m: setattr(m, "plain", torch.ones(1)),
+    "buffer": lambda m: setattr(m, "null", torch.zeros(3)),
+    "size of a buffer": lambda m: m.null.resize_(4),
+    "data of a buffer": lambda m: setattr(m.null, "data", torch.zeros(5)),
+}
+SEEN = {
     "attribute": lambda m: setattr(m, "factor", 3),
     "flag": lambda m: setattr(m, "is_doubled", True),
     "parameter": lambda m: setattr(m.blocks[1].proj, "weight", nn.Parameter(torch.randn(16, 32))),
@@ -54,15 +73,8 @@ SEEN = {
 }
 
 
-@pytest.mark.parametrize("counts_writes", [True, False])
-def test_every_change_amid_a_trajectory_is_seen(counts_writes, monkeypatch):
-    """What goes past Dynamo gives what goes the complete way, and says so. From Python 3.13 on
-    writes into dictionaries are not counted, and all guards are asked.
-    """
-    if not counts_writes:
-        monkeypatch.setattr("fxcache.capture.torch_guards._COUNTS_WRITES", False)
-    monkeypatch.setattr(Switched, "factor", 1)
-    monkeypatch.setitem(SHIFT, "is on", False)
+def test_every_change_amid_a_trajectory_is_seen():
+    """What goes past Dynamo gives what goes the complete way, and says so."""
     model = seeded(lambda: Switched(3))
     quick, slow = opened(model), opened(model)
     for name, change in SEEN.items():
@@ -79,23 +91,64 @@ def test_every_change_amid_a_trajectory_is_seen(counts_writes, monkeypatch):
         slow(sample(), times(1))
 
 
+#: From Python 3.13 on writes into dictionaries are not counted, and all guards are asked.
+@pytest.mark.parametrize("counts_writes", {torch_guards._COUNTS_WRITES, False})
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_changes(kind, counts_writes, monkeypatch):
+    if kind == "tensor" and not counts_writes:
+        pytest.skip("who gives an object another plain tensor says so")
+    monkeypatch.setattr(torch_guards, "_COUNTS_WRITES", counts_writes)
+    monkeypatch.setattr(Switched, "factor", 1)
+    for table in (SHIFT, DEFAULT, Base.shared):
+        monkeypatch.setitem(table, "is on", False)
+    model = seeded(lambda: Switched(2))
+    denoiser = opened(model, NEVER)
+    complete = denoiser.count_complete()
+    with denoiser.trajectory():
+        for i in range(5):
+            if i == 3:
+                KINDS[kind](model)
+            x, t = sample(), times(1 - i / 9)
+            assert_identical(denoiser(x, t), model(x, t))
+    assert complete == [0, 3]
+
+
 @pytest.mark.skipif(not torch_guards._COUNTS_WRITES, reason="all guards are asked, always")
-def test_the_tree_of_guards_is_asked_only_after_a_write():
+@pytest.mark.parametrize("pause", [32, 0])
+def test_all_guards_are_asked_only_after_a_write(pause, monkeypatch):
+    """And for a while: where each call writes, it is of no use to look for what is written into."""
+    monkeypatch.setattr(torch_guards, "_PAUSE", pause)
+    asked, hold = [], torch_guards.Guards.hold
+
+    def spied(guards, given):
+        asked.append(guards.dicts is None)
+        return hold(guards, given)
+
+    monkeypatch.setattr(torch_guards.Guards, "hold", spied)
     model = seeded(Small)
-    denoiser, asked, counts = opened(model), [], []
+    denoiser = opened(model)
+    complete = denoiser.count_complete()
     with denoiser.trajectory():
         for i in range(12):
-            if i == 4:
-                guards = next(iter(denoiser.shortcut.paths.values())).guards
-                check, root = guards.manager.check, guards.manager.root
-                counted = lambda given, check=check: asked.append(1) or check(given)  # noqa: E731
-                guards.manager = SimpleNamespace(root=root, check=counted)
             if i in (6, 9, 10, 11):
                 model.written = i
             denoiser(sample(), times(1 - i / 12))
-            counts.append(len(asked))
-    # Once more after it was looked what to count; where each call writes, that is of no use.
-    assert counts[4:] == [0, 0, 2, 2, 2, 4, 5, 6]
+    assert complete == ([0, 6] if pause else [0, 6, 9, 10, 11])
+    assert asked == [False] * 6 + [bool(pause)] * 5
+
+
+@pytest.mark.parametrize("policy", [NEVER, ALWAYS])
+def test_the_layout_of_a_weight_that_only_misses_read(policy):
+    model = seeded(Small)
+    denoiser = opened(model, policy)
+    complete = denoiser.count_complete()
+    with denoiser.trajectory():
+        for i in range(6):
+            if i == 4:
+                weight = model.blocks[1].up.weight
+                weight.data = weight.data.t().contiguous().t()
+            denoiser(sample(), times(1 - i / 9))
+    assert complete == ([0, 4] if policy is NEVER else [0])
 
 
 def test_what_the_model_does_to_its_own_objects_is_done_at_each_call():
