@@ -35,8 +35,8 @@ _OF_FUNCTIONS = {
     "FuncDefaults": "__defaults__",
     "FuncKwDefaults": "__kwdefaults__",
 }
-#: Only after so many calls it is looked again what the guards hang from.
-_PAUSE = 32
+#: What the guards hang from is looked for once in so many calls, and at first so often besides.
+_PAUSE, _AT_ONCE = 32, 4
 _UNKNOWN = object()
 
 
@@ -64,14 +64,15 @@ class Guards:
         #: The guards that do not hang from these, and those of the weights that hits, misses read.
         self.rest = manager.root
         self.layouts: tuple[Any, Any] = (None, None)
-        self.calls = _PAUSE
+        #: Calls since it was looked for, as far as they count.
+        self.calls = _PAUSE * _AT_ONCE
 
     def hold(self, given: Mapping[str, Any]) -> bool:
         """Whether what was compiled fits a call with `given`, the arguments by name, but for the
         weights that only misses read. Not where somebody wrote into what the guards hang from: that
         may be another weight.
         """
-        self.calls += 1
+        self.calls = min(self.calls + 1, _PAUSE * _AT_ONCE)
         if self.dicts is None:
             return bool(self.manager.check(given))
         if self._count() != self.versions:
@@ -92,7 +93,7 @@ class Guards:
             self.dicts = None
         if self.dicts is not None or self.calls < _PAUSE or not _COUNTS_WRITES:
             return
-        found, self.calls = _Found(weights[1]), 0
+        found, self.calls = _Found(weights[1]), self.calls - _PAUSE
         scopes = {"G": self.scope, "L['model']": given["model"]}
         found.holds(self.manager.root, types.MappingProxyType(scopes))
         self.rest = self.manager.root.clone_manager(lambda node: node.get_source() in found.kept)
