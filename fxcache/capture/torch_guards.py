@@ -75,10 +75,7 @@ class Guards:
         self.calls = min(self.calls + 1, _PAUSE * _AT_ONCE)
         if self.dicts is None:
             return bool(self.manager.check(given))
-        if self._count() != self.versions:
-            self.dicts = None
-            return False
-        return bool(self.rest.check(given)) and self.fit(0)
+        return self._is_unwritten() and bool(self.rest.check(given)) and self.fit(0)
 
     def fit(self, is_miss: bool | int = True) -> bool:
         """Whether the weights that a miss reads, or a hit, have the layouts that they had."""
@@ -89,9 +86,7 @@ class Guards:
         """Find what the guards hang from, unless that is known or was written into a moment ago.
         `weights` are those that hits read, and those that misses read.
         """
-        if self.dicts is not None and self._count() != self.versions:
-            self.dicts = None
-        if self.dicts is not None or self.calls < _PAUSE or not _COUNTS_WRITES:
+        if self._is_unwritten() or self.calls < _PAUSE or not _COUNTS_WRITES:
             return
         found, self.calls = _Found(weights[1]), self.calls - _PAUSE
         scopes = {"G": self.scope, "L['model']": given["model"]}
@@ -103,6 +98,15 @@ class Guards:
         self.versions = self._count()
         if not self.manager.check(given):  # somebody wrote meanwhile
             self.dicts = None
+
+    def _is_unwritten(self) -> bool:
+        """Whether it is known what the guards hang from, and nobody wrote into it. If somebody did,
+        nothing is kept of it: it may be gone from the model.
+        """
+        if self.dicts is not None and self._count() == self.versions:
+            return True
+        self.dicts, self.layouts = None, (None, None)
+        return False
 
     def _count(self) -> list[int]:
         return list(map(dict_version, self.dicts or ()))

@@ -1,5 +1,8 @@
 """Dynamo's guards: each change of the model is seen; what nobody wrote into is not looked at."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from comparing import assert_identical
@@ -135,6 +138,22 @@ def test_all_guards_are_asked_only_after_a_write(looks, monkeypatch):
             denoiser(sample(), times(1 - i / 12))
     assert complete == ([0, 6] if looks == 1 else [0, 6, 9, 10, 11])
     assert asked == [False] * 6 + [looks == 1] * 5
+
+
+@pytest.mark.skipif(not torch_guards._COUNTS_WRITES, reason="who replaces by hand says so")
+def test_weights_replaced_by_hand_are_given_back(monkeypatch):
+    """Where it is not looked again what guards hang from, nothing is kept of what was found."""
+    monkeypatch.setattr(torch_guards, "_AT_ONCE", 1)
+    model = seeded(Small)
+    denoiser = opened(model)
+    for i in range(6):
+        if i == 3:
+            old = weakref.ref(model.out.weight)
+            by_hand = {"weight": nn.Parameter(torch.zeros_like(model.out.weight))}
+            model.out._parameters.update(by_hand)
+        denoiser(sample(), times(1 - i / 9))
+    gc.collect()
+    assert old() is None
 
 
 @pytest.mark.parametrize("policy", [NEVER, ALWAYS])
