@@ -167,7 +167,7 @@ def test_the_layout_of_a_weight_that_only_misses_read(policy):
                 weight = model.blocks[1].up.weight
                 weight.data = weight.data.t().contiguous().t()
             denoiser(sample(), times(1 - i / 9))
-    assert complete == ([0, 4] if policy is NEVER else [0])
+    assert complete == ([0, 4] if policy is NEVER or not torch_guards._COUNTS_WRITES else [0])
 
 
 def test_what_the_model_does_to_its_own_objects_is_done_at_each_call():
