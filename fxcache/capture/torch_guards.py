@@ -75,9 +75,9 @@ class Guards:
         self.calls = min(self.calls + 1, _PAUSE * _AT_ONCE)
         if self.dicts is None:
             return bool(self.manager.check(given))
-        return self._is_unwritten() and bool(self.rest.check(given)) and self.fit(0)
+        return self._is_unwritten() and bool(self.rest.check(given)) and self.fit(is_miss=False)
 
-    def fit(self, is_miss: bool | int = True) -> bool:
+    def fit(self, *, is_miss: bool = True) -> bool:
         """Whether the weights that a miss reads, or a hit, have the layouts that they had."""
         guards, tensors = self.layouts[is_miss] or (None, ())
         return guards is None or bool(guards.check(*tensors))
@@ -97,7 +97,7 @@ class Guards:
         self.dicts = [found.dicts[at] for at in sorted(found.dicts)]
         self.versions = self._count()
         if not self.manager.check(given):  # somebody wrote meanwhile
-            self.dicts = None
+            self.dicts, self.layouts = None, (None, None)
 
     def _is_unwritten(self) -> bool:
         """Whether it is known what the guards hang from, and nobody wrote into it. If somebody did,

@@ -118,7 +118,7 @@ def test_kinds_of_changes(kind, counts_writes, monkeypatch):
 
 @pytest.mark.skipif(not torch_guards._COUNTS_WRITES, reason="all guards are asked, always")
 @pytest.mark.parametrize("looks", [1, 4])
-def test_all_guards_are_asked_only_after_a_write(looks, monkeypatch):
+def test_all_guards_are_asked_only_after_a_write(model, looks, monkeypatch):
     """And for a while: where each call writes, it is of no use to look for what is written into."""
     monkeypatch.setattr(torch_guards, "_AT_ONCE", looks)
     asked, hold = [], torch_guards.Guards.hold
@@ -128,7 +128,6 @@ def test_all_guards_are_asked_only_after_a_write(looks, monkeypatch):
         return hold(guards, given)
 
     monkeypatch.setattr(torch_guards.Guards, "hold", spied)
-    model = seeded(Small)
     denoiser = opened(model)
     complete = denoiser.count_complete()
     with denoiser.trajectory():
@@ -141,10 +140,9 @@ def test_all_guards_are_asked_only_after_a_write(looks, monkeypatch):
 
 
 @pytest.mark.skipif(not torch_guards._COUNTS_WRITES, reason="who replaces by hand says so")
-def test_weights_replaced_by_hand_are_given_back(monkeypatch):
+def test_weights_replaced_by_hand_are_given_back(model, monkeypatch):
     """Where it is not looked again what guards hang from, nothing is kept of what was found."""
     monkeypatch.setattr(torch_guards, "_AT_ONCE", 1)
-    model = seeded(Small)
     denoiser = opened(model)
     for i in range(6):
         if i == 3:
@@ -156,18 +154,20 @@ def test_weights_replaced_by_hand_are_given_back(monkeypatch):
     assert old() is None
 
 
-@pytest.mark.parametrize("policy", [NEVER, ALWAYS])
-def test_the_layout_of_a_weight_that_only_misses_read(policy):
-    model = seeded(Small)
+@pytest.mark.parametrize(
+    ("name", "policy", "seen"),
+    [("blocks.1.up", NEVER, True), ("blocks.1.up", ALWAYS, False), ("embed", ALWAYS, True)],
+)
+def test_the_layout_of_a_weight_is_seen_where_it_is_read(model, name, policy, seen):
     denoiser = opened(model, policy)
     complete = denoiser.count_complete()
     with denoiser.trajectory():
         for i in range(6):
             if i == 4:
-                weight = model.blocks[1].up.weight
+                weight = model.get_submodule(name).weight
                 weight.data = weight.data.t().contiguous().t()
             denoiser(sample(), times(1 - i / 9))
-    assert complete == ([0, 4] if policy is NEVER or not torch_guards._COUNTS_WRITES else [0])
+    assert complete == ([0, 4] if seen or not torch_guards._COUNTS_WRITES else [0])
 
 
 def test_what_the_model_does_to_its_own_objects_is_done_at_each_call():
