@@ -10,7 +10,7 @@ import torch
 from fxcache.policy import Policy
 from fxcache.policy import tensor_rules as rules
 from fxcache.policy.base import ForecastError, History
-from fxcache.policy.forecast import checked
+from fxcache.policy.forecast import Corrected, checked
 
 
 class HostStep:
@@ -68,7 +68,12 @@ class HostStep:
     def _weights(self, policy: Policy, numbers: list[float], history: History) -> torch.Tensor:
         """float32 [ring]: the weight of each entry; 0 of one that holds nothing."""
         held = _held(numbers)
-        weights = policy.forecast.weights(history.step, history.past) if history.past else []
+        forecast, past, weights = policy.forecast, history.past, []
+        if isinstance(forecast, Corrected) and past:
+            hits = [step for step in range(past[-1], history.step) if step not in past]
+            weights = forecast.correct(history.step, past, hits)
+        elif past:
+            weights = forecast.weights(history.step, past)
         by_entry = dict(zip((at for _, at in held), weights, strict=False))
         ring = range(len(numbers) - rules.ENTRIES)
         return torch.tensor([by_entry.get(at, 0.0) for at in ring])

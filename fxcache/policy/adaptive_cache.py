@@ -8,7 +8,7 @@ from typing import Any
 from fxcache.errors import PolicyError
 from fxcache.policy.base import Decision, History, Span
 from fxcache.policy.checks import check_integer, check_number
-from fxcache.policy.forecast import Forecast, Reuse, Taylor, Within
+from fxcache.policy.forecast import Corrected, Forecast, Reuse, Taylor
 from fxcache.policy.named import NamedPolicy
 from fxcache.policy.reasons import Reason
 
@@ -27,6 +27,9 @@ class AdaptiveCache(NamedPolicy):
     ``tolerance * (1 - slope + 2 slope t / (N - 1))`` of N steps: errors of early steps are carried
     through the whole solve. The first ``order + 2`` computed steps only learn. An error that is
     not finite is a miss. Fresh noise of a sampler makes forecasts bad, and so makes misses.
+
+    What the hits of a run lacked becomes known at the miss that ends it, and the next hit adds it:
+    a sampler sums its steps up, and so the sum is right again (`Corrected`).
 
     Where the number of steps is not known (no scheduler, no announcement), the slope counts as 0
     and no final step is kept free of hits.
@@ -62,11 +65,8 @@ class AdaptiveCache(NamedPolicy):
         check_integer("max_consecutive_hits", self.max_consecutive_hits, 1)
         check_integer("warmup_steps", self.warmup_steps, 0)
         check_integer("final_steps", self.final_steps, 0)
-        # One entry more than the forecast reads: at a miss, what is compared with it.
         inner = Taylor(order=self.order) if self.order else Reuse()
-        object.__setattr__(
-            self, "forecast", Within(inner=inner, ring=self.order + 2, is_checked=True)
-        )
+        object.__setattr__(self, "forecast", Corrected(inner=inner))
         super().__post_init__()
 
     @classmethod

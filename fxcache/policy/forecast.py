@@ -57,24 +57,53 @@ class Reuse:
 
 @dataclass(frozen=True, kw_only=True)
 class Within:
-    """`inner` with a longer ring than it reads: for what is compared with it (`AdaptiveCache`), or
-    so that several forecasters share one compiled denoiser (`tune`).
+    """`inner` with a longer ring than it reads, so that several forecasters share one compiled
+    denoiser (`tune`).
     """
 
     inner: Forecast
     ring: int
-    #: A miss compares its residual with what `inner` would have forecast (`History.error`).
-    is_checked: bool = False
 
     def weights(self, step: int, past: Sequence[int]) -> list[float]:
         own = past[: self.inner.ring]
         return [*self.inner.weights(step, own), *[0.0] * (len(past) - len(own))]
 
 
-def checked(policy: Any) -> Within | None:
+@dataclass(frozen=True, kw_only=True)
+class Corrected:
+    """A polynomial through all residuals that are kept but the oldest, whose errors are made good.
+
+    One residual more is kept than `inner` reads. With it a miss compares its own with what `inner`
+    would have forecast (`History.error`), and tells how far off the hits before it were: between
+    two computed steps the polynomial through all that is kept knows better than the one that ended
+    there. The errors of one run of hits have the same sign, and a sampler adds them up; so the
+    first hit after the miss adds the opposite, and only the error of that estimate stays.
+    """
+
+    inner: Forecast
+
+    @property
+    def ring(self) -> int:
+        return self.inner.ring + 1
+
+    def weights(self, step: int, past: Sequence[int]) -> list[float]:
+        """Those of `inner` alone."""
+        own = past[: self.inner.ring]
+        return [*self.inner.weights(step, own), *[0.0] * (len(past) - len(own))]
+
+    def correct(self, step: int, past: Sequence[int], hits: Sequence[int]) -> list[float]:
+        """The weights for `step` with what is to be made good of `hits`, earlier steps."""
+        weights = self.weights(step, past)
+        if len(past) < self.ring or any(past[0] < hit < step for hit in hits):
+            return weights  # too little is known, or another hit did it
+        # The two polynomials differ by the divided difference times the product of the distances.
+        lacking = sum(math.prod(h - n for n in past[1:]) for h in hits if past[1] < h < past[0])
+        return _add(weights, _divided_difference(past), lacking)
+
+
+def checked(policy: Any) -> Corrected | None:
     """The forecast of `policy`, if its misses compare their residuals with it."""
-    forecast = policy.forecast
-    return forecast if isinstance(forecast, Within) and forecast.is_checked else None
+    return policy.forecast if isinstance(policy.forecast, Corrected) else None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fxcache.policy.adaptive_cache import AdaptiveCache
 from fxcache.policy.base import Policy
 from fxcache.policy.easy_cache import EasyCache
 from fxcache.policy.first_block_cache import FirstBlockCache
-from fxcache.policy.forecast import Reuse, Taylor, Within, checked
+from fxcache.policy.forecast import Corrected, Reuse, Taylor, Within, checked
 from fxcache.policy.named import ThresholdPolicy
 from fxcache.policy.step_schedule import StepSchedule
 
@@ -105,16 +105,35 @@ def entry_written(numbers: Numbers) -> torch.Tensor:
 def weights(policy: Policy, numbers: Numbers) -> torch.Tensor:
     """float32 [ring]: the weight of each entry in the forecast of the next step."""
     entries = numbers[ENTRIES:]
-    if isinstance(_inner(policy), Reuse):
-        newest = entries.argmax()
-        return (torch.arange(len(entries), device=entries.device) == newest).float()
     nodes, order = _nodes(policy, entries)
     known, step = nodes >= 0, numbers[STEP]
-    others = known & ~torch.eye(len(nodes), dtype=torch.bool, device=nodes.device)
-    ahead = torch.where(others, step - nodes, 1.0).prod(1)
-    between = torch.where(others, nodes[:, None] - nodes, 1.0).prod(1)
-    by_node = torch.where(known, ahead / between, 0.0).float()
-    return torch.zeros_like(entries, dtype=torch.float32).scatter(0, order, by_node)
+    ahead = torch.where(_others(nodes), step - nodes, 1.0).prod(1)
+    by_node = torch.where(known, ahead / _apart(nodes), 0.0)
+    by_entry = torch.zeros_like(entries).scatter(0, order, by_node)
+    if isinstance(policy, AdaptiveCache):
+        by_entry = by_entry + _correction(policy, numbers)
+    return by_entry.float()
+
+
+def _others(nodes: torch.Tensor) -> torch.Tensor:
+    """Of each node, which are others and known (bool [N, N])."""
+    return (nodes >= 0) & ~torch.eye(len(nodes), dtype=torch.bool, device=nodes.device)
+
+
+def _apart(nodes: torch.Tensor) -> torch.Tensor:
+    """The product of the distances of each node to all others."""
+    return torch.where(_others(nodes), nodes[:, None] - nodes, 1.0).prod(1)
+
+
+def _correction(policy: AdaptiveCache, numbers: Numbers) -> torch.Tensor:
+    """What `Corrected.correct` adds, by entry: each step between two computed ones is a hit."""
+    steps, order = numbers[ENTRIES:].sort(descending=True)
+    hits = steps[1] + torch.arange(1, policy.max_consecutive_hits + 1, device=steps.device)
+    off = (hits[:, None] - steps[1:]).prod(1)
+    lacking = torch.where(hits < steps[0], off, 0.0).sum()
+    is_due = (steps[-1] >= 0) & (numbers[STEP] == steps[0] + 1)
+    by_node = torch.where(is_due, lacking / _apart(steps), 0.0)
+    return torch.zeros_like(steps).scatter(0, order, by_node)
 
 
 def after_hit(numbers: Numbers, score: torch.Tensor) -> Numbers:
@@ -143,7 +162,7 @@ def after_miss(policy: Policy, numbers: Numbers, sums: torch.Tensor) -> Numbers:
 def _inner(policy: Policy) -> Any:
     """What makes the forecast."""
     forecast = policy.forecast
-    return forecast.inner if isinstance(forecast, Within) else forecast
+    return forecast.inner if isinstance(forecast, Within | Corrected) else forecast
 
 
 def _nodes(policy: Policy, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

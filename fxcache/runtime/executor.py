@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from fxcache.policy import Decision
-from fxcache.policy.forecast import checked
+from fxcache.policy.forecast import Corrected, checked
 from fxcache.policy.reasons import Reason
 from fxcache.runtime.audit import Audit
 from fxcache.runtime.conditions import Conditions
@@ -256,7 +256,11 @@ class StepExecutor:
     def _weights(self, state: BranchState, step: int) -> list[float]:
         """The forecast's weights by ring slot; 0 for a slot that holds nothing yet."""
         by_slot = [0.0] * self.ring
-        weights = self.session.policy.forecast.weights(step, [at for at, _ in state.past])
+        past, forecast = [at for at, _ in state.past], self.session.policy.forecast
+        if isinstance(forecast, Corrected):
+            weights = forecast.correct(step, past, state.hits)
+        else:
+            weights = forecast.weights(step, past)
         for (_, slot), weight in zip(state.past, weights, strict=True):
             by_slot[slot] = weight
         return by_slot

@@ -8,7 +8,7 @@ import torch
 
 from fxcache.passes.measure import shared
 from fxcache.policy.base import ForecastError
-from fxcache.policy.forecast import Within
+from fxcache.policy.forecast import Corrected
 from fxcache.runtime.device import begin_read
 from fxcache.runtime.state import BranchState
 
@@ -18,7 +18,7 @@ Error = Callable[[], ForecastError]
 Nodes = list[tuple[int, int]]
 
 
-def nodes_of(state: BranchState, forecast: Within, written: int) -> Nodes:
+def nodes_of(state: BranchState, forecast: Corrected, written: int) -> Nodes:
     """The entries that the forecast of the present step is made of, none of them the one that the
     miss writes; empty where there are too few.
     """
@@ -27,7 +27,7 @@ def nodes_of(state: BranchState, forecast: Within, written: int) -> Nodes:
     return before[:wanted] if len(before) >= wanted else []
 
 
-def weights_of(state: BranchState, forecast: Within, nodes: Nodes, written: int) -> list[float]:
+def weights_of(state: BranchState, forecast: Corrected, nodes: Nodes, written: int) -> list[float]:
     """The weights of that forecast, by entry, without the one that the miss writes."""
     weights = forecast.inner.weights(state.step, [step for step, _ in nodes]) if nodes else []
     by_entry = dict(zip((at for _, at in nodes), weights, strict=True))

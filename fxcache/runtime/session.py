@@ -14,7 +14,7 @@ from typing import Any
 from fxcache.policy import Decision, Policy
 from fxcache.policy.base import pieces_of
 from fxcache.policy.fitted import Fitted
-from fxcache.policy.forecast import Within, checked
+from fxcache.policy.forecast import Corrected, Within, checked
 from fxcache.policy.reasons import Reason
 from fxcache.policy.verdict import verdict
 from fxcache.report import Record, Report
@@ -98,7 +98,7 @@ class Session:
     def _new_advice(self) -> Advice | None:
         """None for what was fitted to its steps already, checks itself, or never hits."""
         forecast = self.policy.forecast
-        has_own = isinstance(forecast, Fitted | Within)
+        has_own = isinstance(forecast, Fitted | Within | Corrected)
         return None if has_own or not self.may_hit() else Advice(forecast)
 
     # --- where an evaluation belongs ---

@@ -105,6 +105,8 @@ class BranchState:
     past: list[tuple[int, int]] = field(default_factory=list)
     accumulated: float = 0.0
     hits_in_a_row: int = 0
+    #: The steps of those since the oldest residual.
+    hits: list[int] = field(default_factory=list)
     computed: int = 0
     #: Why nothing is cached, if it is not that nothing was computed yet.
     lost: str | None = None
@@ -128,6 +130,7 @@ class BranchState:
     def forget(self) -> None:
         """Nothing cached means anything any more."""
         self.past.clear()
+        self.hits.clear()
         self.accumulated, self.hits_in_a_row = 0.0, 0
         self.computed, self.error = 0, None
 
@@ -201,6 +204,7 @@ class BranchState:
         """Note that a miss at the present step wrote ring slot `slot`."""
         kept = [entry for entry in self.past if entry[1] != slot]
         self.past = [(self.step, slot), *kept][: self.ring]
+        self.hits = [step for step in self.hits if step > self.past[-1][0]]
         self.accumulated, self.hits_in_a_row = 0.0, 0
         self.computed += 1
         self.lost = None
@@ -209,6 +213,7 @@ class BranchState:
         """Note a hit."""
         self.accumulated += score
         self.hits_in_a_row += 1
+        self.hits.append(self.step)
 
 
 @dataclass(frozen=True)

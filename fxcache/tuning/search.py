@@ -14,6 +14,9 @@ import torch
 
 from fxcache.policy.fitted import Place
 
+#: How much of a forecast's error another one has, a step apart.
+ALIKE = 0.9
+
 Past = tuple[int, ...]
 Weights = Callable[[int, Past], Sequence[float]]
 
@@ -36,13 +39,20 @@ def fit_weights(gram: torch.Tensor, step: int, past: Past, *, ridge: float = 1e-
     differences = gram[past_at][:, past_at] - cross[:, None] - cross[None, :] + gram[step, step]
     k = ridge * float(differences.trace()) / n
     reuse = torch.eye(n, dtype=torch.float64)[0]
-    # Nothing changed between these steps, to the precision of float32: reuse is exact.
-    if not k > ridge * 1e-13 * float(gram[step, step]):
+    if _distance(gram, step, past) == 0:
         return [float(weight) for weight in reuse]
     system = differences + k * torch.eye(n, dtype=torch.float64)
     right = torch.stack([k * reuse, torch.ones(n, dtype=torch.float64)], dim=1)
     w, ones = torch.linalg.solve(system, right).unbind(1)
     return [float(weight) for weight in w + ones * (1 - w.sum()) / ones.sum()]
+
+
+def _distance(gram: torch.Tensor, step: int, past: Past) -> float:
+    """The mean squared difference of the residuals at `past` to that at `step`; 0 if nothing
+    changed between these steps, to the precision of float32: reuse is exact.
+    """
+    mean = sum(squared_error(gram, step, (at,), (1.0,)) for at in past) / len(past)
+    return mean if mean > 1e-13 * float(gram[step, step]) else 0.0
 
 
 def search(
@@ -104,15 +114,51 @@ def schedule_costs(
     return cost
 
 
-def table_of(mask: Sequence[bool], ring: int, weights: Weights) -> dict[Place, list[float]]:
-    """The weights of every hit of `mask`, by step and past."""
-    past: Past = ()
-    table: dict[Place, list[float]] = {}
+def fit_table(
+    gram: torch.Tensor,
+    sensitivity: torch.Tensor,
+    mask: Sequence[bool],
+    ring: int,
+    *,
+    ridge: float = 1e-3,
+) -> dict[Place, list[float]]:
+    """The weights of every hit of `mask`, by step and past, fitted together.
+
+    A sampler sums up what its steps lack, and neighbouring forecasts err alike; so the weights
+    minimise ``sum_st ALIKE^|s - t| <e_s, e_t>`` over the hits s and t, with the errors e times the
+    steps' `sensitivity`: a hit makes good what those before it lacked. As in `fit_weights`, the
+    weights of a hit have the sum 1 and are pulled towards reuse.
+    """
+    hits, past = list[Place](), Past()
     for step, is_hit in enumerate(mask):
         if is_hit:
-            table[step, past] = list(weights(step, past))
+            hits.append((step, past))
         else:
             past = (step, *past)[:ring]
+    table = {(step, past): [1.0] + [0.0] * (len(past) - 1) for step, past in hits}
+    moving = [place for place in hits if _distance(gram, *place)]
+    owners = [(i, older) for i, (_, past) in enumerate(moving) for older in past[1:]]
+    if not owners:
+        return table
+    # The errors of reuse, and what a unit of weight that goes to an older residual changes.
+    residuals, of = torch.eye(len(gram), dtype=torch.float64), [i for i, _ in owners]
+    scales = torch.stack([sensitivity[step] for step, _ in moving]).double()
+    newest = torch.stack([residuals[past[0]] for _, past in moving])
+    errors = (newest - residuals[[step for step, _ in moving]]) * scales[:, None]
+    changes = (residuals[[older for _, older in owners]] - newest[of]) * scales[of, None]
+    steps = torch.tensor([step for step, _ in moving])
+    alike = ALIKE ** (steps[:, None] - steps).abs().double()
+    distances = torch.tensor([_distance(gram, *place) for place in moving], dtype=torch.float64)
+    pull = torch.eye(len(moving), dtype=torch.float64)[of][:, of] + torch.eye(
+        len(of), dtype=torch.float64
+    )
+    system = (changes @ gram @ changes.T) * alike[of][:, of]
+    system += ridge * (scales**2 * distances)[of] * pull
+    right = (changes @ gram @ errors.T * alike[of]).sum(1)
+    for (i, older), weight in zip(owners, torch.linalg.solve(system, -right).tolist(), strict=True):
+        weights = table[moving[i]]
+        weights[moving[i][1].index(older)] += weight
+        weights[0] -= weight
     return table
 
 

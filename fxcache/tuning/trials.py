@@ -22,11 +22,11 @@ from fxcache.tuning.result import Point, TuneResult, check_same_sample, check_sa
 from fxcache.tuning.sampling import Sampler, Seen, as_tensor, psnr
 from fxcache.tuning.search import (
     Past,
+    fit_table,
     fit_weights,
     interpolated_sensitivity,
     schedule_costs,
     search,
-    table_of,
 )
 
 log = logging.getLogger("fxcache")
@@ -211,7 +211,8 @@ class Trials:
         for name, mask in dict.fromkeys(masks):
             forecast = FORECASTS.get(name)
             if forecast is None:
-                forecast = Fitted(table=table_of(mask, RING, self._fitted), ring=RING)
+                table = fit_table(self.gram, self.sensitivity, mask, RING)
+                forecast = Fitted(table=table, ring=RING)
             yield name, StepSchedule(mask=mask, forecast=forecast, input_share=self.share)
 
     def _plan(self, name: str, exponent: int, computed: int) -> Plan:

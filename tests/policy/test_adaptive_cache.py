@@ -23,30 +23,42 @@ def lagrange(nodes, t):
     return [math.prod((t - b) / (a - b) for b in nodes if b != a) for a in nodes]
 
 
+def polynomial(entries, t):
+    """At `t`, the one through (step, residual) `entries`."""
+    weights = lagrange([at for at, _ in entries], t)
+    return sum(w * residual for w, (_, residual) in zip(weights, entries, strict=True))
+
+
 def expected(residuals, policy, num_steps):
-    """Which steps the definition hits, given each step's residuals as they are when computed."""
-    past, scale, total, in_a_row, found = [], None, 0.0, 0, []
+    """Which steps the definition hits, and what it puts in the place of every residual, given each
+    step's residuals as they are when computed.
+    """
+    past, scale, total, run, known, found, used = [], None, 0.0, [], [], [], []
     growth = lambda t, nodes: math.prod(abs(t - n) for n in nodes)  # noqa: E731
     for step, residual in enumerate(residuals):
         nodes = past[: policy.order + 1]
         steps = [at for at, _ in nodes]
         ready = len(nodes) == policy.order + 1
-        if ready and scale is not None and in_a_row < policy.max_consecutive_hits:
+        if ready and scale is not None and len(run) < policy.max_consecutive_hits:
             error = total + scale * growth(step, steps)
             slope = policy.slope if num_steps else 0
             share = 1 - slope + 2 * slope * step / ((num_steps or 2) - 1)
             is_last = num_steps is not None and step >= num_steps - policy.final_steps
             if error < policy.tolerance * share and not is_last:
-                total, in_a_row = error, in_a_row + 1
+                forecast, total = polynomial(nodes, step), error
+                made_good = [polynomial(past, hit) - then for hit, then in known if not run]
+                run.append((step, forecast))
+                used.append(forecast + sum(made_good))
                 found.append(True)
                 continue
         if ready:
-            forecast = sum(w * r for w, (_, r) in zip(lagrange(steps, step), nodes, strict=True))
-            off = (forecast - residual).abs().mean() / residual.abs().mean()
+            off = (polynomial(nodes, step) - residual).abs().mean() / residual.abs().mean()
             scale = float(off) / growth(step, steps)
-        past, total, in_a_row = [(step, residual), *past[:4]], 0.0, 0
+        past, total = [(step, residual), *past[: policy.order + 1]], 0.0
+        run, known = [], run
+        used.append(residual)
         found.append(False)
-    return found
+    return found, used
 
 
 class Moving(nn.Module):
@@ -82,11 +94,48 @@ def test_decisions_are_those_of_the_definition(order):
         policy = AdaptiveCache(order=order, tolerance=tolerance)
         adopt(denoiser, policy)
         with denoiser.trajectory(num_steps=num_steps):
-            for t in times:
-                denoiser(x, torch.tensor(t))
-        made = hits(denoiser)
-        assert made == expected(residuals, policy, num_steps), (tolerance, num_steps)
+            outputs = [denoiser(x, torch.tensor(t)) for t in times]
+        made, (found, used) = hits(denoiser), expected(residuals, policy, num_steps)
+        assert made == found, (tolerance, num_steps)
         assert order == 0 or tolerance < 0.02 or any(made)
+        wanted = [model.out(model.embed(x) + residual.float()) for residual in used]
+        torch.testing.assert_close(outputs, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_what_hits_lacked_is_made_good(order):
+    """By the next hit alone, of its step; and nothing where no hit was."""
+    forecast, past = AdaptiveCache(order=order).forecast, (12, 8, 6, 3)[: order + 2]
+    values = {at: float(at**3 - 40 * at**2) for at in range(14)}
+    at = lambda steps: [(step, values[step]) for step in steps]  # noqa: E731
+    value = lambda weights: sum(w * v for w, (_, v) in zip(weights, at(past), strict=True))  # noqa: E731
+    alone = polynomial(at(past[:-1]), 13)
+    assert value(forecast.weights(13, past)) == pytest.approx(alone)
+    lacked = sum(polynomial(at(past), hit) - polynomial(at(past[1:]), hit) for hit in (9, 11))
+    for hits_, wanted in (
+        ([7, 9, 11], alone + lacked),
+        ([7, 9, 11, 13], alone + lacked),  # a second evaluation of the step (Heun)
+        ([7], alone),  # another hit made it good; these steps were not evaluated, or computed
+        ([], alone),
+    ):
+        assert value(forecast.correct(13, past, hits_)) == pytest.approx(wanted)
+    assert forecast.correct(14, past, [9, 11, 13]) == forecast.weights(14, past)
+    assert forecast.correct(13, past[:-1], [9]) == forecast.weights(13, past[:-1])
+
+
+def test_steps_that_were_not_evaluated_were_no_hits():
+    model, x = seeded(Moving), torch.randn(1, 6, 4)
+    denoiser = plain(model, AdaptiveCache(tolerance=math.inf))
+    entries = []
+    with denoiser.trajectory(num_steps=40):
+        for step in (0, 3, 6, 9):
+            t = 1 + math.sin(0.1 * step)
+            with denoiser.at(step=step):
+                output = denoiser(x, torch.tensor(t))
+            entries.append((step, residual_of(model, x, t)))
+    assert hits(denoiser) == [False, False, False, True]
+    forecast = polynomial(entries[1:3], 9)
+    torch.testing.assert_close(output, model.out(model.embed(x) + forecast.float()))
 
 
 def run(denoiser, steps=STEPS, given=lambda i: moving(sample(), i)):

@@ -13,12 +13,12 @@ from fxcache.runtime.state import Buffers, Slot
 from fxcache.tuning import record as recording_module
 from fxcache.tuning.record import Recorder, Trajectory
 from fxcache.tuning.search import (
+    fit_table,
     fit_weights,
     interpolated_sensitivity,
     schedule_costs,
     search,
     squared_error,
-    table_of,
 )
 
 
@@ -138,18 +138,57 @@ def test_fitted_weights_are_better_than_every_forecaster_on_what_they_were_fitte
         assert own <= squared_error(gram, 7, past, forecast.weights(7, past)) + 1e-9
 
 
+SCHEDULE = [False, False, True, False, True, True, False, False, True, True]
+
+
 def test_fitted_weights_where_nothing_changes_are_those_of_reuse():
-    same = torch.full((5, 7), 0.1, dtype=torch.float64)
-    rounded = same + 1e-9 * torch.randn(5, 7, dtype=torch.float64)
-    for residuals in (same, rounded, torch.zeros_like(same)):
-        assert fit_weights(residuals @ residuals.T, 4, (3, 2, 0)) == [1, 0, 0]
+    same = torch.full((10, 7), 0.1, dtype=torch.float64)
+    rounded = same + 1e-9 * torch.randn(10, 7, dtype=torch.float64)
+    moving = torch.cat([rounded[:6], torch.randn(4, 7, dtype=torch.float64)])
+    for residuals in (same, rounded, torch.zeros_like(same), moving):
+        gram = residuals @ residuals.T
+        assert fit_weights(gram, 4, (3, 2, 0)) == [1, 0, 0]
+        table = fit_table(gram, torch.ones(10), SCHEDULE, 3)
+        assert table[4, (3, 1, 0)] == table[5, (3, 1, 0)] == [1, 0, 0]
+        assert table[2, (1, 0)] == [1, 0]
 
 
-def test_a_table_holds_the_weights_of_every_hit_and_falls_back_on_others():
-    mask = [False, True, False, False, True, False, False, True]
-    table = table_of(mask, 3, lambda step, past: [step, *past[1:]])
-    assert table == {(1, (0,)): [1], (4, (3, 2, 0)): [4, 2, 0], (7, (6, 5, 3)): [7, 5, 3]}
-    assert Fitted(table=table).weights(4, (3, 2, 0)) == [4, 2, 0]
+@pytest.mark.parametrize("ridge", [1e-3, 1.0])
+def test_weights_that_are_fitted_together_are_the_constrained_least_squares(ridge):
+    """Against numpy, on the residuals themselves: rows of errors, mixed by a root of what two
+    errors have in common.
+    """
+    residuals = torch.randn(10, 30, dtype=torch.float64).cumsum(0)
+    sensitivity = torch.rand(10, dtype=torch.float64) + 0.5
+    table = fit_table(residuals @ residuals.T, sensitivity, SCHEDULE, 3, ridge=ridge)
+    places, r, s = list(table), residuals.numpy(), sensitivity.numpy()
+    assert places == [(2, (1, 0)), (4, (3, 1, 0)), (5, (3, 1, 0)), (8, (7, 6, 3)), (9, (7, 6, 3))]
+    steps = np.array([step for step, _ in places])
+    root = np.linalg.cholesky(0.9 ** abs(steps[:, None] - steps)).T
+
+    def rows(weights):
+        """All that is squared, of the weights of all hits."""
+        pairs = list(zip(places, np.split(weights, [2, 5, 8, 11]), strict=True))
+        errors = [s[t] * (w @ r[list(past)] - r[t]) for (t, past), w in pairs]
+        pulls = [
+            s[t]
+            * (w - np.eye(len(w))[0])
+            * (ridge * ((r[list(past)] - r[t]) ** 2).sum(1).mean()) ** 0.5
+            for (t, past), w in pairs
+        ]
+        return np.concatenate([(root @ np.stack(errors)).ravel(), *pulls])
+
+    found = np.concatenate([table[place] for place in places])
+    assert [sum(weights) for weights in table.values()] == pytest.approx([1] * 5)
+    least = np.square(rows(found)).sum()
+    for i, j in [(0, 1), (2, 3), (3, 4), (5, 7), (8, 9), (11, 13), (12, 13)]:
+        for step in (-1e-3, 1e-3):
+            other = found.copy()
+            other[i], other[j] = other[i] + step, other[j] - step
+            assert np.square(rows(other)).sum() > least  # quadratic: so it is the minimum
+
+
+def test_a_table_falls_back_on_others():
     fitted = Fitted(table={(2, (1, 0)): [3.0, -2.0]})
     assert fitted.weights(2, [1, 0]) == [3, -2]
     assert fitted.weights(3, [1, 0]) == pytest.approx([3, -2])
