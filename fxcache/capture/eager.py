@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from fxcache.passes.graph import is_same_size, tensor_of
+from fxcache.passes.graph import same_sizes, tensor_of
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.expand.default)
@@ -102,8 +102,7 @@ def _is_layer(given: fx.Node, matrix: fx.Node, result: fx.Node) -> bool:
     """Whether a layer of weight `matrix` takes `given` to the shape of `result`."""
     made, wide = tensor_of(matrix).shape
     expected = (*tensor_of(given).shape[:-1], made, wide)
-    shape = (*tensor_of(result).shape, tensor_of(given).shape[-1])
-    return len(expected) == len(shape) and all(map(is_same_size, expected, shape))
+    return same_sizes(expected, (*tensor_of(result).shape, tensor_of(given).shape[-1]))
 
 
 def _binding(target: Any) -> Any:

@@ -5,6 +5,7 @@ The passes ask these functions and never look into ``node.meta`` themselves.
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -78,15 +79,9 @@ def bytes_of(node: fx.Node) -> int:
     return numel_of(node) * tensor_of(node).element_size() if is_tensor(node) else 0
 
 
-def same_sizes(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two tensors have one shape, symbols by their formulas: no guard is added."""
-    left, right = tensor_of(a).shape, tensor_of(b).shape
-    return len(left) == len(right) and all(map(is_same_size, left, right))
-
-
-def is_same_size(m: Any, n: Any) -> bool:
-    """Whether two sizes are equal, symbols by their formulas: no guard is added."""
-    return m == n if isinstance(m, int) and isinstance(n, int) else str(m) == str(n)
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether sizes are equal one by one, symbols by their formulas: no guard is added."""
+    return list(map(str, a)) == list(map(str, b))
 
 
 def op_name(node: fx.Node) -> str:
