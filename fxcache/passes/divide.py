@@ -59,14 +59,34 @@ class Segment:
 
 
 def divide(graph: fx.Graph) -> list[Segment]:
-    """The segments of `graph` in order.
+    """The segments of `graph` in order: units, and what lies between them.
 
-    Raises NotOutlinedError if nothing in it repeats, or if it must not be divided.
+    Raises NotOutlinedError if no unit has an equal, or if `graph` must not be divided.
     """
-    segments = _repeated(_computing_nodes(graph))
-    if segments is None:
+    nodes = _computing_nodes(graph)
+    labels = {node: _label(node) for node in nodes}
+    runs = [tuple(run) for _, run in groupby(nodes, labels.__getitem__)]
+    keys = [
+        body_key(run) if labels[run[0]] is not None and num_heavy(run) >= MIN_HEAVY else None
+        for run in runs
+    ]
+    counts = Counter(keys)
+    repeated = {key: run for run, key in zip(runs, keys, strict=True) if key and counts[key] > 1}
+    segments: list[Segment] = []
+    loose: list[fx.Node] = []  # neighbours that have no equal are one segment
+    for run, key in zip(runs, keys, strict=True):
+        if key in repeated:
+            part: Segment | None = Segment.of(run)
+        else:
+            part = _shorter_equal(run, repeated.values()) if key else None
+        if part is None:
+            loose.extend(run)
+            continue
+        segments += [Segment.of(loose), part] if loose else [part]
+        loose = []
+    if not segments:
         raise NotOutlinedError("no two units are equal")
-    return segments
+    return [*segments, Segment.of(loose)] if loose else segments
 
 
 def _computing_nodes(graph: fx.Graph) -> list[fx.Node]:
@@ -89,33 +109,6 @@ def _elements(node: fx.Node) -> list[fx.Node]:
         return []
     taken = [user for user in node.users if op_name(user) == "getitem"]
     return [each for element in taken for each in (element, *_elements(element))]
-
-
-def _repeated(nodes: Sequence[fx.Node]) -> list[Segment] | None:
-    """Divide `nodes` into units and what lies between them, None if no unit has an equal."""
-    labels = {node: _label(node) for node in nodes}
-    runs = [tuple(run) for _, run in groupby(nodes, labels.__getitem__)]
-    keys = [
-        body_key(run) if labels[run[0]] is not None and _is_worth_a_call(run) else None
-        for run in runs
-    ]
-    counts = Counter(keys)
-    repeated = {key: run for run, key in zip(runs, keys, strict=True) if key and counts[key] > 1}
-    segments: list[Segment] = []
-    loose: list[fx.Node] = []  # neighbours that have no equal are one segment
-    for run, key in zip(runs, keys, strict=True):
-        if key in repeated:
-            part: Segment | None = Segment.of(run)
-        else:
-            part = _shorter_equal(run, repeated.values()) if key else None
-        if part is None:
-            loose.extend(run)
-            continue
-        segments += [Segment.of(loose), part] if loose else [part]
-        loose = []
-    if not segments:
-        return None
-    return [*segments, Segment.of(loose)] if loose else segments
 
 
 def _shorter_equal(run: Nodes, codes: Iterable[Nodes]) -> Segment | None:
@@ -158,10 +151,6 @@ def _label(node: fx.Node) -> int | None:
     return unit
 
 
-def _is_worth_a_call(run: Nodes) -> bool:
-    return num_heavy(run) >= MIN_HEAVY
-
-
 def inputs_of(segment: Nodes) -> list[fx.Node]:
     inside = set(segment)
     read = dict.fromkeys(operand for node in segment for operand in node.all_input_nodes)
@@ -186,26 +175,16 @@ def body_key(segment: Nodes) -> Hashable:
     return tuple(known), operations(segment, inputs)
 
 
-class _Ref:
-    """Stands for a node in the text of an operation's arguments."""
-
-    def __init__(self, number: int | str) -> None:
-        self.number = number
-
-    def __repr__(self) -> str:
-        return f"%{self.number}"
-
-
 def operations(segment: Nodes, inputs: Sequence[fx.Node]) -> tuple[Hashable, ...]:
     """The operations of `segment`, nodes told by their places among `inputs` and each other."""
     numbers = {node: number for number, node in enumerate((*inputs, *segment))}
 
-    def ref(node: fx.Node) -> Any:
-        return _Ref(str(node.target)) if node.op == "get_attr" else _Ref(numbers[node])
+    def name(node: fx.Node) -> Any:
+        return f"%{node.target if node.op == 'get_attr' else numbers[node]}"
 
     written: list[Hashable] = []
     for node in segment:
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), ref)
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), name)
         target = node.target if isinstance(node.target, str) else id(node.target)
         written.append((node.op, target, repr(args), repr(kwargs)))
     return tuple(written)

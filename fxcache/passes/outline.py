@@ -36,6 +36,7 @@ from fxcache.passes.divide import (
     operations,
     writes_in_place,
 )
+from fxcache.passes.graph import same_sizes
 
 
 @dataclass(frozen=True)
@@ -112,42 +113,36 @@ class _Outliner:
     def run(self, segments: list[Segment]) -> Outline:
         calls = []
         for segment, outputs in zip(segments, _outputs_by_code(segments), strict=True):
-            returned = [node for node in segment.nodes if _is_returned(node)]
-            if outputs or returned or any(map(_has_effect, segment.nodes)):
+            returned = [n for n in segment.nodes if any(user.op == "output" for user in n.users)]
+            has_effect = any(writes_in_place(node) or node.is_impure() for node in segment.nodes)
+            if outputs or returned or has_effect:
                 calls.append(self._call(segment, outputs, returned))
         (results,) = self.module.graph.output_node().args
         assert isinstance(results, tuple)
-        places = tuple(
-            Place(self.returned[r] if r in self.returned else self.places[r])
-            if isinstance(r, fx.Node)
-            else r
-            for r in results
-        )
-        return Outline(tuple(calls), self.num_places, places)
+        places = self.places | self.returned
+        given = tuple(Place(places[r]) if isinstance(r, fx.Node) else r for r in results)
+        return Outline(tuple(calls), self.num_places, given)
 
     def _call(self, segment: Segment, outputs: list[int], returned: list[fx.Node]) -> Call:
         inputs, code_inputs = inputs_of(segment.nodes), inputs_of(segment.code)
         assert len(inputs) == len(code_inputs), "code takes what the segment takes"
-        for size in self._sizes_for(inputs):
-            inputs.append(size)
-            code_inputs.append(size)
+        # Shapes may be formulas of sizes: a compiler must find each symbol by itself somewhere.
+        sizes = [size for size in self.sizes if size not in inputs]
+        inputs, code_inputs = [*inputs, *sizes], [*code_inputs, *sizes]
         given = [self.values[node] for node in inputs]
         leaving = [segment.at[segment.nodes.index(node)] for node in returned]
-        every = sorted({*outputs, *leaving})
-        kind = self._kind(segment.code, code_inputs, given, every, [])
+        crossing, alone = sorted({*outputs, *leaving}), list[int]()
+        kind = self._kind(segment.code, code_inputs, given, crossing, alone)
         if not kind.copied.isdisjoint(leaving):  # what is returned must be as it is
-            every = outputs
-            kind = self._kind(segment.code, code_inputs, given, outputs, leaving)
-        reads = tuple(self.places[node] for node in inputs)
+            crossing, alone = outputs, leaving
+            kind = self._kind(segment.code, code_inputs, given, crossing, alone)
         first = self.num_places
-        for at, result in zip(every, kind.results, strict=False):
+        for at, result in zip(crossing, kind.results, strict=False):
             self._define(segment.node(at), _alike(result))
-        for node, at in zip(returned, leaving, strict=True):
-            if every is outputs:
-                self.returned[node] = self.num_places
-                self.num_places += 1
-            else:
-                self.returned[node] = first + every.index(at)
+        self.num_places += len(alone)
+        places = {at: place for place, at in enumerate([*crossing, *alone], first)}
+        self.returned |= {node: places[at] for node, at in zip(returned, leaving, strict=True)}
+        reads = tuple(self.places[node] for node in inputs)
         return Call(kind, reads, tuple(range(first, self.num_places)))
 
     def _kind(
@@ -156,30 +151,16 @@ class _Outliner:
         inputs: list[fx.Node],
         given: list[Any],
         crossing: list[int],
-        leaving: list[int],
+        alone: list[int],
     ) -> Kind:
-        body = operations(code, inputs)
-        key = (_layouts(given), body, tuple(crossing), tuple(leaving))
-        if key not in self.kinds:
-            nodes = [code[at] for at in crossing], [code[at] for at in leaving]
-            module, results, copied = _extract(self.module, code, inputs, *nodes, given)
-            indices = frozenset(crossing[index] for index in copied)
-            self.kinds[key] = Kind(key, module, tuple(given), results, indices)
-        return self.kinds[key]
-
-    def _sizes_for(self, inputs: list[fx.Node]) -> list[fx.Node]:
-        """The symbolic sizes that are not among `inputs`, whose shapes may be formulas of them: a
-        compiler must find each symbol by itself somewhere.
+        """`code` for inputs like `given`: its results are those at `crossing`, copied out where
+        they are views, then those at `alone`, as they are.
         """
-        return [size for size in self.sizes if size not in inputs]
-
-
-def _is_returned(node: fx.Node) -> bool:
-    return any(user.op == "output" for user in node.users)
-
-
-def _has_effect(node: fx.Node) -> bool:
-    return writes_in_place(node) or node.is_impure()
+        key = (_layouts(given), operations(code, inputs), tuple(crossing), tuple(alone))
+        if key not in self.kinds:
+            made = _extract(self.module, code, inputs, given, crossing, alone)
+            self.kinds[key] = Kind(key, *made)
+        return self.kinds[key]
 
 
 def _outputs_by_code(segments: list[Segment]) -> list[list[int]]:
@@ -236,14 +217,14 @@ def _storage(value: torch.Tensor) -> int:
 
 def _extract(
     module: fx.GraphModule,
-    segment: Nodes,
+    code: Nodes,
     inputs: list[fx.Node],
-    crossing: list[fx.Node],
-    returned: list[fx.Node],
     given: list[Any],
-) -> tuple[fx.GraphModule, tuple[Any, ...], set[int]]:
-    """`segment` as a module of its own, and the fake values that it gives: `crossing`, copied out
-    where they are views, then `returned`, as they are. Also the indices of the copies.
+    crossing: list[int],
+    alone: list[int],
+) -> tuple[fx.GraphModule, tuple[Any, ...], tuple[Any, ...], frozenset[int]]:
+    """What a `Kind` says of `code`: a module of its own, the fake values that it takes and gives,
+    and which of `crossing` are copies.
     """
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
@@ -255,52 +236,45 @@ def _extract(
             copies[node] = graph.node_copy(node)
         return copies[node]
 
-    for node in segment:
+    for node in code:
         copies[node] = graph.node_copy(node, read)
-    leaving = [*crossing, *returned]
-    results = [copies[node] for node in leaving]
+    results = [copies[code[at]] for at in (*crossing, *alone)]
     graph.output(tuple(results))
     part = fx.GraphModule(module, graph)
     values = _propagate(part, given)
     memory = Counter(_storage(v) for v in (*given, *values) if isinstance(v, torch.Tensor))
     copied = set()
-    for index, (node, value) in enumerate(zip(crossing, values, strict=False)):
+    for index, at in enumerate(crossing):
+        value = values[index]
         if not isinstance(value, torch.Tensor):
             if not isinstance(value, torch.SymInt | int | float | torch.SymFloat):
-                raise NotOutlinedError(f"{node} is a {type(value).__name__}")
+                raise NotOutlinedError(f"{code[at]} is a {type(value).__name__}")
             continue
         if is_traceable_wrapper_subclass(value) or value.is_conj() or value.is_neg():
-            raise NotOutlinedError(f"{node} is no plain tensor")
-        if memory[_storage(value)] > 1 or not _is_dense(value):
-            copied.add(index)
+            raise NotOutlinedError(f"{code[at]} is no plain tensor")
+        own = value.numel() * value.element_size()
+        is_dense = same_sizes([value.untyped_storage().nbytes()], [own])
+        if memory[_storage(value)] > 1 or not is_dense:
+            copied.add(at)
+            contiguous: Any = {"memory_format": torch.contiguous_format}
             with graph.inserting_before(graph.output_node()):
-                results[index] = graph.call_method(
-                    "clone", (results[index],), {"memory_format": torch.contiguous_format}
-                )
+                results[index] = graph.call_method("clone", (results[index],), contiguous)
+            values[index] = value.clone(**contiguous)
     graph.output_node().args = (tuple(results),)
     graph.lint()
     part.recompile()
-    return part, tuple(_propagate(part, given)), copied
+    return part, tuple(given), tuple(values), frozenset(copied)
 
 
-def _is_dense(value: torch.Tensor) -> bool:
-    """Whether `value` fills its memory."""
-    held, own = value.untyped_storage().nbytes(), value.numel() * value.element_size()
-    if isinstance(held, int) and isinstance(own, int):
-        return held == own
-    return str(held) == str(own)
-
-
-def _propagate(part: fx.GraphModule, given: list[Any]) -> Sequence[Any]:
+def _propagate(part: fx.GraphModule, given: list[Any]) -> list[Any]:
     mode = next((v.fake_mode for v in given if isinstance(v, torch._subclasses.FakeTensor)), None)
     if mode is None:
         raise NotOutlinedError("a part of it reads no tensor")
     try:
         with mode:
-            results: Sequence[Any] = part(*given)
+            return list(part(*given))
     except Exception as error:
         raise NotOutlinedError(f"a part of it does not run by itself: {error}") from error
-    return results
 
 
 def _alike(value: Any) -> Any:
