@@ -18,6 +18,7 @@ that strides change at edges, so what reads strides (``as_strided``) is not divi
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -63,21 +64,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Outline:
-    """A piece as a sequence of calls over numbered places; the first places are its arguments.
-
-    `results` are places, or constants that are returned as they are.
+    """A piece as a sequence of calls over numbered places: first come its arguments, then what the
+    calls give, `num_places` in all, and behind them `constants`. `results` are places.
     """
 
     calls: tuple[Call, ...]
     num_places: int
-    results: tuple["Place | Any", ...]
-
-
-@dataclass(frozen=True)
-class Place:
-    """A place whose value is returned."""
-
-    index: int
+    constants: tuple[Any, ...]
+    results: tuple[int, ...]
 
 
 def outline(module: fx.GraphModule, fakes: Sequence[Any]) -> Outline | str:
@@ -119,9 +113,10 @@ class _Outliner:
                 calls.append(self._call(segment, outputs, returned))
         (results,) = self.module.graph.output_node().args
         assert isinstance(results, tuple)
-        places = self.places | self.returned
-        given = tuple(Place(places[r]) if isinstance(r, fx.Node) else r for r in results)
-        return Outline(tuple(calls), self.num_places, given)
+        constants = tuple(r for r in results if not isinstance(r, fx.Node))
+        places, behind = self.places | self.returned, count(self.num_places)
+        given = tuple(places[r] if isinstance(r, fx.Node) else next(behind) for r in results)
+        return Outline(tuple(calls), self.num_places, constants, given)
 
     def _call(self, segment: Segment, outputs: list[int], returned: list[fx.Node]) -> Call:
         inputs, code_inputs = inputs_of(segment.nodes), inputs_of(segment.code)

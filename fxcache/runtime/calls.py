@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fxcache.passes.outline import Outline, Place
+from fxcache.passes.outline import Outline
 
 Function = Callable[..., Sequence[Any]]
 
@@ -17,14 +17,13 @@ class CallSequence:
     """
 
     def __init__(self, outline: Outline, functions: Sequence[Function]) -> None:
-        kept = {result.index for result in outline.results if isinstance(result, Place)}
         last_use = {
             place: number
             for number, call in enumerate(outline.calls)
             for place in (*call.writes, *call.reads)
         }
         arguments = outline.num_places - sum(len(call.writes) for call in outline.calls)
-        self.num_computed = outline.num_places - arguments
+        self.others = [*[None] * (outline.num_places - arguments), *outline.constants]
         self.results = outline.results
         self.steps = []
         for number, (call, function) in enumerate(zip(outline.calls, functions, strict=True)):
@@ -32,15 +31,15 @@ class CallSequence:
             dead = [
                 place
                 for place, last in last_use.items()
-                if last == number and place >= arguments and place not in kept
+                if last == number and place >= arguments and place not in self.results
             ]
             first = call.writes[0] if call.writes else 0
             self.steps.append((function, call.reads, first, first + len(call.writes), dead))
 
     def __call__(self, *args: Any) -> list[Any]:
-        values = [*args, *[None] * self.num_computed]
+        values = [*args, *self.others]
         for function, reads, first, end, dead in self.steps:
             values[first:end] = function(*[values[place] for place in reads])
             for place in dead:
                 values[place] = None
-        return [values[r.index] if isinstance(r, Place) else r for r in self.results]
+        return [values[place] for place in self.results]
