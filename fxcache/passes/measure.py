@@ -10,7 +10,7 @@ The head writes nothing: an evaluation that is begun anew measures the same agai
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -18,12 +18,11 @@ from torch._subclasses import FakeTensor
 
 from fxcache.kernels import reference, spectral
 from fxcache.passes.graph import tensor_of
+from fxcache.passes.piece_graph import PieceGraph
 from fxcache.passes.probe import Probe
+from fxcache.passes.renew import renewed
 from fxcache.passes.rows import Rows
 from fxcache.policy.probe import FilteredInput, ModelInput
-
-if TYPE_CHECKING:
-    from fxcache.passes.piece_graph import PieceGraph
 
 REFERENCE = "fxcache_reference"
 #: Scratch of the kernel that measures.
@@ -71,7 +70,7 @@ class Measurement:
                 tensors[OUTPUT] = output.new_empty(output.shape)
         return cast(dict[str, FakeTensor], tensors)
 
-    def measure(self, graph: "PieceGraph") -> tuple[Any, dict[str, fx.Node]]:
+    def measure(self, graph: PieceGraph) -> tuple[Any, dict[str, fx.Node]]:
         """In the head: float32 [1] (metric) or [2] (metric, timestep) of each request, and values
         that hit and miss need, by key. One read-back serves metric and timestep.
         """
@@ -101,12 +100,12 @@ class Measurement:
             return value[None]
         return value.unflatten(0, (-1, self.rows.leading(node)))
 
-    def _change(self, graph: "PieceGraph", after: Any, before: Any = None) -> Any:
+    def _change(self, graph: PieceGraph, after: Any, before: Any = None) -> Any:
         """float32 [B, 2]: sum |p - p*| and sum |p*|; of all ranks and a request's rows [1, 2]."""
-        operands = [after, before, graph.proxy(graph.argument(REFERENCE))]
+        operands = [after, before, graph.argument(REFERENCE)]
         operands = [None if each is None else self._real(each) for each in operands]
         if self.kernels is not reference:
-            operands.append(graph.proxy(graph.argument(TICKETS)))
+            operands.append(graph.argument(TICKETS))
         sums = self.kernels.residual_diff(*operands)
         if not self.groups:
             return sums
@@ -118,7 +117,7 @@ class Measurement:
         is_complex = tensor_of(self.probe.node).is_complex()
         return torch.view_as_real(value.resolve_conj()) if is_complex else value
 
-    def _metric(self, graph: "PieceGraph", change: Any) -> Any:
+    def _metric(self, graph: PieceGraph, change: Any) -> Any:
         """The metric out of the sums, [requests]. NaN and Inf stay."""
         # Sums of ranks are of requests already.
         own = change[:, None] if self.groups else self._by_request(change, self.probe.node)
@@ -127,7 +126,7 @@ class Measurement:
             return (total / (scale + 1e-16)).mean(1)
         total, scale = own.sum(1).unbind(1)
         if isinstance(self.probe.kind, ModelInput):
-            kept = graph.proxy(graph.argument(STATISTICS))
+            kept = graph.argument(STATISTICS)
             rate, size = (kept if self.rows is None else kept[:: self.rows.per_request]).unbind(-1)
             sample = graph.proxy(graph.read(self.probe.node))
             number = self._by_request(sample, self.probe.node)[0].numel()
@@ -146,31 +145,29 @@ class Measurement:
         """What is measured is made of these."""
         return self.probe.reads
 
-    def _values(self, graph: "PieceGraph") -> list[Any]:
+    def _values(self, graph: PieceGraph) -> list[Any]:
         """What is measured: [p], or [after, before] of a residual."""
         after, skeleton = graph.proxy(graph.read(self.probe.node)), self.probe.skeleton
         if skeleton is None:
             return [after]
-        before = graph.proxy(graph.skeletons.write(skeleton))
-        dtype = tensor_of(self.probe.node).dtype
-        return [after, before if skeleton.dtype == dtype else before.to(dtype)]
+        return [after, renewed(graph, skeleton, tensor_of(self.probe.node).dtype)]
 
-    def on_hit(self, graph: "PieceGraph") -> None:
+    def on_hit(self, graph: PieceGraph) -> None:
         """Keep what the next evaluation is compared with, if that is the previous step's."""
         if self.probe.kind.reference == "previous":
             self._keep_probe(graph)
 
-    def on_miss(self, graph: "PieceGraph") -> None:
+    def on_miss(self, graph: PieceGraph) -> None:
         """Keep what the next evaluation is compared with."""
         if isinstance(self.probe.kind, ModelInput):
             self._keep_statistics(graph)
         self._keep_probe(graph)
 
-    def _keep_probe(self, graph: "PieceGraph") -> None:
+    def _keep_probe(self, graph: PieceGraph) -> None:
         filtered = isinstance(self.probe.kind, FilteredInput)
-        values = [graph.proxy(graph.argument(FILTERED))] if filtered else self._values(graph)
-        kept = graph.proxy(graph.argument(REFERENCE))
-        self.kernels.refresh(values[0], values[1] if len(values) > 1 else None, kept)
+        values = [graph.argument(FILTERED)] if filtered else self._values(graph)
+        before = values[1] if len(values) > 1 else None
+        self.kernels.refresh(values[0], before, graph.argument(REFERENCE))
 
     def _means(self, *values: Any) -> Any:
         """The mean size of each value's elements, over all ranks; of a batch, of each request."""
@@ -184,13 +181,11 @@ class Measurement:
         total, count = shared(torch.stack([*totals, *counts]), self.groups).chunk(2)
         return (total / count).unbind(0)
 
-    def _keep_statistics(self, graph: "PieceGraph") -> None:
+    def _keep_statistics(self, graph: PieceGraph) -> None:
         """How fast the output followed the input between the last two computed steps."""
         x = graph.proxy(graph.read(self.probe.node))
         y = graph.proxy(graph.read(self.output))
-        last_x, last_y, statistics = (
-            graph.proxy(graph.argument(key)) for key in (INPUT, OUTPUT, STATISTICS)
-        )
+        last_x, last_y, statistics = map(graph.argument, (INPUT, OUTPUT, STATISTICS))
         of_x = self._real(x).float() - self._real(last_x).float()
         moved, by, size = self._means(
             self._by_request(y.float() - last_y.float(), self.output),

@@ -15,7 +15,7 @@ from fxcache.errors import CaptureError
 from fxcache.passes.cut import Cut
 from fxcache.passes.facts import Mask
 from fxcache.passes.graph import outputs_of, tensor_of, value_of
-from fxcache.passes.renew import Writer
+from fxcache.passes.skeleton import Skeleton
 
 #: The meta keys of nodes that were not captured, and of the unit that others are part of.
 WRITTEN, UNIT = "fxcache_written", "fxcache_unit"
@@ -54,7 +54,8 @@ class PieceGraph:
         self.tracer = _Tracer(self.graph)
         self.defined: dict[fx.Node, fx.Node] = {}
         self.arguments: dict[Hashable, fx.Node] = {}
-        self.skeletons = Writer(self.facts, self.call_function, self.read, self.zeros)
+        #: By the skeletons themselves: two may be of one node.
+        self.skeletons: dict[Skeleton, fx.Node] = {}
 
     def proxy(self, node: fx.Node) -> Any:
         return fx.Proxy(node, self.tracer)
@@ -63,11 +64,11 @@ class PieceGraph:
         """A node that the pass writes."""
         return self.tracer.create_node("call_function", target, tuple(args), dict(kwargs or {}))
 
-    def argument(self, key: str) -> fx.Node:
-        """The placeholder for `key`, made at its first use."""
+    def argument(self, key: str) -> Any:
+        """A proxy of the placeholder for `key`, which is made at its first use."""
         if key not in self.arguments:
             self.arguments[key] = self._placeholder(key)
-        return self.arguments[key]
+        return self.proxy(self.arguments[key])
 
     def _placeholder(self, name: str) -> fx.Node:
         first_other = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
@@ -75,9 +76,6 @@ class PieceGraph:
             return self.graph.placeholder(name)
         with self.graph.inserting_before(first_other):
             return self.graph.placeholder(name)
-
-    def define(self, node: fx.Node, value: fx.Node) -> None:
-        self.defined[node] = value
 
     def read(self, node: fx.Node) -> fx.Node:
         """The node of this graph that holds `node`: computed here, or an argument."""

@@ -28,6 +28,7 @@ from fxcache.passes.graph import tensor_of, value_of
 from fxcache.passes.measure import Measurement
 from fxcache.passes.piece_graph import Piece, PieceGraph
 from fxcache.passes.probe import Probe
+from fxcache.passes.renew import renewed
 from fxcache.passes.rows import Rows
 from fxcache.passes.skeleton import reads
 from fxcache.passes.store import largest_kept, saturated, stored_dtype
@@ -165,12 +166,12 @@ class _PiecesWriter:
             n for s in self.cut.streams if s.skeleton for n in reads(s.skeleton, self.facts)
         ]
         graph.emit(self.facts.closure(renewing) & ~self.in_head)
-        weights = graph.proxy(graph.argument(WEIGHTS)) if ring > 1 else None
+        weights = graph.argument(WEIGHTS) if ring > 1 else None
         for index, stream in enumerate(self.cut.streams):
             before = self._before(graph, stream)
             past = [self._past(graph, stream, ring_key(index, j)) for j in range(ring)]
             predicted = self._forecast(stream, before, past, weights)
-            graph.define(stream.after, _laid_out_like(stream.after, predicted).node)
+            graph.defined[stream.after] = _laid_out_like(stream.after, predicted).node
         if self.measurement is not None:
             self.measurement.on_hit(graph)
         graph.emit(self.cut.hit & ~self.in_head)
@@ -204,16 +205,12 @@ class _PiecesWriter:
         """What of `stream` is renewed, a proxy (None: nothing is): of it, the cut's share."""
         if stream.skeleton is None:
             return None
-        before, dtype = graph.proxy(graph.skeletons.write(stream.skeleton)), stream.after_dtype
-        if stream.skeleton.dtype != dtype:
-            before = before.to(dtype)
-        share = self.cut.input_share
+        before, share = renewed(graph, stream.skeleton, stream.after_dtype), self.cut.input_share
         return before if share == 1 else before * share
 
     def _past(self, graph: PieceGraph, stream: Stream, key: str) -> Any:
         """A past residual of `stream`, in the dtype that it was computed in."""
-        residual = graph.proxy(graph.argument(key))
-        computed = stream.after_dtype
+        residual, computed = graph.argument(key), stream.after_dtype
         is_as_computed = stored_dtype(computed, self.cache_dtype) == computed
         return residual if is_as_computed else residual.to(computed)
 
@@ -227,7 +224,7 @@ class _PiecesWriter:
         if limit is not None:
             residual = value if base is None else value - base
             value, base = saturated(residual, limit, stored), None
-        slot = graph.proxy(graph.argument(slot_key(index)))
+        slot = graph.argument(slot_key(index))
         if not others:
             return self.kernels.refresh(value, base, slot)
         past = [self._past(graph, stream, other_key(index, j)) for j in range(others)]
@@ -235,8 +232,7 @@ class _PiecesWriter:
         if computed.is_complex:
             operands = tuple(None if each is None else _parts(each) for each in operands)
         value, base, slot, *past = operands
-        weights = graph.proxy(graph.argument(ERROR_WEIGHTS))
-        return self.kernels.refresh_error(value, base, slot, past, weights)
+        return self.kernels.refresh_error(value, base, slot, past, graph.argument(ERROR_WEIGHTS))
 
 
 def _parts(value: Any) -> Any:
