@@ -10,6 +10,7 @@ The head writes nothing: an evaluation that is begun anew measures the same agai
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -34,6 +35,7 @@ STATISTICS, INPUT, OUTPUT = "fxcache_statistics", "fxcache_input", "fxcache_outp
 FILTERED = "fxcache_filtered"
 
 
+@dataclass(frozen=True)
 class Measurement:
     """Writes the measurement of `probe` into pieces; `output` is what leaves the span.
 
@@ -42,45 +44,24 @@ class Measurement:
     each request of a batch is measured by itself, and what is kept has a row's values in each row.
     """
 
-    def __init__(
-        self,
-        probe: Probe,
-        output: fx.Node,
-        timestep: fx.Node | None,
-        kernels: Any,
-        groups: Sequence[str] = (),
-        rows: Rows | None = None,
-    ) -> None:
-        self.probe, self.output, self.timestep = probe, output, timestep
-        self.kernels, self.groups, self.rows = kernels, tuple(groups), rows
-
-    def kept(self) -> dict[str, FakeTensor]:
-        """Fake tensors like those that are kept between evaluations, by key."""
-        after = tensor_of(self.probe.node)
-        with after.fake_mode, torch.no_grad():
-            probe = after.new_empty(after.shape)
-            tensors = {
-                REFERENCE: probe,
-                TICKETS: probe.new_empty(probe.shape[:1], dtype=torch.int32),
-            }
-            if isinstance(self.probe.kind, ModelInput):
-                tensors[STATISTICS] = probe.new_empty((2,), dtype=torch.float32)
-                tensors[INPUT] = probe.new_empty(probe.shape)
-                output = tensor_of(self.output)
-                tensors[OUTPUT] = output.new_empty(output.shape)
-        return cast(dict[str, FakeTensor], tensors)
+    probe: Probe
+    output: fx.Node
+    timestep: fx.Node | None
+    kernels: Any
+    groups: Sequence[str] = ()
+    rows: Rows | None = None
 
     def measure(self, graph: PieceGraph) -> tuple[Any, dict[str, fx.Node]]:
         """In the head: float32 [1] (metric) or [2] (metric, timestep) of each request, and values
         that hit and miss need, by key. One read-back serves metric and timestep.
         """
         time = None if self.timestep is None else graph.proxy(graph.read(self.timestep))
-        values = self._values(graph)
+        (after, before), kind = self._values(graph), self.probe.kind
         results: dict[str, fx.Node] = {}
-        if isinstance(self.probe.kind, FilteredInput):
-            values = [self._filtered(values[0], time, self.probe.kind)]
-            results[FILTERED] = values[0].node
-        metric = self._metric(graph, self._change(graph, *values))
+        if isinstance(kind, FilteredInput):
+            after = spectral.signal_filter(after, time, list(self.probe.axes), kind.power)
+            results[FILTERED] = after.node
+        metric = self._metric(graph, self._change(graph, after, before))
         measured = [metric]
         if time is not None:
             time = self._latest(time).to(device=metric.device, dtype=torch.float32)
@@ -100,10 +81,10 @@ class Measurement:
             return value[None]
         return value.unflatten(0, (-1, self.rows.leading(node)))
 
-    def _change(self, graph: PieceGraph, after: Any, before: Any = None) -> Any:
+    def _change(self, graph: PieceGraph, after: Any, before: Any) -> Any:
         """float32 [B, 2]: sum |p - p*| and sum |p*|; of all ranks and a request's rows [1, 2]."""
-        operands = [after, before, graph.argument(REFERENCE)]
-        operands = [None if each is None else self._real(each) for each in operands]
+        dtype = tensor_of(self.probe.node).dtype
+        operands = [as_real(each, dtype) for each in (after, before, graph.argument(REFERENCE))]
         if self.kernels is not reference:
             operands.append(graph.argument(TICKETS))
         sums = self.kernels.residual_diff(*operands)
@@ -111,11 +92,6 @@ class Measurement:
             return sums
         together = self._by_request(sums, self.probe.node).sum(1)  # ranks may have other batches
         return shared(together, self.groups)
-
-    def _real(self, value: Any) -> Any:
-        """The parts of what is measured, if it is complex."""
-        is_complex = tensor_of(self.probe.node).is_complex()
-        return torch.view_as_real(value.resolve_conj()) if is_complex else value
 
     def _metric(self, graph: PieceGraph, change: Any) -> Any:
         """The metric out of the sums, [requests]. NaN and Inf stay."""
@@ -137,20 +113,12 @@ class Measurement:
         # is.
         return torch.where(total == 0, total, total / scale)
 
-    def _filtered(self, value: Any, time: Any, kind: FilteredInput) -> Any:
-        return spectral.signal_filter(value, time, list(self.probe.axes), kind.power)
-
-    @property
-    def reads(self) -> tuple[fx.Node, ...]:
-        """What is measured is made of these."""
-        return self.probe.reads
-
-    def _values(self, graph: PieceGraph) -> list[Any]:
-        """What is measured: [p], or [after, before] of a residual."""
+    def _values(self, graph: PieceGraph) -> tuple[Any, Any]:
+        """What is measured, and what is taken away from it to get a residual (None: nothing)."""
         after, skeleton = graph.proxy(graph.read(self.probe.node)), self.probe.skeleton
         if skeleton is None:
-            return [after]
-        return [after, renewed(graph, skeleton, tensor_of(self.probe.node).dtype)]
+            return after, None
+        return after, renewed(graph, skeleton, tensor_of(self.probe.node).dtype)
 
     def on_hit(self, graph: PieceGraph) -> None:
         """Keep what the next evaluation is compared with, if that is the previous step's."""
@@ -164,10 +132,9 @@ class Measurement:
         self._keep_probe(graph)
 
     def _keep_probe(self, graph: PieceGraph) -> None:
-        filtered = isinstance(self.probe.kind, FilteredInput)
-        values = [graph.argument(FILTERED)] if filtered else self._values(graph)
-        before = values[1] if len(values) > 1 else None
-        self.kernels.refresh(values[0], before, graph.argument(REFERENCE))
+        is_filtered = isinstance(self.probe.kind, FilteredInput)
+        values = (graph.argument(FILTERED), None) if is_filtered else self._values(graph)
+        self.kernels.refresh(*values, graph.argument(REFERENCE))
 
     def _means(self, *values: Any) -> Any:
         """The mean size of each value's elements, over all ranks; of a batch, of each request."""
@@ -186,7 +153,8 @@ class Measurement:
         x = graph.proxy(graph.read(self.probe.node))
         y = graph.proxy(graph.read(self.output))
         last_x, last_y, statistics = map(graph.argument, (INPUT, OUTPUT, STATISTICS))
-        of_x = self._real(x).float() - self._real(last_x).float()
+        dtype = tensor_of(self.probe.node).dtype
+        of_x = as_real(x, dtype).float() - as_real(last_x, dtype).float()
         moved, by, size = self._means(
             self._by_request(y.float() - last_y.float(), self.output),
             self._by_request(of_x, self.probe.node),
@@ -198,6 +166,28 @@ class Measurement:
         statistics.copy_(now.reshape(statistics.shape))
         last_x.copy_(x)
         last_y.copy_(y)
+
+
+def kept_fakes(probe: Probe, output: fx.Node) -> dict[str, FakeTensor]:
+    """Fake tensors like those that a measurement keeps between evaluations, by key."""
+    after, last = tensor_of(probe.node), tensor_of(output)
+    with after.fake_mode, torch.no_grad():
+        tensors = {
+            REFERENCE: after.new_empty(after.shape),
+            TICKETS: after.new_empty(after.shape[:1], dtype=torch.int32),
+        }
+        if isinstance(probe.kind, ModelInput):
+            tensors[STATISTICS] = after.new_empty((2,), dtype=torch.float32)
+            tensors[INPUT] = after.new_empty(after.shape)
+            tensors[OUTPUT] = last.new_empty(last.shape)
+    return cast(dict[str, FakeTensor], tensors)
+
+
+def as_real(value: Any, dtype: torch.dtype) -> Any:
+    """`value` of `dtype` (None: there is none), of a complex one its two parts."""
+    if value is None or not dtype.is_complex:
+        return value
+    return torch.view_as_real(value.resolve_conj())
 
 
 def shared(sums: Any, groups: Sequence[str]) -> Any:

@@ -25,7 +25,7 @@ from fxcache.kernels import reference
 from fxcache.passes.cut import Cut, Stream
 from fxcache.passes.facts import Mask
 from fxcache.passes.graph import tensor_of, value_of
-from fxcache.passes.measure import Measurement
+from fxcache.passes.measure import Measurement, as_real, kept_fakes
 from fxcache.passes.piece_graph import Piece, PieceGraph
 from fxcache.passes.probe import Probe
 from fxcache.passes.renew import renewed
@@ -84,7 +84,10 @@ def build_pieces(
     of the process `groups` measure the same, requests of a batch with `rows` each by itself. `gm`
     is not changed.
     """
-    measurement = measurement_of(cut, probe, kernels, groups, rows)
+    measurement = None
+    if probe is not None:
+        timestep = cut.facts.inputs.timestep
+        measurement = Measurement(probe, cut.streams[0].after, timestep, kernels, groups, rows)
     writer = _PiecesWriter(gm, cut, measurement, kernels, cache_dtype)
     head = None if probe is None else writer.head()
     return Pieces(head, writer.hit(ring), writer.miss(others))
@@ -115,7 +118,7 @@ class _PiecesWriter:
 
     def _head(self, measurement: Measurement) -> Mask:
         """What runs before the decision: what is measured, and what both ways out need."""
-        facts, wanted = self.facts, list(measurement.reads)
+        facts, wanted = self.facts, list(measurement.probe.reads)
         for stream in self.cut.streams:
             if stream.skeleton is not None:
                 wanted += reads(stream.skeleton, facts)
@@ -139,7 +142,7 @@ class _PiecesWriter:
         skeletons = [s.skeleton for s in self.cut.streams if s.skeleton is not None]
         kept = {node for skeleton in skeletons for node in reads(skeleton, facts)}
         if self.measurement is not None:
-            kept.update(self.measurement.reads)
+            kept.update(self.measurement.probe.reads)
         inside = facts.in_order(self.in_head)
         for node in inside:
             if any(not self.in_head >> facts.position[user] & 1 for user in node.users):
@@ -195,11 +198,11 @@ class _PiecesWriter:
 
     def _forecast(self, stream: Stream, before: Any, past: list[Any], weights: Any) -> Any:
         """What the kernel predicts; of a complex stream, of both parts."""
-        if weights is None or not stream.after_dtype.is_complex:
+        dtype = stream.after_dtype
+        if weights is None or not dtype.is_complex:
             return self.kernels.forecast(before, past, weights)
-        parts = None if before is None else _parts(before)
-        predicted = self.kernels.forecast(parts, list(map(_parts, past)), weights)
-        return torch.view_as_complex(predicted)
+        before, *past = (as_real(each, dtype) for each in (before, *past))
+        return torch.view_as_complex(self.kernels.forecast(before, past, weights))
 
     def _before(self, graph: PieceGraph, stream: Stream) -> Any:
         """What of `stream` is renewed, a proxy (None: nothing is): of it, the cut's share."""
@@ -228,16 +231,8 @@ class _PiecesWriter:
         if not others:
             return self.kernels.refresh(value, base, slot)
         past = [self._past(graph, stream, other_key(index, j)) for j in range(others)]
-        operands = value, base, slot, *past
-        if computed.is_complex:
-            operands = tuple(None if each is None else _parts(each) for each in operands)
-        value, base, slot, *past = operands
+        value, base, slot, *past = (as_real(each, computed) for each in (value, base, slot, *past))
         return self.kernels.refresh_error(value, base, slot, past, graph.argument(ERROR_WEIGHTS))
-
-
-def _parts(value: Any) -> Any:
-    """The real and the imaginary parts of a complex value."""
-    return torch.view_as_real(value.resolve_conj())
 
 
 def is_random(node: fx.Node) -> bool:
@@ -264,34 +259,15 @@ def _laid_out_like(after: fx.Node, predicted: Any) -> Any:
     return predicted.permute(order).contiguous().permute(inverse)
 
 
-def measurement_of(
-    cut: Cut, probe: Probe | None, kernels: Any = reference, *how: Any
-) -> Measurement | None:
-    """How `probe` is measured, None if nothing is. `how`: see `Measurement`."""
-    if probe is None:
-        return None
-    return Measurement(probe, cut.streams[0].after, cut.facts.inputs.timestep, kernels, *how)
-
-
 def state_fakes(
     cut: Cut, probe: Probe | None, cache_dtype: torch.dtype | None = None
 ) -> tuple[dict[str, FakeTensor], list[FakeTensor]]:
     """Fake tensors like what the measurement keeps, by key, and like each stream's residual
     (contiguous, in `cache_dtype`; None: as they are computed).
     """
-    measurement = measurement_of(cut, probe)
     residuals = []
-    with torch.no_grad():
-        for stream in cut.streams:
-            with tensor_of(stream.after).fake_mode:
-                residual = residual_like(stream)
-                stored = stored_dtype(residual.dtype, cache_dtype)
-                residuals.append(cast(FakeTensor, residual.to(stored)))
-    return {} if measurement is None else measurement.kept(), residuals
-
-
-def residual_like(stream: Stream) -> FakeTensor:
-    """A fake tensor like the residual of `stream`, contiguous."""
-    value = tensor_of(stream.like)
-    with value.fake_mode, torch.no_grad():
-        return cast(FakeTensor, value.new_empty(value.shape, dtype=stream.after_dtype))
+    for stream in cut.streams:
+        value, dtype = tensor_of(stream.like), stored_dtype(stream.after_dtype, cache_dtype)
+        with value.fake_mode, torch.no_grad():
+            residuals.append(cast(FakeTensor, value.new_empty(value.shape, dtype=dtype)))
+    return {} if probe is None else kept_fakes(probe, cut.streams[0].after), residuals

@@ -42,7 +42,7 @@ class TimeEmbedding:
 @dataclass(frozen=True)
 class FilteredInput:
     """The model's noisy input through a filter that keeps what is signal at its noise level, as
-    SeaCache defines it (see `fxcache.passes.spectral`). `power` is the exponent of the signal's
+    SeaCache defines it (see `fxcache.kernels.spectral`). `power` is the exponent of the signal's
     spectrum. The metric is the mean over the samples of their residual diffs to the previous step.
     """
 
