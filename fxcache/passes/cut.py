@@ -9,14 +9,14 @@ The streams are what crosses the span's end and a hit does not have anyway; the 
 decides what it is. A cut on which an output cannot move with the sample is none.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import fx
 
 from fxcache.errors import CaptureError
-from fxcache.passes.facts import Facts, Mask, mask_of, positions
+from fxcache.passes.facts import Facts, Mask, mask_of, positions, union
 from fxcache.passes.graph import bytes_of, depends_on_data, is_numeric, is_view, tensor_of
 from fxcache.passes.skeleton import Skeleton, Skeletons, reads
 from fxcache.passes.units import Unit
@@ -35,8 +35,9 @@ class Stream:
     @property
     def like(self) -> fx.Node:
         """A node of its shape."""
-        known = depends_on_data(self.after) and self.skeleton is not None
-        return self.skeleton.like if known and self.skeleton is not None else self.after
+        if self.skeleton is None or not depends_on_data(self.after):
+            return self.after
+        return self.skeleton.like
 
     @property
     def after_dtype(self) -> torch.dtype:
@@ -54,10 +55,9 @@ class Cut:
 
     `start` is the position behind which the first unit begins, `first` the last of that unit,
     `head` the last of the head, `end` the last of the span, `blocks` the last of the block stack.
-    `hit` is what a hit runs of the graph. `head_units`, `span_units` and `tail_units` name what
-    lies where, `stack` describes the units of the block stack, `notes` say what else was seen.
-    `repeated` are the units of all runs, the stack's and others. `input_share` is that of the
-    policy's span.
+    `head_units`, `span_units` and `tail_units` name what lies where, `stack` describes the units of
+    the block stack, `notes` say what else was seen. `repeated` are the units of all runs, the
+    stack's and others. `input_share` is that of the policy's span.
     """
 
     facts: Facts
@@ -67,7 +67,6 @@ class Cut:
     end: int
     blocks: int
     streams: tuple[Stream, ...]
-    hit: Mask
     is_u_shape: bool = False
     stack: str = ""
     head_units: tuple[str, ...] = ()
@@ -76,6 +75,26 @@ class Cut:
     notes: tuple[str, ...] = ()
     repeated: tuple[Unit, ...] = ()
     input_share: float = 1.0
+
+    @cached_property
+    def renewing(self) -> list[fx.Node]:
+        """The nodes whose values a hit makes its streams of."""
+        skeletons = (s.skeleton for s in self.streams if s.skeleton is not None)
+        return [node for skeleton in skeletons for node in reads(skeleton, self.facts)]
+
+    @cached_property
+    def hit(self) -> Mask:
+        """What a hit runs: back from what is returned to the streams, and what renews these."""
+        facts = self.facts
+        stop = {facts.position[stream.after] for stream in self.streams}
+        todo = [len(facts.nodes) - 1, *(facts.position[node] for node in self.renewing)]
+        seen = set(todo)
+        while todo:
+            for operand in facts.operands[todo.pop()]:
+                if operand not in seen and operand not in stop:
+                    seen.add(operand)
+                    todo.append(operand)
+        return mask_of(seen)
 
     @property
     def skipped_share(self) -> float:
@@ -86,10 +105,7 @@ class Cut:
     @property
     def layers(self) -> Mask:
         """The layers that skeletons go through."""
-        layers = 0
-        for stream in self.streams:
-            layers |= 0 if stream.skeleton is None else stream.skeleton.layers
-        return layers
+        return union(s.skeleton.layers for s in self.streams if s.skeleton is not None)
 
     @property
     def stream_bytes(self) -> int:
@@ -117,40 +133,23 @@ def try_cut(
     largest = max(bytes_of(node) for node in kept)
     main = [s for s in streams if bytes_of(s.after) >= MAIN * largest]
     renewed = sum(bytes_of(s.after) * s.share for s in main)
-    is_residual = 2 * renewed >= sum(bytes_of(s.after) for s in main)
-    if not is_residual:
-        # Then the tail must read features of the head that are fresh.
+    if 2 * renewed < sum(bytes_of(s.after) for s in main):
+        # No residual: then the tail must read features of the head that are fresh.
         fresh = [n for n in crossing if n not in kept and facts.needs(n) & facts.costly]
         if not is_u_shape or not any(bytes_of(n) >= MAIN * largest for n in fresh):
             return None
-    hit = _hit(facts, streams)
-    if not _moves(facts, streams, hit):
-        return None
     head = skeletons.head
-    return Cut(facts, start, head, head, end, end, streams, hit, is_u_shape)
+    cut = Cut(facts, start, head, head, end, end, streams, is_u_shape)
+    return cut if _moves(cut) else None
 
 
-def _hit(facts: Facts, streams: Sequence[Stream]) -> Mask:
-    """What a hit runs: back from what is returned to the streams, and what renews these."""
-    stop = {facts.position[stream.after] for stream in streams}
-    renewing = [s.skeleton for s in streams if s.skeleton is not None]
-    read = [node for part in renewing for node in reads(part, facts)]
-    todo = [len(facts.nodes) - 1, *(facts.position[node] for node in read)]
-    seen = set(todo)
-    while todo:
-        for operand in facts.operands[todo.pop()]:
-            if operand not in seen and operand not in stop:
-                seen.add(operand)
-                todo.append(operand)
-    return mask_of(seen)
-
-
-def _moves(facts: Facts, streams: Sequence[Stream], hit: Mask) -> bool:
+def _moves(cut: Cut) -> bool:
     """Whether on a hit every main output depends on the sample."""
+    facts, streams = cut.facts, cut.streams
     moving = {facts.position[s.after] for s in streams if s.skeleton is not None}
     moving |= {facts.position[sample] for sample in facts.samples}
     still = {facts.position[s.after] for s in streams} - moving
-    for p in sorted(positions(hit)):
+    for p in sorted(positions(cut.hit)):
         if p not in still and not moving.isdisjoint(facts.operands[p]):
             moving.add(p)
     outputs = [node for node in facts.outputs if facts.depends(node)]
@@ -162,11 +161,8 @@ def is_on_chain(facts: Facts, cut: Cut) -> bool:
     """Whether what is renewed comes out of the head's units: else the run is a side branch."""
     own = heavy_between(facts, cut.start, cut.head)
     work = facts.flops(own)
-    needs = 0
-    for stream in cut.streams:
-        for p in positions(stream.skeleton.leaves if stream.skeleton is not None else 0):
-            needs |= facts.ancestors[p]
-    return work == 0 or facts.flops(own & needs) >= 0.3 * work
+    leaves = union(s.skeleton.leaves for s in cut.streams if s.skeleton is not None)
+    return work == 0 or facts.flops(own & facts.closure(leaves)) >= 0.3 * work
 
 
 def heavy_between(facts: Facts, start: int, end: int) -> Mask:
@@ -179,10 +175,9 @@ def check_writes(cut: Cut) -> None:
     hit would write something else.
     """
     facts = cut.facts
-    hit = [stream.after for stream in cut.streams]
+    afters = facts.mask(stream.after for stream in cut.streams)
     for written, value in facts.inputs.written.items():
-        behind = facts.needs(value)
-        if facts.depends(value) and any(behind >> facts.position[n] & 1 for n in hit):
+        if facts.depends(value) and facts.needs(value) & afters:
             name = facts.inputs.paths.get(written) or facts.inputs.sources.get(written)
             raise CaptureError(
                 f"the model writes in place into {name or written.name}, and what it writes comes "

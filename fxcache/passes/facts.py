@@ -7,7 +7,9 @@ number a node and costs one `or` an edge.
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from itertools import accumulate
+from operator import or_
 from typing import Any
 
 import torch
@@ -110,12 +112,12 @@ class Facts:
         """The sample-dependent FLOPs of the nodes in `mask`."""
         return sum(self.cost[p] for p in positions(mask & self.costly))
 
-    def closure(self, nodes: Iterable[fx.Node]) -> Mask:
-        """All that `nodes` need, themselves included."""
-        mask = 0
-        for node in nodes:
-            mask |= self.needs(node)
-        return mask
+    def mask(self, nodes: Iterable[fx.Node]) -> Mask:
+        return mask_of(self.position[node] for node in nodes)
+
+    def closure(self, mask: Mask) -> Mask:
+        """All that the nodes of `mask` need, themselves included."""
+        return union(self.ancestors[p] for p in positions(mask))
 
     def descendants(self, mask: Mask) -> Mask:
         """The nodes that need one of `mask`, without those of `mask` that do not need another."""
@@ -136,6 +138,10 @@ class Facts:
             for p, node in enumerate(self.nodes)
             if mask >> p & 1 and node.op not in ("placeholder", "output", "get_attr")
         ]
+
+
+def union(masks: Iterable[Mask]) -> Mask:
+    return reduce(or_, masks, 0)
 
 
 def mask_of(places: Iterable[int]) -> Mask:
@@ -175,11 +181,8 @@ def analyse(graph: fx.Graph, inputs: GraphInputs) -> Facts:
     for node in nodes:
         base[node] = base[node.all_input_nodes[0]] if is_view(node) else node
     cost = _costs(nodes, dependent)
-    work, done = [], 0
-    for flops in cost:
-        done += flops
-        work.append(done)
-    if not done:
+    work = tuple(accumulate(cost))
+    if not work[-1]:
         raise StackNotFoundError(
             f"nothing in this graph of {len(nodes)} nodes that depends on "
             f"{' or '.join(inputs.paths.get(s, s.name) for s in samples)} is a matrix product, a "
@@ -198,7 +201,7 @@ def analyse(graph: fx.Graph, inputs: GraphInputs) -> Facts:
         base,
         tuple(last_use),
         cost,
-        tuple(work),
+        work,
         _widths(nodes, position, base, dependent),
         tuple(p for p, node in enumerate(nodes) if is_heavy(node)),
     )
@@ -324,8 +327,4 @@ def _widths(
             size = bytes_of(node) if is_numeric(node) else 4 * numel_of(node)
             change[position[node]] += size
             change[end] -= size
-    widths, alive = [], 0
-    for difference in change[:-1]:
-        alive += difference
-        widths.append(alive)
-    return tuple(widths)
+    return tuple(accumulate(change[:-1]))

@@ -30,7 +30,6 @@ from fxcache.passes.piece_graph import Piece, PieceGraph
 from fxcache.passes.probe import Probe
 from fxcache.passes.renew import renewed
 from fxcache.passes.rows import Rows
-from fxcache.passes.skeleton import reads
 from fxcache.passes.store import largest_kept, saturated, stored_dtype
 
 WEIGHTS = "fxcache_weights"
@@ -107,50 +106,37 @@ class _PiecesWriter:
         self.gm, self.cut, self.kernels, self.cache_dtype = gm, cut, kernels, cache_dtype
         self.facts = cut.facts
         self.measurement = measurement
-        everything = (1 << len(self.facts.nodes)) - 1
-        afters = 0
-        for stream in cut.streams:
-            afters |= 1 << self.facts.position[stream.after]
-        self.tail = cut.hit & (self.facts.descendants(afters) | afters)
-        self.early = cut.hit & ~self.tail
-        self.span = everything & ~cut.hit
-        self.in_head = 0 if self.measurement is None else self._head(self.measurement)
+        #: What runs before the decision, and what of it others read.
+        self.in_head: Mask = 0
+        self.crossing: list[fx.Node] = []
+        if measurement is not None:
+            needed = [*measurement.probe.reads, *cut.renewing]
+            self.in_head = self._in_head(needed)
+            self.crossing = self._crossing(needed)
 
-    def _head(self, measurement: Measurement) -> Mask:
-        """What runs before the decision: what is measured, and what both ways out need."""
-        facts, wanted = self.facts, list(measurement.probe.reads)
-        for stream in self.cut.streams:
-            if stream.skeleton is not None:
-                wanted += reads(stream.skeleton, facts)
-        for node in facts.in_order(self.early):
-            if any(self.span >> facts.position[user] & 1 for user in node.users):
-                wanted.append(node)
-        mask = facts.closure(wanted)
+    def _in_head(self, needed: Sequence[fx.Node]) -> Mask:
+        """What is measured or renewed, and what both ways out need."""
+        facts, hit = self.facts, self.cut.hit
+        afters = facts.mask(stream.after for stream in self.cut.streams)
+        early = facts.in_order(hit & ~facts.descendants(afters) & ~afters)
+        both = [node for node in early if facts.mask(node.users) & ~hit]
+        mask = facts.closure(facts.mask([*needed, *both]))
         for node in facts.in_order(mask):  # only tensors can cross: elements, not tuples
             if isinstance(value_of(node), tuple | list):
-                mask |= facts.closure(node.users)
-        draws = [p for p, node in enumerate(facts.nodes) if is_random(node)]
-        if any(mask >> p & 1 for p in draws):  # random numbers are drawn in the recorded order
-            last = max(p for p in draws if mask >> p & 1)
-            mask |= facts.closure(facts.nodes[p] for p in draws if p < last)
-        return mask
+                mask |= facts.closure(facts.mask(node.users))
+        # Random numbers are drawn in the recorded order.
+        draws = facts.mask(filter(is_random, facts.nodes))
+        return mask | facts.closure(draws & ((1 << (draws & mask).bit_length()) - 1))
 
-    @property
-    def crossing(self) -> tuple[fx.Node, ...]:
-        """What the head computes and others read."""
-        facts = self.facts
-        skeletons = [s.skeleton for s in self.cut.streams if s.skeleton is not None]
-        kept = {node for skeleton in skeletons for node in reads(skeleton, facts)}
-        if self.measurement is not None:
-            kept.update(self.measurement.probe.reads)
-        inside = facts.in_order(self.in_head)
-        for node in inside:
-            if any(not self.in_head >> facts.position[user] & 1 for user in node.users):
-                kept.add(node)
+    def _crossing(self, needed: Sequence[fx.Node]) -> list[fx.Node]:
+        """What of the head's is `needed` or read by others."""
+        inside, kept = self.facts.in_order(self.in_head), set(needed)
         for node in reversed(inside):
+            if self.facts.mask(node.users) & ~self.in_head:
+                kept.add(node)
             if node in kept and not isinstance(value_of(node), torch.Tensor):
                 kept.update(node.all_input_nodes)  # a number is computed again
-        return tuple(node for node in inside if node in kept)
+        return [node for node in inside if node in kept]
 
     def head(self) -> Piece:
         assert self.measurement is not None
@@ -165,10 +151,8 @@ class _PiecesWriter:
     def hit(self, ring: int) -> Piece:
         graph = PieceGraph(self.gm, self.cut)
         self._define_scalars(graph)
-        renewing = [
-            n for s in self.cut.streams if s.skeleton for n in reads(s.skeleton, self.facts)
-        ]
-        graph.emit(self.facts.closure(renewing) & ~self.in_head)
+        renewing = self.facts.closure(self.facts.mask(self.cut.renewing))
+        graph.emit(renewing & ~self.in_head)
         weights = graph.argument(WEIGHTS) if ring > 1 else None
         for index, stream in enumerate(self.cut.streams):
             before = self._before(graph, stream)
@@ -192,9 +176,8 @@ class _PiecesWriter:
 
     def _define_scalars(self, graph: PieceGraph) -> None:
         """Numbers that the head computes are computed again: only tensors cross."""
-        scalars = [n for n in self.crossing if not isinstance(value_of(n), torch.Tensor)]
-        for node in scalars:
-            graph.emit(1 << self.facts.position[node])
+        scalars = (n for n in self.crossing if not isinstance(value_of(n), torch.Tensor))
+        graph.emit(self.facts.mask(scalars))
 
     def _forecast(self, stream: Stream, before: Any, past: list[Any], weights: Any) -> Any:
         """What the kernel predicts; of a complex stream, of both parts."""

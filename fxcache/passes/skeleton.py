@@ -13,17 +13,14 @@ one that is nearly free to compute anew. Every other term counts as 0 and is lef
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import reduce
-from operator import or_
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxcache.passes import linear
-from fxcache.passes.facts import Facts, Mask, mask_of, positions
+from fxcache.passes.facts import Facts, Mask, mask_of, positions, union
 from fxcache.passes.graph import (
     bytes_of,
     depends_on_data,
@@ -93,11 +90,8 @@ class Skeletons:
         self.facts, self.head = facts, head
         self.in_head = (1 << (head + 1)) - 1
         #: Heavy operations behind the head that depend on heavy ones in it: the stream's own.
-        self.own = 0
-        stream = facts.costly & self.in_head
-        for p in positions(facts.costly & ~self.in_head):
-            if facts.ancestors[p] & stream:
-                self.own |= 1 << p
+        stream, behind = facts.costly & self.in_head, facts.costly & ~self.in_head
+        self.own = mask_of(p for p in positions(behind) if facts.ancestors[p] & stream)
         alive = [node for node in facts.crossing(head) if is_numeric(node)]
         #: What the head computes anyway.
         self.trunk = facts.needs(alive[-1]) if alive else 0
@@ -237,9 +231,10 @@ class Skeletons:
         """
         if len(found) < 2:
             return found
-        direct = _leaves(part for part in found.values() if not part.layers)
+        direct = union(part.leaves for part in found.values() if not part.layers)
         found = {t: p for t, p in found.items() if not p.layers or p.leaves & ~direct}
-        costs = {t: self._needs(part) & ~self.trunk for t, part in found.items()}
+        closure = self.facts.closure
+        costs = {t: closure(part.leaves) & ~self.trunk for t, part in found.items()}
         cheapest = min(found, key=lambda t: self.facts.flops(costs[t]))
         limit = BESIDE * self.facts.total
         return {
@@ -247,9 +242,6 @@ class Skeletons:
             for t, part in found.items()
             if t is cheapest or self.facts.flops(costs[t] & ~costs[cheapest]) <= limit
         }
-
-    def _needs(self, part: Skeleton) -> Mask:
-        return _union(self.facts.ancestors[p] for p in positions(part.leaves))
 
     def _depends(self, operand: Any) -> bool:
         return isinstance(operand, fx.Node) and self.facts.depends(operand)
@@ -312,21 +304,13 @@ def _made(
     parts = list(found.values())
     return Skeleton(
         node,
-        _leaves(parts),
+        union(part.leaves for part in parts),
         found,
         share,
         is_sum or any(part.is_sum for part in parts),
-        _union(part.layers for part in parts),
+        union(part.layers for part in parts),
         parts[0].gain if len(parts) == 1 else math.nan,
     )
-
-
-def _leaves(parts: Iterable[Skeleton]) -> Mask:
-    return _union(part.leaves for part in parts)
-
-
-def _union(masks: Iterable[Mask]) -> Mask:
-    return reduce(or_, masks, 0)
 
 
 def reads(skeleton: Skeleton, facts: Facts) -> list[fx.Node]:

@@ -17,9 +17,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
-from fxcache.passes.facts import Facts, mask_of, positions, word_of
+from fxcache.passes.facts import Facts, mask_of, word_of
 from fxcache.passes.graph import is_tensor, is_view, module_calls
 
 #: Longer phrases are not looked for: no block has more heavy operations.
@@ -86,7 +86,7 @@ def _split(facts: Facts, units: Sequence[Unit]) -> list[Run]:
     a control branch may be like the blocks. Lists in turn are one run.
     """
     work = [mask_of(p for p in facts.heavy if unit.start < p <= unit.end) for unit in units]
-    needs = [facts.closure(facts.nodes[p] for p in positions(mask)) for mask in work]
+    needs = list(map(facts.closure, work))
     lists = [re.sub(r"\d+", "#", unit.label) for unit in units]
     changes = sum(a != b for a, b in pairwise(lists))
     at = [
@@ -103,9 +103,7 @@ def _repeats(facts: Facts, again: float) -> list[tuple[int, int, int]]:
     """
     numbers: dict[object, int] = {}
     words = [numbers.setdefault(word_of(facts.nodes[p]), len(numbers)) for p in facts.heavy]
-    before = [0]
-    for p in facts.heavy:
-        before.append(before[-1] + facts.cost[p])
+    before = [0, *accumulate(facts.cost[p] for p in facts.heavy)]
     heap: list[tuple[int, int, int, int]] = []
     for period in range(1, min(len(words) // 2, MAX_PHRASE) + 1):
         start = 0

@@ -37,7 +37,7 @@ def cut_whole(facts: Facts) -> Cut:
     end = len(facts.nodes) - 2
     units = tuple(unit for run in find_runs(facts) for unit in run.units)
     stack = "the whole model"
-    return Cut(facts, -1, -1, -1, end, end, streams, 0, stack=stack, repeated=units)
+    return Cut(facts, -1, -1, -1, end, end, streams, stack=stack, repeated=units)
 
 
 def _input_like(facts: Facts, node: fx.Node) -> Skeleton | None:
