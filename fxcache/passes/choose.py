@@ -20,7 +20,7 @@ from fxcache.passes.graph import (
     shape_of,
 )
 from fxcache.passes.skeleton import Skeletons
-from fxcache.passes.u_shape import is_nested, is_read_by_work, last_read, levels, modules, origin
+from fxcache.passes.u_shape import is_nested, is_read_by_work, levels, modules, origin
 from fxcache.passes.units import Run, describe, find_runs, join_runs, narrowest
 from fxcache.policy.base import Span
 
@@ -212,8 +212,8 @@ def _cut_u_shape(facts: Facts, span: Span, tried: list[str]) -> Cut | None:
     wanted = max(span.head_blocks, span.tail_blocks, 1)
     for node in found[wanted - 1 :]:
         skeletons = Skeletons(facts, facts.position[node])
-        read = last_read(facts, node)
-        if not is_read_by_work(facts, node, read):
+        read = facts.last_read[node]
+        if not is_read_by_work(facts, node):
             continue
         word = sum(p < read for p in facts.heavy)
         for near in range(word, max(word - 3, 0), -1):

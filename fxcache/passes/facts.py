@@ -69,7 +69,8 @@ class Facts:
     `samples` are the noisy inputs. `position` is a node's place in the graph, `operands[p]` are the
     places of what the node at p reads, `ancestors[p]` the
     mask of what the node at p needs, itself included. `dependent` is the mask of what depends on
-    the sample. `base` collapses views. `cost[p]` are the FLOPs of the node at p, 0 for what does
+    the sample. `base` collapses views, `last_read` is where a tensor or a view of it is read last.
+    `cost[p]` are the FLOPs of the node at p, 0 for what does
     not depend on the sample; `work[p]` their sum up to and with p. `width[p]` are the bytes of the
     sample-dependent tensors that were computed at or before p and are used later.
     """
@@ -84,6 +85,7 @@ class Facts:
     ancestors: tuple[Mask, ...]
     dependent: Mask
     base: dict[fx.Node, fx.Node]
+    last_read: dict[fx.Node, int]
     last_use: tuple[int, ...]
     cost: tuple[int, ...]
     work: tuple[int, ...]
@@ -178,8 +180,10 @@ def analyse(graph: fx.Graph, inputs: GraphInputs) -> Facts:
         ):
             dependent |= 1 << p
     base: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
+    last_read: dict[fx.Node, int] = {}
+    for p, node in enumerate(nodes):
         base[node] = base[node.all_input_nodes[0]] if is_view(node) else node
+        last_read |= {base[operand]: p for operand in node.all_input_nodes}
     cost = _costs(nodes, dependent)
     work = tuple(accumulate(cost))
     if not work[-1]:
@@ -199,10 +203,11 @@ def analyse(graph: fx.Graph, inputs: GraphInputs) -> Facts:
         tuple(ancestors),
         dependent,
         base,
+        last_read,
         tuple(last_use),
         cost,
         work,
-        _widths(nodes, position, base, dependent),
+        _widths(position, last_read, dependent),
         tuple(p for p, node in enumerate(nodes) if is_heavy(node)),
     )
 
@@ -309,22 +314,15 @@ def node_flops(node: fx.Node) -> int:
 
 
 def _widths(
-    nodes: tuple[fx.Node, ...],
-    position: dict[fx.Node, int],
-    base: dict[fx.Node, fx.Node],
-    dependent: Mask,
+    position: dict[fx.Node, int], last_read: dict[fx.Node, int], dependent: Mask
 ) -> tuple[int, ...]:
     """Bytes alive behind each position. Inputs of the graph cost nothing to keep. A whole number
     counts as the float that it was: where a tensor was quantized for a product is no narrow place.
     """
-    last: dict[fx.Node, int] = {}
-    for p, node in enumerate(nodes):
-        for operand in node.all_input_nodes:
-            last[base[operand]] = p
-    change = [0] * (len(nodes) + 1)
-    for node, end in last.items():
+    change = [0] * len(position)
+    for node, end in last_read.items():
         if node.op != "placeholder" and dependent >> position[node] & 1:
             size = bytes_of(node) if is_numeric(node) else 4 * numel_of(node)
             change[position[node]] += size
             change[end] -= size
-    return tuple(accumulate(change[:-1]))
+    return tuple(accumulate(change))

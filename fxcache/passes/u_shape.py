@@ -17,12 +17,8 @@ from fxcache.passes.units import narrowest
 
 def levels(facts: Facts) -> list[fx.Node]:
     """Tensors that live long: behind the first unit, and read after much of the work is done."""
-    last: dict[fx.Node, int] = {}
-    for p, node in enumerate(facts.nodes):
-        for operand in node.all_input_nodes:
-            last[facts.base[operand]] = p
     found = []
-    for node, end in last.items():
+    for node, end in facts.last_read.items():
         p = facts.position[node]
         if node.op == "placeholder" or not facts.depends(node) or not is_numeric(node):
             continue
@@ -35,25 +31,17 @@ def levels(facts: Facts) -> list[fx.Node]:
 
 def is_nested(facts: Facts) -> bool:
     """Whether what is made first is read last: a U, and no row of hints for the blocks."""
-    reads = [last_read(facts, node) for node in levels(facts)]
+    reads = [facts.last_read[node] for node in levels(facts)]
     return len(reads) > 1 and reads == sorted(reads, reverse=True)
 
 
-def is_read_by_work(facts: Facts, node: fx.Node, read: int) -> bool:
-    """Whether the tail that reads `node` from position `read` on is a unit, too, and not only a
-    sum (of a block with its input) before the last projection.
+def is_read_by_work(facts: Facts, node: fx.Node) -> bool:
+    """Whether the tail that reads `node` is a unit, too, and not only a sum (of a block with its
+    input) before the last projection.
     """
-    bit = 1 << facts.position[node]
+    bit, read = 1 << facts.position[node], facts.last_read[node]
     behind = [p for p in facts.heavy if p > read and facts.cost[p] and facts.ancestors[p] & bit]
     return len(behind) >= 2
-
-
-def last_read(facts: Facts, node: fx.Node) -> int:
-    return max(
-        p
-        for p, reader in enumerate(facts.nodes)
-        if any(facts.base[operand] is node for operand in reader.all_input_nodes)
-    )
 
 
 def origin(facts: Facts, node: fx.Node) -> int:
