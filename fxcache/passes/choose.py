@@ -21,7 +21,7 @@ from fxcache.passes.graph import (
 )
 from fxcache.passes.skeleton import Skeletons
 from fxcache.passes.u_shape import is_nested, is_read_by_work, levels, modules, origin
-from fxcache.passes.units import Run, describe, find_runs, join_runs, narrowest
+from fxcache.passes.units import Run, describe, find_runs, narrowest
 from fxcache.policy.base import Span
 
 #: Cuts that skip as much as the best but for this share of the work are as good.
@@ -42,12 +42,16 @@ def find_cut(facts: Facts, span: Span) -> Cut:
     Raises PolicyError if `span` leaves nothing to skip, StackNotFoundError if nothing can be
     skipped such that the outputs follow the sample.
     """
-    runs = find_runs(facts)
-    stacks = join_runs(runs, lambda before, after: _continues(facts, before, after))
+    stacks: list[Run] = []
+    for run in find_runs(facts):
+        if stacks and _continues(facts, stacks[-1], run):
+            stacks[-1] = Run((*stacks[-1].units, *run.units))
+        else:
+            stacks.append(run)
     stacks.sort(key=lambda stack: stack.work(facts), reverse=True)
     tried: list[str] = []
     short: list[PolicyError] = []
-    found: list[tuple[bool, Cut]] = []  # the heaviest stack first
+    found: list[Cut] = []  # the heaviest stack first
     for stack in stacks:
         if len(stack.units) <= span.head_blocks + span.tail_blocks:
             short.append(_too_short(span, str(stack), len(stack.units)))
@@ -58,8 +62,8 @@ def find_cut(facts: Facts, span: Span) -> Cut:
         elif cut.skipped_share < max(MIN_SKIPPED, PART * _share(facts, stack, span)):
             tried.append(f"{cut}: too little; what leaves the others is no residual")
         else:
-            found.append((is_on_chain(facts, cut), cut))
-    on_chain = [cut for on, cut in found if on] or [cut for _, cut in found]
+            found.append(cut)
+    on_chain = list(filter(is_on_chain, found)) or found
     most = max((cut.skipped_share for cut in on_chain), default=0.0)
     worth = [cut for cut in on_chain if cut.skipped_share >= MAIN_STACK * most][:1]
     u_shape = _cut_u_shape(facts, span, tried)
@@ -75,7 +79,7 @@ def find_cut(facts: Facts, span: Span) -> Cut:
             f"result is their input plus something, or a U shape whose tail reads what its head "
             f"leaves it"
         )
-    return replace(_with_notes(facts, _best(worth), stacks), input_share=span.input_share)
+    return replace(_with_notes(_best(worth), stacks), input_share=span.input_share)
 
 
 def _why_not(facts: Facts, stack: Run) -> str:
@@ -149,7 +153,7 @@ def _cut_stack(facts: Facts, stack: Run, span: Span) -> Cut | None:
         for end in _boundaries(facts, word):
             cut = try_cut(facts, skeletons, stack.start, end) if head < end <= limit else None
             if cut is not None:
-                (on_chain if is_on_chain(facts, cut) else beside).append(cut)
+                (on_chain if is_on_chain(cut) else beside).append(cut)
                 break
     cuts = on_chain or beside
     return _named(_best(cuts), stack, span) if cuts else None
@@ -257,8 +261,9 @@ def _other_samples(facts: Facts) -> list[str]:
     ]
 
 
-def _with_notes(facts: Facts, cut: Cut, stacks: Iterable[Run]) -> Cut:
+def _with_notes(cut: Cut, stacks: Iterable[Run]) -> Cut:
     """`cut`, with notes on a stack that does more work and was not taken, and on the sample."""
+    facts = cut.facts
     own = facts.work[cut.end] - facts.work[cut.head]
     notes = [
         f"{stack} does more of the work ({stack.work(facts) / facts.total:.0%}) than the span "

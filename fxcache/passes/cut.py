@@ -157,8 +157,9 @@ def _moves(cut: Cut) -> bool:
     return all(facts.position[n] in moving for n in outputs if bytes_of(n) >= MAIN * largest)
 
 
-def is_on_chain(facts: Facts, cut: Cut) -> bool:
+def is_on_chain(cut: Cut) -> bool:
     """Whether what is renewed comes out of the head's units: else the run is a side branch."""
+    facts = cut.facts
     own = heavy_between(facts, cut.start, cut.head)
     work = facts.flops(own)
     leaves = union(s.skeleton.leaves for s in cut.streams if s.skeleton is not None)

@@ -15,9 +15,9 @@ temporal blocks in turn), each call is a unit. Runs that hand all their streams 
 import heapq
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise, takewhile
 
 from fxcache.passes.facts import Facts, mask_of, word_of
 from fxcache.passes.graph import is_tensor, is_view, module_calls
@@ -121,23 +121,15 @@ def _repeats(facts: Facts, again: float) -> list[tuple[int, int, int]]:
         if -work < MIN_SHARE * facts.total:
             break
         if any(taken[start:end]):
-            free = _longest_free(taken, start, end)
-            if free[1] - free[0] >= (1 + again) * period:
-                heapq.heappush(heap, (before[free[0]] - before[free[1]], period, *free))
+            parts = groupby(range(start, end), taken.__getitem__)
+            free = max((list(part) for used, part in parts if not used), key=len, default=[])
+            if len(free) >= (1 + again) * period:
+                start, end = free[0], free[-1] + 1
+                heapq.heappush(heap, (before[start] - before[end], period, start, end))
             continue
         found.append((start, period, end))
         taken[start:end] = [True] * (end - start)
     return found
-
-
-def _longest_free(taken: Sequence[bool], start: int, end: int) -> tuple[int, int]:
-    best, at = (start, start), start
-    for i in range(start, end + 1):
-        if i == end or taken[i]:
-            if i - at > best[1] - best[0]:
-                best = (at, i)
-            at = i + 1
-    return best
 
 
 def _bounds(facts: Facts, first: int, period: int, end: int) -> list[int]:
@@ -255,6 +247,7 @@ def _extended(facts: Facts, runs: list[Run]) -> list[Run]:
     """Add to each run the elements of its list that follow it and are not quite like the others
     (a last block without a text stream).
     """
+    paths = [[path for path, _ in module_calls(facts.nodes[p])] for p in facts.heavy]
     extended = []
     for k, run in enumerate(runs):
         later = (other.start for other in runs[k + 1 :] if len(other.units) > 1)
@@ -263,13 +256,12 @@ def _extended(facts: Facts, runs: list[Run]) -> list[Run]:
         holder = units[-1].label.rpartition(".")[0]
         word = sum(p <= units[-1].end for p in facts.heavy)
         while units[-1].label[-1:].isdigit() and word < len(facts.heavy):
-            stack = module_calls(facts.nodes[facts.heavy[word]])
             kind = re.sub(r"\d+", "#", units[-1].label)
-            own = [path for path, _ in stack if path.rpartition(".")[0] == holder]
+            own = [path for path in paths[word] if path.rpartition(".")[0] == holder]
             own = [path for path in own if re.sub(r"\d+", "#", path) == kind]
             if not own or own[0] in {unit.label for unit in units}:
                 break
-            while word < len(facts.heavy) and own[0] in _paths(facts, word):
+            while word < len(facts.heavy) and own[0] in paths[word]:
                 word += 1
             edge = narrowest(facts, word)
             if not units[-1].end < edge <= end or facts.work[edge] == facts.work[units[-1].end]:
@@ -279,21 +271,6 @@ def _extended(facts: Facts, runs: list[Run]) -> list[Run]:
     return extended
 
 
-def _paths(facts: Facts, word: int) -> set[str]:
-    return {path for path, _ in module_calls(facts.nodes[facts.heavy[word]])}
-
-
-def join_runs(runs: Sequence[Run], continues: Callable[[Run, Run], bool]) -> list[Run]:
-    """Runs that continue each other as one."""
-    joined: list[Run] = []
-    for run in runs:
-        if joined and continues(joined[-1], run):
-            joined[-1] = Run((*joined[-1].units, *run.units))
-        else:
-            joined.append(run)
-    return joined
-
-
 def describe(labels: Sequence[str]) -> str:
     """``transformer_blocks (19) + single_transformer_blocks (38)``: lists, with their numbers."""
     kinds: dict[str, list[str]] = {}
@@ -301,17 +278,9 @@ def describe(labels: Sequence[str]) -> str:
         kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
     parts = []
     for kind, names in kinds.items():
-        prefix = _common_path(names) if len(names) > 1 else names[0].rpartition(".")[0]
-        shown = prefix or re.sub(r"[#\[\]._]+$", "", kind) or "the model"
+        paths = [name.split(".") for name in names]
+        common = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+        prefix = [parts[0] for parts in common] if len(paths) > 1 else paths[0][:-1]
+        shown = ".".join(prefix) or re.sub(r"[#\[\]._]+$", "", kind) or "the model"
         parts.append(f"{shown} ({len(names)})")
     return " + ".join(parts)
-
-
-def _common_path(names: Sequence[str]) -> str:
-    split = [name.split(".") for name in names]
-    common = []
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
