@@ -13,6 +13,7 @@ one that is nearly free to compute anew. Every other term counts as 0 and is lef
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -135,10 +136,10 @@ class Skeletons:
             return self._leaf(node) if is_numeric(node) else None
         name = op_name(node)
         first = node.args[0] if node.args else None
-        if name == "copy" and isinstance(node.args[1], fx.Node):
+        if name == "copy":
             return self._through(node, node.args[1])
         if is_view(node) or name in linear.LINEAR:
-            return self._simplified(node, first) if isinstance(first, fx.Node) else None
+            return self._simplified(node, first)
         if name == "constant_pad_nd" and (len(node.args) < 3 or not node.args[2]):
             return self._through(node, node.args[0])
         if name in linear.SUMS or (name in ("addmm", "baddbmm") and self._depends(first)):
@@ -152,7 +153,7 @@ class Skeletons:
         work = self.facts.cost[self.facts.position[node]]
         if name in linear.LAYERS and work <= LAYER * self.facts.total:
             return self._layer(node)
-        if linear.passes_on(node) and isinstance(first, fx.Node):
+        if linear.passes_on(node):
             part = self._through(node, first)
             return part and replace(part, is_sum=part.is_sum or name not in linear.LIMITS)
         return None
@@ -174,7 +175,7 @@ class Skeletons:
         own = 1 << self.facts.position[node]
         return part and replace(part, layers=part.layers | own, gain=math.nan)
 
-    def _simplified(self, node: fx.Node, operand: fx.Node) -> Skeleton | None:
+    def _simplified(self, node: fx.Node, operand: Any) -> Skeleton | None:
         """The skeleton of a slice of a concatenation is that of the part that it takes."""
         inner = self._through(node, operand)
         if inner is None:
@@ -192,9 +193,8 @@ class Skeletons:
 
     def _sum(self, node: fx.Node, name: str) -> Skeleton | None:
         """Terms of the sum's own size whose leaves also feed the work that is added to them."""
-        terms = [t for t in linear.terms_of(node, self._depends) if self.facts.depends(t)]
-        terms = [t for t in terms if shape_of(t) == shape_of(node)]
-        found = {t: part for t in terms if (part := self.of(t)) is not None}
+        terms = linear.terms_of(node, self._depends)
+        found = self._known(t for t in terms if shape_of(t) == shape_of(node))
         if name in ("add", "sub") and len(found) == 2:
             one, other = found.values()
             alpha: Any = node.kwargs.get("alpha", 1)
@@ -205,8 +205,7 @@ class Skeletons:
         found = {t: part for t, part in found.items() if self._feeds_work(part, node)}
         if not found:
             return None
-        share = max(part.share for part in found.values())
-        return _made(node, found, share, is_sum=True)
+        return _made(node, found, max(part.share for part in found.values()), is_sum=True)
 
     def _choice(self, node: fx.Node, name: str) -> Skeleton | None:
         """Term by term, each for its own elements."""
@@ -216,8 +215,7 @@ class Skeletons:
         rest = [n for n in node.all_input_nodes if n is not base and n is not other]
         if any(map(self.facts.depends, rest)):
             return None  # which elements
-        terms = [t for t in (base, other) if isinstance(t, fx.Node)]
-        found = {t: p for t in terms if self.facts.depends(t) and (p := self.of(t)) is not None}
+        found = self._known((base, other))
         if not found:
             return None
         of_other = 0.5 if name == "where" else bytes_of(other) / max(1, bytes_of(node))
@@ -243,6 +241,11 @@ class Skeletons:
             if t is cheapest or self.facts.flops(costs[t] & ~costs[cheapest]) <= limit
         }
 
+    def _known(self, operands: Iterable[Any]) -> dict[fx.Node, Skeleton]:
+        """Those of `operands` of which something can be renewed."""
+        nodes = (n for n in operands if isinstance(n, fx.Node))
+        return {node: part for node in nodes if (part := self.of(node)) is not None}
+
     def _depends(self, operand: Any) -> bool:
         return isinstance(operand, fx.Node) and self.facts.depends(operand)
 
@@ -253,11 +256,7 @@ class Skeletons:
         """
         facts = self.facts
         work = facts.needs(total) & facts.costly
-        for leaf in positions(part.leaves):
-            behind = work >> leaf << leaf
-            if any(facts.ancestors[p] >> leaf & 1 for p in positions(behind)):
-                return True
-        return False
+        return any(facts.ancestors[p] & part.leaves for p in positions(work))
 
     def _root(self, leaf: fx.Node) -> fx.Node:
         """The tensor that `leaf` is a slice, a view or a cast of."""
@@ -271,7 +270,7 @@ class Skeletons:
 
     def _product(self, node: fx.Node, name: str) -> Skeleton | None:
         """With one factor that does not depend on the sample; or a quotient by such a one."""
-        factors = [a for a in node.args[:2] if isinstance(a, fx.Node) and self.facts.depends(a)]
+        factors = [a for a in node.args[:2] if self._depends(a)]
         if len(factors) != 1 or shape_of(factors[0]) != shape_of(node):
             return None
         if name == "div" and factors[0] is not node.args[0]:
@@ -286,7 +285,7 @@ class Skeletons:
     def _joined(self, node: fx.Node) -> Skeleton | None:
         """Part by part."""
         operands = [a for a in node.all_input_nodes if is_tensor(a)]
-        found = {a: p for a in operands if self.facts.depends(a) and (p := self.of(a)) is not None}
+        found = self._known(operands)
         if not found:
             return None
         is_sum = any(part.is_sum for part in found.values())
