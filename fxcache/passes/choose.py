@@ -132,7 +132,7 @@ def _continues(facts: Facts, before: Run, after: Run) -> bool:
         if bytes_of(node) < MAIN * largest:
             continue
         skeleton = skeletons.of(node)
-        if skeleton is None or (not skeleton.is_leaf and skeleton.share < 0.99):
+        if skeleton is None or (not skeletons.is_available(node) and skeleton.share < 0.99):
             return False
         if any(not facts.ancestors[p] & last for p in positions(skeleton.leaves)):
             return False

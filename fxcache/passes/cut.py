@@ -37,7 +37,7 @@ class Stream:
         """A node of its shape."""
         if self.skeleton is None or not depends_on_data(self.after):
             return self.after
-        return self.skeleton.like
+        return self.skeleton.node
 
     @property
     def after_dtype(self) -> torch.dtype:

@@ -52,6 +52,14 @@ def terms_of(node: fx.Node, depends: Callable[[Any], bool]) -> list[fx.Node]:
     return [term for term in terms if isinstance(term, fx.Node)]
 
 
+def is_as_it_is(node: fx.Node, term: fx.Node) -> bool:
+    """Whether `term` is all that is left of the sum `node` where its other terms are 0."""
+    name, args, alpha = op_name(node), node.args, node.kwargs.get("alpha", 1)
+    if name == "lerp" or args.count(term) > 1:
+        return False
+    return term is args[0] or (name == "add" and bool(alpha == 1))
+
+
 def part_taken(cut: fx.Node, joined: fx.Node) -> fx.Node | None:
     """The operand of the concatenation `joined` that the slice `cut` takes, None if it is none."""
     rank, (operands, *axis) = tensor_of(joined).ndim, cast(Any, joined.args)

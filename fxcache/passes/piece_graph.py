@@ -98,10 +98,10 @@ class PieceGraph:
                 if unit < len(self.ends) and self.starts[unit] < self.facts.position[node]:
                     copy.meta[UNIT] = unit
 
-    def zeros(self, node: fx.Node) -> fx.Node:
-        """Zeros like `node`, which is not computed here."""
+    def zeros(self, node: fx.Node, *, is_broadcast: bool) -> fx.Node:
+        """Zeros like `node`, which is not computed here: all of them, or one for all."""
         value = tensor_of(node)
-        sizes = [self._size(size) for size in value.shape]
+        sizes = [1 if is_broadcast else self._size(size) for size in value.shape]
         options = {"dtype": value.dtype, "device": value.device}
         return self.call_function(torch.ops.aten.full.default, (sizes, 0), options)
 

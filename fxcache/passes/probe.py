@@ -69,7 +69,9 @@ def _head_residual(cut: Cut) -> Probe:
     skeletons = Skeletons(facts, cut.start)
     found = [(node, skeletons.of(node)) for node in behind]
     residuals: list[tuple[fx.Node, Skeleton | None]] = [
-        (node, s) for node, s in found if s is not None and not s.is_leaf and s.share > 0.5
+        (node, s)
+        for node, s in found
+        if s is not None and s.share > 0.5 and not skeletons.is_available(node)
     ]
     node, skeleton = max(
         residuals or [(node, None) for node in behind],

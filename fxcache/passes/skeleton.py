@@ -17,20 +17,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import fx
 
 from fxcache.passes import linear
 from fxcache.passes.facts import Facts, Mask, mask_of, positions, union
 from fxcache.passes.graph import (
     bytes_of,
-    depends_on_data,
     is_numeric,
     is_tensor,
     is_view,
     op_name,
     shape_of,
-    tensor_of,
 )
 
 #: What of the graph's work a leaf may cost behind the head, a term beside the cheapest, and a layer
@@ -40,8 +37,9 @@ CHEAP, BESIDE, LAYER = 0.03, 0.02, 0.05
 
 @dataclass(frozen=True, eq=False)
 class Skeleton:
-    """What of `node` a hit renews: all of it (a leaf: no `parts`), or what its operation makes of
-    the skeletons of some operands.
+    """What of a tensor a hit renews: `node` (a leaf: no `parts`), or what the operation of `node`
+    makes of the skeletons of some operands. The skeleton of a sum of which one term is known is
+    that of this term.
 
     `leaves` is the mask of the values of the head that its leaves are made of, `layers` that of the
     layers on the way, `share` the share of the tensor that is renewed by a sum (what is only handed
@@ -60,28 +58,6 @@ class Skeleton:
     @property
     def is_leaf(self) -> bool:
         return not self.parts
-
-    @property
-    def like(self) -> fx.Node:
-        """A node of the shape of its value, of sizes that do not depend on data where there is one:
-        of a sum, the term that is known.
-        """
-        part, sums = self, linear.SUMS
-        while depends_on_data(part.node) and len(part.parts) == 1 and op_name(part.node) in sums:
-            (part,) = part.parts.values()
-        return part.node
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of its value: of a sum, that of the only term that is known."""
-        part = self
-        while len(part.parts) == 1 and (
-            op_name(part.node) in ("add", "sub")
-            or (part.node.args[0] in part.parts and op_name(part.node) in ("addmm", "baddbmm"))
-            or linear.passes_on(part.node)
-        ):
-            (part,) = part.parts.values()
-        return tensor_of(part.node).dtype
 
 
 class Skeletons:
@@ -135,7 +111,7 @@ class Skeletons:
         if self.is_available(node):
             return self._leaf(node) if is_numeric(node) else None
         name = op_name(node)
-        first = node.args[0] if node.args else None
+        first: Any = node.args[0] if node.args else None
         if name == "copy":
             return self._through(node, node.args[1])
         if is_view(node) or name in linear.LINEAR:
@@ -154,8 +130,8 @@ class Skeletons:
         if name in linear.LAYERS and work <= LAYER * self.facts.total:
             return self._layer(node)
         if linear.passes_on(node):
-            part = self._through(node, first)
-            return part and replace(part, is_sum=part.is_sum or name not in linear.LIMITS)
+            part = self._through(node, first) and self.of(first)
+            return part and (part if name in linear.LIMITS else _as_sum(part))
         return None
 
     def _through(self, node: fx.Node, operand: Any) -> Skeleton | None:
@@ -181,8 +157,6 @@ class Skeletons:
         if inner is None:
             return None
         joined = inner.parts[operand]
-        while len(joined.parts) == 1 and op_name(joined.node) == "add":
-            (joined,) = joined.parts.values()  # the other term counts as 0
         if not joined.is_leaf and op_name(joined.node) in ("cat", "stack"):
             if op_name(node) in ("sum", "mean"):
                 return replace(inner, share=1.0, is_sum=True)
@@ -205,7 +179,9 @@ class Skeletons:
         found = {t: part for t, part in found.items() if self._feeds_work(part, node)}
         if not found:
             return None
-        return _made(node, found, max(part.share for part in found.values()), is_sum=True)
+        if len(found) == 1 and linear.is_as_it_is(node, *found):
+            return _as_sum(*found.values())
+        return _as_sum(_made(node, found, max(part.share for part in found.values())))
 
     def _choice(self, node: fx.Node, name: str) -> Skeleton | None:
         """Term by term, each for its own elements."""
@@ -296,9 +272,11 @@ class Skeletons:
         return _made(node, found, renewed / max(1, sum(map(bytes_of, operands))))
 
 
-def _made(
-    node: fx.Node, found: dict[fx.Node, Skeleton], share: float, *, is_sum: bool = False
-) -> Skeleton:
+def _as_sum(part: Skeleton) -> Skeleton:
+    return part if part.is_sum else replace(part, is_sum=True)
+
+
+def _made(node: fx.Node, found: dict[fx.Node, Skeleton], share: float) -> Skeleton:
     """The skeleton of what `node` makes of the operands `found`."""
     parts = list(found.values())
     return Skeleton(
@@ -306,7 +284,7 @@ def _made(
         union(part.leaves for part in parts),
         found,
         share,
-        is_sum or any(part.is_sum for part in parts),
+        any(part.is_sum for part in parts),
         union(part.layers for part in parts),
         parts[0].gain if len(parts) == 1 else math.nan,
     )
@@ -323,11 +301,11 @@ def reads(skeleton: Skeleton, facts: Facts) -> list[fx.Node]:
 
 def parts_in_order(skeleton: Skeleton, facts: Facts) -> list[Skeleton]:
     """All parts of `skeleton`, operands first. (Deep models have long ones: no recursion.)"""
-    parts: dict[fx.Node, Skeleton] = {}
+    parts: dict[Skeleton, None] = {}
     todo = [skeleton]
     while todo:
         part = todo.pop()
-        if part.node not in parts:
-            parts[part.node] = part
+        if part not in parts:
+            parts[part] = None
             todo.extend(part.parts.values())
-    return sorted(parts.values(), key=lambda part: facts.position[part.node])
+    return sorted(parts, key=lambda part: facts.position[part.node])
