@@ -1,13 +1,12 @@
 """Find what is measured: a tensor of the graph, by what it is and not by its name."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
 from fxcache.errors import CaptureError
-from fxcache.passes.cut import Cut
-from fxcache.passes.facts import Facts, mask_of
+from fxcache.passes.cut import Cut, heavy_between
+from fxcache.passes.facts import Facts
 from fxcache.passes.graph import is_numeric, numel_of, op_name, shape_of, tensor_of
 from fxcache.passes.skeleton import Skeleton, Skeletons, reads
 from fxcache.policy.probe import (
@@ -61,7 +60,7 @@ def find_probe(cut: Cut, kind: ProbeKind) -> Probe:
 def _head_residual(cut: Cut) -> Probe:
     """The residual of the head's units on the largest stream that depends on the sample there."""
     facts = cut.facts
-    own = mask_of(p for p in facts.heavy if cut.start < p <= cut.head and facts.cost[p])
+    own = heavy_between(facts, cut.start, cut.head) & facts.costly
     alive = [node for node in facts.crossing(cut.head) if is_numeric(node)]
     behind = [node for node in alive if facts.needs(node) & own] or alive
     if not behind:
@@ -102,8 +101,7 @@ def _modulated_input(cut: Cut) -> fx.Node:
 def _time_layer(cut: Cut, layer: int) -> fx.Node:
     """The result of layer `layer` (from 0) of those outside the blocks that read the time only."""
     facts, time = cut.facts, cut.facts.inputs.timestep
-    data = mask_of(facts.position[node] for node in facts.inputs.data)
-    wanted = 0 if time is None else 1 << facts.position[time]
+    data, wanted = facts.mask(facts.inputs.data), facts.mask([] if time is None else [time])
     layers = [
         facts.nodes[p]
         for p in facts.heavy
@@ -131,15 +129,11 @@ def _channel_axis(facts: Facts, sample: fx.Node) -> int:
     patches) a divisor of them.
     """
     shape = shape_of(sample) or ()
-    layer = next((facts.nodes[p] for p in facts.heavy if facts.cost[p]), None)
+    layer = next(facts.nodes[p] for p in facts.heavy if facts.cost[p])
     if len(shape) == 3:
-        return 1 if layer is not None and "conv" in op_name(layer) else 2
-    taken: Any = None
-    for operand in () if layer is None else layer.all_input_nodes:
-        weight = facts.base[operand]
-        if not facts.depends(operand) and len(shape_of(weight) or ()) >= 2:
-            taken = (shape_of(weight) or (0, 0))[1]
-            break
+        return 1 if "conv" in op_name(layer) else 2
+    others = (shape_of(facts.base[n]) or () for n in layer.all_input_nodes if not facts.depends(n))
+    taken = next((weight[1] for weight in others if len(weight) >= 2), None)
     axes = [axis for axis in (1, 2) if axis < len(shape)]
     fitting = [axis for axis in axes if shape[axis] == taken]
     parts = [axis for axis in axes if taken and taken % shape[axis] == 0]
