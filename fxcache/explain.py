@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class Explanation:
     flops: int = 0
     skipped_flops: int = 0
     audit: float | None = None
-    refused: tuple[str, ...] = field(default=())
+    refused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property

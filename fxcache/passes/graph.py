@@ -177,17 +177,14 @@ class GraphInputs:
     def timestep(self) -> fx.Node | None:
         """The time input, by name, else the only input that holds one number a sample."""
         numeric = {n: name for n, name in self.data.items() if not tensor_of(n).is_complex()}
-        for wanted in TIMESTEP_NAMES:
-            for node, name in numeric.items():
-                if name == wanted:
-                    return node
+        named = [n for wanted in TIMESTEP_NAMES for n, name in numeric.items() if name == wanted]
+        if named:
+            return named[0]
         scalars = [node for node in numeric if tensor_of(node).ndim <= 1]
         floating = [node for node in scalars if tensor_of(node).is_floating_point()]
         whole = [node for node in scalars if tensor_of(node).dtype in (torch.int64, torch.int32)]
-        for candidates in (floating, whole):
-            if candidates:
-                return candidates[0] if len(candidates) == 1 else None
-        return None
+        candidates = floating or whole
+        return candidates[0] if len(candidates) == 1 else None
 
 
 def is_number(node: fx.Node) -> bool:

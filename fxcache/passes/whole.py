@@ -33,7 +33,12 @@ def cut_whole(facts: Facts) -> Cut:
         )
     streams = tuple(Stream(node, _input_like(facts, node)) for node in results)
     if all(stream.skeleton is None for stream in streams):
-        raise StackNotFoundError(_unlike(facts, results[0]))
+        sample = facts.samples[0]
+        raise StackNotFoundError(
+            f"the output has the shape {shape_of(results[0])} and the noisy input "
+            f"{facts.inputs.paths.get(sample, sample.name)} {shape_of(sample)}: with the whole "
+            f"model as the span, their difference is what is kept, and they must have one shape"
+        )
     end = len(facts.nodes) - 2
     units = tuple(unit for run in find_runs(facts) for unit in run.units)
     stack = "the whole model"
@@ -45,12 +50,3 @@ def _input_like(facts: Facts, node: fx.Node) -> Skeleton | None:
         if shape_of(sample) == shape_of(node):
             return Skeleton(sample, 1 << facts.position[sample], share=1.0)
     return None
-
-
-def _unlike(facts: Facts, node: fx.Node) -> str:
-    sample = facts.samples[0]
-    return (
-        f"the output has the shape {shape_of(node)} and the noisy input "
-        f"{facts.inputs.paths.get(sample, sample.name)} {shape_of(sample)}: with the whole model "
-        f"as the span, their difference is what is kept, and they must have one shape"
-    )
