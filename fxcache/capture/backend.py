@@ -28,7 +28,6 @@ from fxcache.passes.graph import GraphInputs, op_name, tensor_of
 from fxcache.passes.pieces import is_random
 from fxcache.passes.probe import Probe, find_probe
 from fxcache.passes.rows import Rows
-from fxcache.passes.whole import cut_whole
 from fxcache.policy import AdaptiveCache, check_policy
 from fxcache.runtime.executor import StepExecutor
 from fxcache.runtime.session import Session
@@ -125,7 +124,7 @@ class Backend:
                 "the model breaks into graphs, and the policy's span is the whole model"
             )
         facts = analyse(gm.graph, inputs)
-        cut = cut_whole(facts) if policy.span.whole_model else find_cut(facts, policy.span)
+        cut = find_cut(facts, policy.span)
         # What is dropped before the span, of a text or a lyric, is no hit's matter.
         inside = range(cut.start + 1, cut.end + 1)
         drops = filter(is_dropout, facts.nodes)

@@ -31,7 +31,6 @@ from fxcache.passes.pieces import (
     state_fakes,
 )
 from fxcache.passes.probe import find_probe
-from fxcache.passes.whole import cut_whole
 from fxcache.policy import Policy
 from fxcache.policy.forecast import checked
 
@@ -87,7 +86,7 @@ def capture(
     facts = analyse(graph.graph, given)
     if any(map(is_dropout, facts.nodes)):
         raise CaptureError(f"a dropout of {type(model).__name__} is on: call model.eval()")
-    cut = cut_whole(facts) if policy.span.whole_model else find_cut(facts, policy.span)
+    cut = find_cut(facts, policy.span)
     check_writes(cut)
     probe = None if policy.probe is None else find_probe(cut, policy.probe)
     kept, residuals = state_fakes(cut, probe)

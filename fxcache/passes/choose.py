@@ -22,6 +22,7 @@ from fxcache.passes.graph import (
 from fxcache.passes.skeleton import Skeletons
 from fxcache.passes.u_shape import is_nested, is_read_by_work, levels, modules, origin
 from fxcache.passes.units import Run, describe, find_runs, narrowest
+from fxcache.passes.whole import cut_whole
 from fxcache.policy.base import Span
 
 #: Cuts that skip as much as the best but for this share of the work are as good.
@@ -37,11 +38,13 @@ U_SHAPE = 0.4
 
 
 def find_cut(facts: Facts, span: Span) -> Cut:
-    """Where to cut for a policy that skips `span`.
+    """Where to cut for a policy that skips `span`, which may be the whole model.
 
     Raises PolicyError if `span` leaves nothing to skip, StackNotFoundError if nothing can be
     skipped such that the outputs follow the sample.
     """
+    if span.whole_model:
+        return cut_whole(facts)
     stacks: list[Run] = []
     for run in find_runs(facts):
         if stacks and _continues(facts, stacks[-1], run):
