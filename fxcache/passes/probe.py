@@ -66,11 +66,9 @@ def _head_residual(cut: Cut) -> Probe:
     if not behind:
         raise CaptureError(f"no stream leaves the head of {cut.stack}")
     skeletons = Skeletons(facts, cut.start)
-    found = [(node, skeletons.of(node)) for node in behind]
+    found = [(node, skeletons.of(node)) for node in behind if not skeletons.is_available(node)]
     residuals: list[tuple[fx.Node, Skeleton | None]] = [
-        (node, s)
-        for node, s in found
-        if s is not None and s.share > 0.5 and not skeletons.is_available(node)
+        (node, s) for node, s in found if s is not None and s.share > 0.5
     ]
     node, skeleton = max(
         residuals or [(node, None) for node in behind],
