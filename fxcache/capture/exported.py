@@ -290,7 +290,7 @@ def _layout(model: nn.Module, policy: Any, captured: Captured, inputs: Mapping[s
         rules.limit_of(policy),
         len(captured.residuals),
         policy.forecast.ring,
-        rules.needs_num_steps(policy),
+        getattr(policy, "needs_num_steps", False),
         str(captured.residuals[0].device),
         shapes,
         _symbols(captured),

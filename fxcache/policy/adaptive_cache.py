@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fxcache.errors import PolicyError
-from fxcache.policy.base import Decision, History, Span
+from fxcache.policy.base import Decision, History
 from fxcache.policy.checks import check_integer, check_number
 from fxcache.policy.forecast import Corrected, Forecast, Reuse, Taylor
 from fxcache.policy.named import NamedPolicy
@@ -77,14 +77,6 @@ class AdaptiveCache(NamedPolicy):
         if quality not in QUALITIES:
             raise PolicyError(f"quality must be one of {', '.join(QUALITIES)}, got {quality!r}")
         return cls(tolerance=QUALITIES[quality], **others)
-
-    @property
-    def probe(self) -> None:
-        return None
-
-    @property
-    def span(self) -> Span:
-        return Span()
 
     def rule(self, metric: float, history: History) -> Decision:
         """Hit while the predicted errors since the last miss add up to less than the tolerance."""

@@ -44,10 +44,8 @@ class EasyCache(ThresholdPolicy):
     def span(self) -> Span:
         return Span(whole_model=True)
 
-    def rule(self, metric: float, history: History) -> Decision:
-        """Hit if the sum and every limit allow it; a miss names the first that does not."""
-        if (miss := self.forced(history)) is not None:
+    def forced(self, history: History) -> Decision | None:
+        """The miss that must be, also before there is a rate."""
+        if (miss := super().forced(history)) is not None or history.computed >= 2:
             return miss
-        if history.computed < 2:
-            return Decision(False, Reason.NO_RATE)
-        return self.compared(metric, history.accumulated + metric)
+        return Decision(False, Reason.NO_RATE)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fxcache.policy.base import Decision, History, Span
 from fxcache.policy.checks import check_integer, check_number
-from fxcache.policy.named import ThresholdPolicy
+from fxcache.policy.named import ThresholdPolicy, compared
 from fxcache.policy.probe import HeadResidual
 from fxcache.policy.reasons import Reason
 
@@ -56,7 +56,7 @@ class FirstBlockCache(ThresholdPolicy):
         """Hit if the metric and every limit allow it; a miss names the first that does not."""
         if (miss := self.forced(history)) is not None:
             return miss
-        decision = self.compared(metric, metric)
+        decision = compared(metric, metric, self.threshold)
         bound = self.max_accumulated
         if decision.is_hit and bound is not None and not history.accumulated + metric < bound:
             return Decision(False, Reason.MAX_ACCUMULATED, metric)

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from fxcache.errors import PolicyError
-from fxcache.policy.base import Decision, History, Span
+from fxcache.policy.base import Decision, History
 from fxcache.policy.checks import check_integer, check_number
 from fxcache.policy.named import NamedPolicy, compared
 from fxcache.policy.reasons import Reason
@@ -51,14 +51,6 @@ class MagCache(NamedPolicy):
         check_number("threshold", self.threshold, 0, math.inf)
         check_number("retention_ratio", self.retention_ratio, 0, 1)
         check_integer("max_consecutive_hits", self.max_consecutive_hits, 0)
-
-    @property
-    def probe(self) -> None:
-        return None
-
-    @property
-    def span(self) -> Span:
-        return Span()
 
     def table(self, num_steps: int | None, branch: Hashable = None) -> Table:
         """The ratios of `branch` for `num_steps` steps (None: as many as the table has)."""

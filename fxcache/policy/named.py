@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 
 from fxcache.errors import PolicyError
-from fxcache.policy.base import Decision, History, Origin, as_float32
+from fxcache.policy.base import Decision, History, Origin, Span, as_float32
 from fxcache.policy.checks import check_integer, check_number
 from fxcache.policy.forecast import Forecast, Reuse, check_forecast
+from fxcache.policy.probe import ProbeKind
 from fxcache.policy.reasons import Reason
 
 #: What `decide` may be.
@@ -16,6 +17,8 @@ DECIDE = ("each", "first")
 @dataclass(frozen=True, kw_only=True)
 class NamedPolicy:
     """The options of every named policy. See `ThresholdPolicy` for those that measure.
+
+    Unless a policy says otherwise, nothing is measured and a hit skips the whole stack.
 
     Args:
         forecast: what a hit puts in the place of the residual: `Reuse()`, `Taylor(order=1)`, ...
@@ -36,6 +39,14 @@ class NamedPolicy:
     control_threshold: float | None = None
     origin: Origin | None = None
 
+    @property
+    def probe(self) -> ProbeKind | None:
+        return None
+
+    @property
+    def span(self) -> Span:
+        return Span()
+
     def __post_init__(self) -> None:
         check_forecast(self.forecast)
         if self.decide not in DECIDE:
@@ -48,7 +59,8 @@ class NamedPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class ThresholdPolicy(NamedPolicy):
-    """A policy that hits while a score is below a threshold.
+    """A policy that hits while the sum of its scores since the last miss is below a threshold (of
+    `FirstBlockCache`: the last score alone).
 
     Args:
         threshold: in [0, inf]: 0 never hits, inf hits whenever it may.
@@ -78,47 +90,49 @@ class ThresholdPolicy(NamedPolicy):
         if self.max_consecutive_hits is not None:
             check_integer("max_consecutive_hits", self.max_consecutive_hits, 0)
 
+    @property
+    def needs_num_steps(self) -> bool:
+        """Whether it cannot decide without the number of steps."""
+        return (self.start, self.end) != (0, 1) or self.final_steps > 0
+
+    def rule(self, metric: float, history: History) -> Decision:
+        """Hit if the sum and every limit allow it; a miss names the first that does not."""
+        if (miss := self.forced(history)) is not None:
+            return miss
+        score = self.score(metric)
+        return compared(score, history.accumulated + score, self.threshold)
+
+    def score(self, metric: float) -> float:
+        """What an evaluation that measured `metric` adds to the sum."""
+        return metric
+
     def forced(self, history: History) -> Decision | None:
         """The miss that must be whatever was measured, None if nothing forces one."""
-        limit = self.max_consecutive_hits
         # What needs the number of steps says so at once, not when half of it is computed.
-        last = self._steps(history) - self.final_steps if self.final_steps else math.inf
-        is_inside = self._in_window(history)
-        if not history.past:
-            reason = Reason.NOTHING_CACHED
-        elif history.step < self.warmup_steps:
-            reason = Reason.WARM_UP
-        elif history.step >= last:
-            reason = Reason.FINAL_STEP
-        elif not is_inside:
-            reason = Reason.OUTSIDE_WINDOW
-        elif limit is not None and history.hits_in_a_row >= limit:
-            reason = Reason.MAX_CONSECUTIVE_HITS
-        else:
-            return None
-        return Decision(False, reason)
-
-    def compared(self, score: float, total: float) -> Decision:
-        """A hit if `total` is below the threshold; `score` is this evaluation's part of it."""
-        return compared(score, total, self.threshold)
-
-    def _in_window(self, history: History) -> bool:
-        if self.start == 0 and self.end == 1:
-            return True
-        # Rounded, so that 0.7 of 10 steps is 7 and not 7.000000000000001.
-        steps = self._steps(history)
-        first, last = (round(fraction * steps, 6) for fraction in (self.start, self.end))
-        return first <= history.step < last
-
-    def _steps(self, history: History) -> int:
-        if history.num_steps is None:
+        if history.num_steps is None and self.needs_num_steps:
             raise PolicyError(
                 f"start={self.start}, end={self.end}, final_steps={self.final_steps} of "
                 f"{type(self).__name__} need the number of the trajectory's steps, which is not "
                 f"known: call the sampler inside `with denoiser.trajectory(num_steps=...)` (and "
                 f"slot=... for a request of a batch), or set start=0, end=1 and final_steps=0"
             )
-        return history.num_steps
+        steps, limit = history.num_steps or 0, self.max_consecutive_hits
+        if not history.past:
+            reason = Reason.NOTHING_CACHED
+        elif history.step < self.warmup_steps:
+            reason = Reason.WARM_UP
+        elif self.final_steps and history.step >= steps - self.final_steps:
+            reason = Reason.FINAL_STEP
+        elif (self.start, self.end) != (0, 1) and not (
+            # Rounded, so that 0.7 of 10 steps is 7 and not 7.000000000000001.
+            round(self.start * steps, 6) <= history.step < round(self.end * steps, 6)
+        ):
+            reason = Reason.OUTSIDE_WINDOW
+        elif limit is not None and history.hits_in_a_row >= limit:
+            reason = Reason.MAX_CONSECUTIVE_HITS
+        else:
+            return None
+        return Decision(False, reason)
 
 
 def compared(score: float, total: float, threshold: float) -> Decision:

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 from fxcache.errors import PolicyError
-from fxcache.policy.base import Decision, History, Span
 from fxcache.policy.checks import check_number
 from fxcache.policy.forecast import Forecast, Taylor
 from fxcache.policy.named import ThresholdPolicy
@@ -51,13 +50,3 @@ class SeaCache(ThresholdPolicy):
     @property
     def probe(self) -> FilteredInput:
         return FilteredInput(power=self.power)
-
-    @property
-    def span(self) -> Span:
-        return Span()
-
-    def rule(self, metric: float, history: History) -> Decision:
-        """Hit if the sum and every limit allow it; a miss names the first that does not."""
-        if (miss := self.forced(history)) is not None:
-            return miss
-        return self.compared(metric, history.accumulated + metric)

@@ -62,10 +62,6 @@ class StepSchedule(NamedPolicy):
         return cls(mask=mask, **options)
 
     @property
-    def probe(self) -> None:
-        return None
-
-    @property
     def span(self) -> Span:
         return Span(input_share=self.input_share)
 

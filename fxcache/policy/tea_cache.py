@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxcache.errors import PolicyError
-from fxcache.policy.base import Decision, History, Span
 from fxcache.policy.checks import check_number
 from fxcache.policy.named import ThresholdPolicy
 from fxcache.policy.probe import ModulatedInput, TimeEmbedding
@@ -60,23 +59,12 @@ class TeaCache(ThresholdPolicy):
     def probe(self) -> ModulatedInput | TimeEmbedding:
         return SIGNALS[self.signal]
 
-    @property
-    def span(self) -> Span:
-        return Span()
-
-    def score(self, diff: float) -> float:
-        """The polynomial's absolute value at `diff`."""
+    def score(self, metric: float) -> float:
+        """The polynomial's absolute value at `metric`."""
         total = 0.0
         for coefficient in self.coefficients:
-            total = total * diff + coefficient
+            total = total * metric + coefficient
         return abs(total)
-
-    def rule(self, metric: float, history: History) -> Decision:
-        """Hit if the sum and every limit allow it; a miss names the first that does not."""
-        if (miss := self.forced(history)) is not None:
-            return miss
-        score = self.score(metric)
-        return self.compared(score, history.accumulated + score)
 
 
 def _checked(coefficients: Any) -> tuple[float, ...]:

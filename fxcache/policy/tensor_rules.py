@@ -62,13 +62,6 @@ def limit_of(policy: Any) -> float:
     return float(getattr(policy, "threshold", getattr(policy, "tolerance", 0.0)))
 
 
-def needs_num_steps(policy: Policy) -> bool:
-    """Whether `policy` cannot decide without the number of steps."""
-    if not isinstance(policy, ThresholdPolicy):
-        return False
-    return (policy.start, policy.end) != (0, 1) or policy.final_steps > 0
-
-
 def decide(
     policy: Policy, metric: torch.Tensor, numbers: Numbers, settings: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
