@@ -59,9 +59,9 @@ class AdaptiveCache(NamedPolicy):
     forecast: Forecast = field(init=False, repr=False, default=Reuse())
 
     def __post_init__(self) -> None:
-        check_number("tolerance", self.tolerance, 0, math.inf)
+        check_number("tolerance", self.tolerance, "[0, inf]")
         check_integer("order", self.order, 0, 3)
-        check_number("slope", self.slope, 0, 1)
+        check_number("slope", self.slope, "[0, 1]")
         check_integer("max_consecutive_hits", self.max_consecutive_hits, 1)
         check_integer("warmup_steps", self.warmup_steps, 0)
         check_integer("final_steps", self.final_steps, 0)

@@ -1,6 +1,5 @@
 """First Block Cache, and with head and tail blocks DBCache."""
 
-import math
 from dataclasses import dataclass
 
 from fxcache.policy.base import Decision, History, Span
@@ -42,7 +41,7 @@ class FirstBlockCache(ThresholdPolicy):
         check_integer("head_blocks", self.head_blocks, 1)
         check_integer("tail_blocks", self.tail_blocks, 0)
         if self.max_accumulated is not None:
-            check_number("max_accumulated", self.max_accumulated, 0, math.inf)
+            check_number("max_accumulated", self.max_accumulated, "[0, inf]")
 
     @property
     def probe(self) -> HeadResidual:

@@ -10,14 +10,13 @@ residuals, ``x = step - s_0`` is how far the forecast lies ahead of the newest, 
 """
 
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import sub
 from typing import Any, Protocol, runtime_checkable
 
 from fxcache.errors import PolicyError
-from fxcache.policy.checks import check_integer
+from fxcache.policy.checks import check_integer, check_number
 
 #: The weights of the residuals at distinct steps, two or more, to forecast a later step.
 Rule = Callable[[int, Sequence[int]], list[float]]
@@ -173,7 +172,7 @@ class Hermite(_Ordered):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_half_open("Hermite.scale", self.scale, "(0, 1]", lambda s: 0 < s <= 1)
+        check_number("Hermite.scale", self.scale, "(0, 1]")
 
     def weights(self, step: int, past: Sequence[int]) -> list[float]:
         """The newest residual, and each divided difference times its Hermite polynomial."""
@@ -244,7 +243,7 @@ class Chebyshev(_Ordered):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_half_open("Chebyshev.ridge", self.ridge, "[0, inf)", lambda r: 0 <= r < math.inf)
+        check_number("Chebyshev.ridge", self.ridge, "[0, inf)")
 
     @property
     def ring(self) -> int:
@@ -260,15 +259,6 @@ class Chebyshev(_Ordered):
         *rows, target = [list(map(sub, row, values[0])) for row in values[1:]]
         weights = _ridge(rows, target, float(self.ridge))
         return [1.0 - sum(weights), *weights]
-
-
-def _check_half_open(
-    name: str, value: Any, interval: str, is_inside: Callable[[Any], bool]
-) -> None:
-    """`value` must be a number inside an interval that is open at one end."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not is_inside(value):
-        raise PolicyError(f"{name} must be a number in {interval}, got {value!r}")
 
 
 def _weigh(step: int, past: Sequence[int], most: int, rule: Rule) -> list[float]:

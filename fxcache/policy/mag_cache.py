@@ -1,6 +1,5 @@
 """MagCache: skip while a table says that the residual's magnitude hardly changed."""
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -8,7 +7,7 @@ from typing import Any
 
 from fxcache.errors import PolicyError
 from fxcache.policy.base import Decision, History
-from fxcache.policy.checks import check_integer, check_number
+from fxcache.policy.checks import check_integer, check_number, checked_numbers
 from fxcache.policy.named import NamedPolicy, compared
 from fxcache.policy.reasons import Reason
 
@@ -48,8 +47,8 @@ class MagCache(NamedPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "ratios", _checked_tables(self.ratios))
-        check_number("threshold", self.threshold, 0, math.inf)
-        check_number("retention_ratio", self.retention_ratio, 0, 1)
+        check_number("threshold", self.threshold, "[0, inf]")
+        check_number("retention_ratio", self.retention_ratio, "[0, 1]")
         check_integer("max_consecutive_hits", self.max_consecutive_hits, 0)
 
     def table(self, num_steps: int | None, branch: Hashable = None) -> Table:
@@ -112,14 +111,7 @@ def _checked_tables(ratios: Any) -> Any:
 
 
 def _checked_table(name: str, ratios: Any) -> Table:
-    try:
-        given: Any = [None] if isinstance(ratios, str) else ratios
-        table = tuple(float(ratio) for ratio in given)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise PolicyError(f"{name} must hold one number a step, got {ratios!r}") from error
+    table = checked_numbers(name, ratios, "(0, inf)")
     if len(table) < 2:
         raise PolicyError(f"{name} must hold one ratio a step, at least 2, got {len(table)}")
-    for step, ratio in enumerate(table):
-        if not 0 < ratio < math.inf:
-            raise PolicyError(f"{name}[{step}] must be a number in (0, inf), got {ratio!r}")
     return table

@@ -52,7 +52,7 @@ class NamedPolicy:
         if self.decide not in DECIDE:
             raise PolicyError(f"decide must be one of {DECIDE}, got {self.decide!r}")
         if self.control_threshold is not None:
-            check_number("control_threshold", self.control_threshold, 0, math.inf)
+            check_number("control_threshold", self.control_threshold, "[0, inf]")
         if not isinstance(self.origin, Origin | None):
             raise PolicyError(f"origin must be {Origin | None}, got {self.origin!r}")
 
@@ -80,9 +80,9 @@ class ThresholdPolicy(NamedPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("threshold", self.threshold, 0, math.inf)
-        check_number("start", self.start, 0, 1)
-        check_number("end", self.end, 0, 1)
+        check_number("threshold", self.threshold, "[0, inf]")
+        check_number("start", self.start, "[0, 1]")
+        check_number("end", self.end, "[0, 1]")
         if self.start >= self.end:
             raise PolicyError(f"start must be below end, got start={self.start}, end={self.end}")
         check_integer("warmup_steps", self.warmup_steps, 0)

@@ -1,9 +1,7 @@
 """SeaCache: skip while the signal in the model's input, without its noise, changes little."""
 
-import math
 from dataclasses import dataclass
 
-from fxcache.errors import PolicyError
 from fxcache.policy.checks import check_number
 from fxcache.policy.forecast import Forecast, Taylor
 from fxcache.policy.named import ThresholdPolicy
@@ -43,9 +41,7 @@ class SeaCache(ThresholdPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("power", self.power, 0, math.inf)
-        if self.power in (0, math.inf):
-            raise PolicyError(f"power must be a number in (0, inf), got {self.power!r}")
+        check_number("power", self.power, "(0, inf)")
 
     @property
     def probe(self) -> FilteredInput:

@@ -39,7 +39,7 @@ class StepSchedule(NamedPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("input_share", self.input_share, LEAST_INPUT, 1)
+        check_number("input_share", self.input_share, f"[{LEAST_INPUT}, 1]")
         mask = tuple(self.mask) if isinstance(self.mask, Iterable) else ()
         if not mask or not all(_is_boolean(value) for value in mask):
             raise PolicyError(f"mask must hold one boolean a step, got {self.mask!r}")

@@ -1,12 +1,10 @@
 """TeaCache: skip while a polynomial of the modulated input's change stays small."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fxcache.errors import PolicyError
-from fxcache.policy.checks import check_number
+from fxcache.policy.checks import checked_numbers
 from fxcache.policy.named import ThresholdPolicy
 from fxcache.policy.probe import ModulatedInput, TimeEmbedding
 
@@ -51,7 +49,13 @@ class TeaCache(ThresholdPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "coefficients", _checked(self.coefficients))
+        values = checked_numbers("coefficients", self.coefficients, "(-inf, inf)")
+        if len(values) != DEGREE + 1:
+            raise PolicyError(
+                f"coefficients must be {DEGREE + 1} numbers (a polynomial of degree {DEGREE}, "
+                f"highest power first), got {len(values)}"
+            )
+        object.__setattr__(self, "coefficients", values)
         if self.signal not in tuple(SIGNALS):
             raise PolicyError(f"signal must be one of {tuple(SIGNALS)}, got {self.signal!r}")
 
@@ -65,21 +69,3 @@ class TeaCache(ThresholdPolicy):
         for coefficient in self.coefficients:
             total = total * metric + coefficient
         return abs(total)
-
-
-def _checked(coefficients: Any) -> tuple[float, ...]:
-    try:
-        given: Any = [None] if isinstance(coefficients, str) else coefficients
-        values = tuple(float(value) for value in given)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise PolicyError(f"coefficients must be numbers, got {coefficients!r}") from error
-    if len(values) != DEGREE + 1:
-        raise PolicyError(
-            f"coefficients must be {DEGREE + 1} numbers (a polynomial of degree {DEGREE}, highest "
-            f"power first), got {len(values)}"
-        )
-    for place, value in enumerate(values):
-        check_number(f"coefficients[{place}]", value, -math.inf, math.inf)
-        if math.isinf(value):
-            raise PolicyError(f"coefficients[{place}] must be finite, got {value!r}")
-    return values

@@ -162,10 +162,7 @@ def check_target(targets: dict[str, Any]) -> str:
     ((name, value),) = given.items()
     if name == "max_computed_steps":
         check_integer(name, value, 1)
-    elif name == "tolerance":
-        check_number(name, value, 0.001, 10)
-    elif name == "target_speedup":
-        check_number(name, value, 1, 1000)
     else:
-        check_number(name, value, 0, 1000)
+        intervals = {"tolerance": "[0.001, 10]", "target_speedup": "[1, 1000]"}
+        check_number(name, value, intervals.get(name, "[0, 1000]"))
     return f"{name}={value}"
