@@ -10,16 +10,13 @@ residuals, ``x = step - s_0`` is how far the forecast lies ahead of the newest, 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import sub
 from typing import Any, Protocol, runtime_checkable
 
 from fxcache.errors import PolicyError
 from fxcache.policy.checks import check_integer, check_number
-
-#: The weights of the residuals at distinct steps, two or more, to forecast a later step.
-Rule = Callable[[int, Sequence[int]], list[float]]
 
 
 @runtime_checkable
@@ -107,7 +104,9 @@ def checked(policy: Any) -> Corrected | None:
 
 @dataclass(frozen=True)
 class _Ordered:
-    """What the forecasters with an order share: its check and, unless they differ, the ring."""
+    """What the forecasters with an order share: its check, unless they differ the ring, and which
+    residuals count.
+    """
 
     order: int = 2
 
@@ -117,6 +116,21 @@ class _Ordered:
     @property
     def ring(self) -> int:
         return self.order + 1
+
+    def weights(self, step: int, past: Sequence[int]) -> list[float]:
+        """The weights of the newest distinct steps of `past`, as many as the ring has, by residual.
+
+        Of several evaluations of one step (Heun) the newest counts, the others weigh 0; at the
+        newest step itself, and as long as no other is known, its residual is the forecast.
+        """
+        points = list(dict.fromkeys(past))[: self.ring]
+        is_reuse = len(points) < 2 or step == points[0]
+        by_step = dict(zip(points, [1.0] if is_reuse else self._rule(step, points), strict=False))
+        return [by_step.pop(at, 0.0) for at in past]
+
+    def _rule(self, step: int, points: Sequence[int]) -> list[float]:
+        """The weights of residuals at distinct steps, two or more, to forecast a later step."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -139,9 +153,8 @@ class Taylor(_Ordered):
 
     order: int = 1
 
-    def weights(self, step: int, past: Sequence[int]) -> list[float]:
-        """Lagrange weights of the interpolating polynomial, evaluated at `step`."""
-        return _weigh(step, past, self.ring, _lagrange)
+    def _rule(self, step: int, points: Sequence[int]) -> list[float]:
+        return _lagrange(step, points)
 
 
 @dataclass(frozen=True)
@@ -174,11 +187,8 @@ class Hermite(_Ordered):
         super().__post_init__()
         check_number("Hermite.scale", self.scale, "(0, 1]")
 
-    def weights(self, step: int, past: Sequence[int]) -> list[float]:
+    def _rule(self, step: int, points: Sequence[int]) -> list[float]:
         """The newest residual, and each divided difference times its Hermite polynomial."""
-        return _weigh(step, past, self.ring, self._series)
-
-    def _series(self, step: int, points: Sequence[int]) -> list[float]:
         x, slope = step - points[0], 2 * float(self.scale) ** 2
         weights = [0.0] * len(points)
         before, polynomial = 0.0, 1.0
@@ -212,9 +222,18 @@ class AdamsBashforth(_Ordered):
         PolicyError: for another order.
     """
 
-    def weights(self, step: int, past: Sequence[int]) -> list[float]:
-        """1 for the newest residual, and each slope's difference times its integral."""
-        return _weigh(step, past, self.ring, _integrate)
+    def _rule(self, step: int, points: Sequence[int]) -> list[float]:
+        """1 for the newest residual, and each slope's difference times its integral, for which two
+        Gauss nodes are enough: they are exact for cubics.
+        """
+        half = (step - points[0]) / 2
+        nodes = [points[0] + half * (1 + side / math.sqrt(3)) for side in (-1, 1)]
+        early, late = (_lagrange(node, points[:-1]) for node in nodes)
+        weights = [1.0] + [0.0] * (len(points) - 1)
+        for j, integral in enumerate(half * (a + b) for a, b in zip(early, late, strict=True)):
+            for k, weight in enumerate(_divided_difference(points[j : j + 2]), start=j):
+                weights[k] += integral * weight
+        return weights
 
 
 @dataclass(frozen=True)
@@ -249,28 +268,13 @@ class Chebyshev(_Ordered):
     def ring(self) -> int:
         return 5
 
-    def weights(self, step: int, past: Sequence[int]) -> list[float]:
+    def _rule(self, step: int, points: Sequence[int]) -> list[float]:
         """Weights of the regression on the differences to the newest residual."""
-        return _weigh(step, past, self.ring, self._regress)
-
-    def _regress(self, step: int, points: Sequence[int]) -> list[float]:
         order, length = min(self.order, len(points) - 1), step - points[-1]
         values = [_chebyshev(1 - 2 * (step - at) / length, order) for at in (*points, step)]
         *rows, target = [list(map(sub, row, values[0])) for row in values[1:]]
         weights = _ridge(rows, target, float(self.ridge))
         return [1.0 - sum(weights), *weights]
-
-
-def _weigh(step: int, past: Sequence[int], most: int, rule: Rule) -> list[float]:
-    """What `rule` gives the newest distinct steps of `past`, at most `most`, by residual.
-
-    Of several evaluations of one step (Heun) the newest counts, the others weigh 0; at the newest
-    step itself, and as long as no other is known, its residual is the forecast.
-    """
-    points = list(dict.fromkeys(past))[:most]
-    is_reuse = len(points) < 2 or step == points[0]
-    by_step = dict(zip(points, [1.0] if is_reuse else rule(step, points), strict=False))
-    return [by_step.pop(at, 0.0) for at in past]
 
 
 def _apart(at: float, points: Sequence[int], j: int) -> float:
@@ -286,18 +290,6 @@ def _lagrange(at: float, points: Sequence[int]) -> list[float]:
 def _divided_difference(points: Sequence[int]) -> list[float]:
     """Weights of the values at `points` in their divided difference."""
     return [1 / _apart(points[j], points, j) for j in range(len(points))]
-
-
-def _integrate(step: int, points: Sequence[int]) -> list[float]:
-    """Weights of Adams-Bashforth; two Gauss nodes are exact for the slopes' cubic."""
-    half = (step - points[0]) / 2
-    nodes = [points[0] + half * (1 + side / math.sqrt(3)) for side in (-1, 1)]
-    early, late = (_lagrange(node, points[:-1]) for node in nodes)
-    weights = [1.0] + [0.0] * (len(points) - 1)
-    for j, integral in enumerate(half * (a + b) for a, b in zip(early, late, strict=True)):
-        for k, weight in enumerate(_divided_difference(points[j : j + 2]), start=j):
-            weights[k] += integral * weight
-    return weights
 
 
 def _chebyshev(t: float, order: int) -> list[float]:
