@@ -39,19 +39,3 @@ class Reason(str, Enum):
 
     def __format__(self, spec: str) -> str:
         return format(self.value, spec)
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether it is a verdict on what was measured or predicted, so that another threshold
-        might have hit.
-        """
-        return self in _MEASURED
-
-
-_MEASURED = {
-    Reason.ABOVE_THRESHOLD,
-    Reason.ABOVE_TOLERANCE,
-    Reason.MAX_ACCUMULATED,
-    Reason.NOT_FINITE,
-    Reason.CONTROL_CHANGED,
-}

@@ -2,31 +2,31 @@
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from fxcache.policy.base import Policy
 from fxcache.policy.reasons import Reason
 from fxcache.policy.simulate import halving_threshold
+from fxcache.report import Record
 
 #: Shorter trajectories say nothing.
 MIN_STEPS = 4
 #: Of longer ones, the first steps say enough.
 MAX_STEPS = 1000
 _BEYOND = {Reason.BEYOND_MASK, Reason.BEYOND_TABLE}
-
-
-class Evaluation(Protocol):
-    """What is asked of a record. `score` is what was compared with a threshold."""
-
-    step: int
-    metric: float | None
-    is_hit: bool
-    reason: str | None
-    score: float
+#: Verdicts on what was measured or predicted, so that another threshold might have hit.
+_MEASURED = {
+    Reason.ABOVE_THRESHOLD,
+    Reason.ABOVE_TOLERANCE,
+    Reason.MAX_ACCUMULATED,
+    Reason.NOT_FINITE,
+    Reason.CONTROL_CHANGED,
+}
+_FORCED = {*Reason} - _MEASURED
 
 
 def verdict(
-    policy: Any, branches: Mapping[Hashable, Sequence[Any]], num_steps: int | None
+    policy: Any, branches: Mapping[Hashable, Sequence[Record]], num_steps: int | None
 ) -> str | None:
     """One sentence on a trajectory, given the evaluations of each branch; None if all is well.
 
@@ -39,34 +39,35 @@ def verdict(
         return None
     name = min(kinds, key=lambda name: kinds[name] != "control")
     kind, seen = kinds[name], own[name]
-    where = "" if name is None else f" in branch {name!r}"
+    made, where = type(policy).__name__, "" if name is None else f" in branch {name!r}"
+    length = f"in a trajectory of {len(seen)} evaluations{where}"
     if kind == "beyond":
         beyond = sum(each.reason in _BEYOND for each in seen)
         return (
-            f"{type(policy).__name__} was made for fewer steps than the trajectory has{where}: "
-            f"{beyond} step(s) beyond it were computed, and the others are not placed well"
+            f"{made} was made for fewer steps than the trajectory has{where}: {beyond} step(s) "
+            f"beyond it were computed, and the others are not placed well"
         )
     if kind == "control":
-        return _of_control(policy, seen, where)
+        limit = f"{made}(control_threshold={policy.control_threshold:g})"
+        return f"{limit} never hit {length}: {_of_control(seen)}"
     if kind == "intolerant":
         off = min((each.score for each in _free(seen)), default=math.nan)
         later = f", and later it would have been off by {off:.2g} at least" * math.isfinite(off)
         return (
-            f"{type(policy).__name__}(tolerance={policy.tolerance:g}) never hit in a trajectory of "
-            f"{len(seen)} evaluations{where}: its forecast learns from the first "
-            f"{policy.order + 2} computed steps{later}. With few steps, or a sampler that puts "
-            f"fresh noise in, there is nothing to win"
+            f"{made}(tolerance={policy.tolerance:g}) never hit {length}: its forecast learns from "
+            f"the first {policy.order + 2} computed steps{later}. With few steps, or a sampler "
+            f"that puts fresh noise in, there is nothing to win"
         )
-    if kind not in ("never", "always"):
+    if kind == "mixed":
         return None
     what = "never hit" if kind == "never" else "hit on every step where it was free to"
     return (
-        f"{type(policy).__name__}(threshold={policy.threshold:g}) {what} in a trajectory of "
-        f"{len(seen)} evaluations{where}: {_range(seen)}. {_advice(policy, seen, num_steps, name)}"
+        f"{made}(threshold={policy.threshold:g}) {what} {length}: {_range(seen)}. "
+        f"{_advice(policy, seen, num_steps, name)}"
     )
 
 
-def _kind(policy: Any, seen: Sequence[Evaluation]) -> str | None:
+def _kind(policy: Any, seen: Sequence[Record]) -> str | None:
     if any(each.reason in _BEYOND for each in seen):
         return "beyond"
     if len(seen) < MIN_STEPS:
@@ -88,13 +89,12 @@ def _kind(policy: Any, seen: Sequence[Evaluation]) -> str | None:
     return "always" if hits == len(free) else "mixed"
 
 
-def _free(seen: Sequence[Evaluation]) -> list[Evaluation]:
+def _free(seen: Sequence[Record]) -> list[Record]:
     """The evaluations that could have been hits and misses. A reason of the user's own counts."""
-    known = {reason.value for reason in Reason if not reason.is_measured}
-    return [each for each in seen if each.is_hit or each.reason not in known]
+    return [each for each in seen if each.is_hit or each.reason not in _FORCED]
 
 
-def _of_control(policy: Any, seen: Sequence[Evaluation], where: str) -> str:
+def _of_control(seen: Sequence[Record]) -> str:
     changes = [each.score for each in seen if each.reason == Reason.CONTROL_CHANGED]
     largest = max(changes, key=lambda change: math.inf if math.isnan(change) else change)
     advice = (
@@ -103,15 +103,13 @@ def _of_control(policy: Any, seen: Sequence[Evaluation], where: str) -> str:
         else "control_threshold=None does not look at it"
     )
     return (
-        f"{type(policy).__name__}(control_threshold={policy.control_threshold:g}) never hit in a "
-        f"trajectory of {len(seen)} evaluations{where}: at {len(changes)} of the "
-        f"{len(_free(seen))} where it was free to, the conditioning (control residuals, text, "
-        f"adapter features) had changed since the last computed step, by up to {largest:.4g}. "
-        f"{advice}"
+        f"at {len(changes)} of the {len(_free(seen))} where it was free to, the conditioning "
+        f"(control residuals, text, adapter features) had changed since the last computed step, "
+        f"by up to {largest:.4g}. {advice}"
     )
 
 
-def _range(seen: Sequence[Evaluation]) -> str:
+def _range(seen: Sequence[Record]) -> str:
     measured = [each.metric for each in seen if each.metric is not None]
     if not measured:
         measured = [each.score for each in _free(seen)]
@@ -121,9 +119,7 @@ def _range(seen: Sequence[Evaluation]) -> str:
     return f"the metric was {min(finite):.4g} to {max(finite):.4g}"
 
 
-def _advice(
-    policy: Policy, seen: Sequence[Evaluation], num_steps: int | None, branch: Hashable
-) -> str:
+def _advice(policy: Policy, seen: Sequence[Record], num_steps: int | None, branch: Hashable) -> str:
     adds_up = policy.probe is not None and policy.probe.reference == "computed"
     changes, in_a_row = [], 0
     for each in seen:
@@ -139,10 +135,6 @@ def _advice(
         return "Which threshold would have hit half of the steps is not known"
     if threshold is None:
         return "Its other limits do not let it hit half of the steps at any threshold"
-    return f"A threshold of about {_rounded_up(threshold):.6g} would have hit half of the steps"
-
-
-def _rounded_up(value: float) -> float:
-    """`value` with three digits, not below it."""
-    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
-    return math.ceil(value / unit) * unit
+    unit = 10.0 ** (math.floor(math.log10(threshold)) - 2)  # three digits, and not below it
+    rounded = math.ceil(threshold / unit) * unit
+    return f"A threshold of about {rounded:.6g} would have hit half of the steps"
