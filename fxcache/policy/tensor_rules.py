@@ -7,7 +7,6 @@ holds nothing). The arithmetic is that of the rules themselves, and so are the d
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from fxcache.policy.base import Policy
 from fxcache.policy.easy_cache import EasyCache
 from fxcache.policy.first_block_cache import FirstBlockCache
 from fxcache.policy.forecast import Corrected, Reuse, Taylor, Within, checked
-from fxcache.policy.named import ThresholdPolicy
 from fxcache.policy.step_schedule import StepSchedule
 
 STEP, HITS_IN_A_ROW, ACCUMULATED, COMPUTED, ERROR, GROWTH, ENTRIES = range(7)
@@ -27,15 +25,15 @@ STEP, HITS_IN_A_ROW, ACCUMULATED, COMPUTED, ERROR, GROWTH, ENTRIES = range(7)
 LIMIT, NUM_STEPS, LED = range(3)
 
 Numbers = torch.Tensor
-#: Of metric, numbers and settings: whether it is a hit (bool []), and the score (float64 []).
-Rule = Callable[[Any, Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+#: The policies that can be followed.
+KNOWN = (FirstBlockCache, EasyCache, AdaptiveCache, StepSchedule)
 
 
 def check_has_tensor_rule(policy: Policy) -> None:
     """Raise PolicyError unless an exported program can follow `policy`."""
     name = type(policy).__name__
-    if type(policy) not in _RULES:
-        known = ", ".join(each.__name__ for each in _RULES)
+    if type(policy) not in KNOWN:
+        known = ", ".join(each.__name__ for each in KNOWN)
         raise PolicyError(
             f'{name} has no rule in tensor arithmetic, which form="cond" needs: {known} have; '
             f'form="pieces" takes any policy'
@@ -69,8 +67,7 @@ def decide(
 
     `metric` is float32 [], NaN where nothing is measured.
     """
-    rule: Rule = _RULES[type(policy)]
-    is_hit, score = rule(policy, metric, numbers, settings)
+    is_hit, score = _by_itself(policy, metric, numbers, settings)
     led, is_held = settings[LED], (numbers[ENTRIES:] >= 0).any()
     can_follow = is_held if policy.probe is None else is_held & metric.isfinite()
     return torch.where(led < 0, is_hit, (led > 0) & can_follow), score
@@ -78,15 +75,8 @@ def decide(
 
 def forgetting(numbers: Numbers, is_broken: torch.Tensor) -> Numbers:
     """`numbers`, or those after which nothing is held where `is_broken`."""
-    lost = torch.cat(
-        [
-            numbers[:COMPUTED],
-            torch.zeros_like(numbers[COMPUTED:ERROR]),
-            torch.full_like(numbers[ERROR:GROWTH], math.nan),
-            numbers[GROWTH:ENTRIES],
-            torch.full_like(numbers[ENTRIES:], -1),
-        ]
-    )
+    initial = initial_numbers(len(numbers) - ENTRIES).to(numbers.device)
+    lost = torch.cat([numbers[:COMPUTED], initial[COMPUTED:]])
     return torch.where(is_broken, lost, numbers)
 
 
@@ -169,66 +159,36 @@ def _growth(step: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
     return (step - nodes).abs().prod() / math.factorial(len(nodes))
 
 
-def _allowed(policy: ThresholdPolicy, numbers: Numbers, settings: torch.Tensor) -> torch.Tensor:
-    """Where nothing forces a miss (see `ThresholdPolicy.forced`)."""
-    step, steps = numbers[STEP], settings[NUM_STEPS]
-    allowed = (numbers[ENTRIES:] >= 0).any() & (step >= policy.warmup_steps)
+def _by_itself(
+    policy: Any, metric: torch.Tensor, numbers: Numbers, settings: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `decide` gives where no other branch leads. NaN compares false: a miss."""
+    step, steps, limit = numbers[STEP], settings[NUM_STEPS], settings[LIMIT]
+    is_held = (numbers[ENTRIES:] >= 0).any()
+    if isinstance(policy, StepSchedule):
+        hits = [at for at, is_hit in enumerate(policy.mask) if is_hit]
+        named = step == torch.tensor(hits or [-1], dtype=step.dtype, device=step.device)
+        return named.any() & is_held, torch.zeros_like(step)
+    allowed = is_held & (step >= policy.warmup_steps)
+    if policy.max_consecutive_hits is not None:
+        allowed = allowed & (numbers[HITS_IN_A_ROW] < policy.max_consecutive_hits)
+    if isinstance(policy, AdaptiveCache):
+        nodes, _ = _nodes(policy, numbers[ENTRIES:])
+        score = numbers[ERROR] * _growth(step, nodes) / numbers[GROWTH]
+        slope = policy.slope
+        share = torch.where(steps < 2, 1.0, 1 - slope + 2 * slope * step / (steps - 1))
+        allowed = allowed & (nodes[-1] >= 0)
+        allowed = allowed & ((steps == 0) | (step < steps - policy.final_steps))
+        return allowed & (numbers[ACCUMULATED] + score < limit * share), score
     if policy.final_steps:
         allowed = allowed & (step < steps - policy.final_steps)
     if (policy.start, policy.end) != (0, 1):
         first, last = (torch.round(at * steps, decimals=6) for at in (policy.start, policy.end))
         allowed = allowed & (first <= step) & (step < last)
-    if policy.max_consecutive_hits is not None:
-        allowed = allowed & (numbers[HITS_IN_A_ROW] < policy.max_consecutive_hits)
-    return allowed
-
-
-def _first_block(
-    policy: FirstBlockCache, metric: torch.Tensor, numbers: Numbers, settings: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
     score = metric.double()
-    is_hit = _allowed(policy, numbers, settings) & (metric < settings[LIMIT].float())
+    total = numbers[ACCUMULATED] + score
+    if isinstance(policy, EasyCache):
+        return allowed & (numbers[COMPUTED] >= 2) & (total.float() < limit.float()), score
     if policy.max_accumulated is not None:
-        is_hit = is_hit & (numbers[ACCUMULATED] + score < policy.max_accumulated)
-    return is_hit, score
-
-
-def _easy(
-    policy: EasyCache, metric: torch.Tensor, numbers: Numbers, settings: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    score = metric.double()
-    total = (numbers[ACCUMULATED] + score).float()
-    allowed = _allowed(policy, numbers, settings) & (numbers[COMPUTED] >= 2)
-    return allowed & (total < settings[LIMIT].float()), score
-
-
-def _adaptive(
-    policy: AdaptiveCache, metric: torch.Tensor, numbers: Numbers, settings: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    step, steps = numbers[STEP], settings[NUM_STEPS]
-    nodes, _ = _nodes(policy, numbers[ENTRIES:])
-    score = numbers[ERROR] * _growth(step, nodes) / numbers[GROWTH]
-    slope = policy.slope
-    share = torch.where(steps < 2, 1.0, 1 - slope + 2 * slope * step / (steps - 1))
-    is_hit = (nodes[-1] >= 0) & (step >= policy.warmup_steps)
-    is_hit = is_hit & ((steps == 0) | (step < steps - policy.final_steps))
-    is_hit = is_hit & (numbers[HITS_IN_A_ROW] < policy.max_consecutive_hits)
-    # NaN compares false: a miss.
-    return is_hit & (numbers[ACCUMULATED] + score < settings[LIMIT] * share), score
-
-
-def _schedule(
-    policy: StepSchedule, metric: torch.Tensor, numbers: Numbers, settings: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    step, zero = numbers[STEP], torch.zeros_like(numbers[STEP])
-    hits = [at for at, is_hit in enumerate(policy.mask) if is_hit]
-    named = step == torch.tensor(hits or [-1], dtype=step.dtype, device=step.device)
-    return named.any() & (numbers[ENTRIES:] >= 0).any(), zero
-
-
-_RULES: dict[type, Rule] = {
-    FirstBlockCache: _first_block,
-    EasyCache: _easy,
-    AdaptiveCache: _adaptive,
-    StepSchedule: _schedule,
-}
+        allowed = allowed & (total < policy.max_accumulated)
+    return allowed & (metric < limit.float()), score
