@@ -8,19 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fxcache
+from fxcache.comfyui import install
 from fxcache.errors import FxCacheError, OptionError
+from fxcache.pipelines.tiny import tiny_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2: something is missing or wrong)."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
+    options = vars(_parser().parse_args(arguments))
+    run = options.pop("run")
     try:
-        return int(args.run(args))
+        run(**options)
     except FxCacheError as error:
         print(f"fxcache: {error}", file=sys.stderr)
     except ImportError as error:
         print(f'fxcache: {error}; try pip install "fxcache[demo]"', file=sys.stderr)
+    else:
+        return 0
     return 2
 
 
@@ -106,71 +111,36 @@ def _demonstration(name: str) -> Any:
     return pkgutil.resolve_name(f"fxcache.demo.{name}")
 
 
-def _demo(args: argparse.Namespace) -> int:
-    _demonstration("run:run_demo")(
-        steps=args.steps,
-        threshold=args.threshold,
-        seed=args.seed,
-        output=args.output,
-        backend=args.backend,
-    )
-    return 0
+def _demo(**options: Any) -> None:
+    _demonstration("run:run_demo")(**options)
 
 
-def _explain(args: argparse.Namespace) -> int:
-    from fxcache.api import explain
-    from fxcache.pipelines.tiny import tiny_model
-    from fxcache.policy import FirstBlockCache
-
-    model, inputs = tiny_model(args.diffusers)
-    policy = FirstBlockCache(head_blocks=args.head_blocks, tail_blocks=args.tail_blocks)
-    print(explain(model, policy=policy, **inputs))
-    return 0
+def _explain(diffusers: str, head_blocks: int, tail_blocks: int) -> None:
+    model, inputs = tiny_model(diffusers)
+    policy = fxcache.FirstBlockCache(head_blocks=head_blocks, tail_blocks=tail_blocks)
+    print(fxcache.explain(model, policy=policy, **inputs))
 
 
-def _calibrate(args: argparse.Namespace) -> int:
-    from fxcache.policy import MagCache, TeaCache
-    from fxcache.tuning.calibrate import calibrate
-
-    _check_output(args.output)
-    target, run = _load_target(args.target)
-    kind = {kind.__name__: kind for kind in (MagCache, TeaCache)}[args.policy]
-    profile = calibrate(target, run, kind, runs=args.runs)
+def _calibrate(target: str, policy: str, runs: int, output: Path) -> None:
+    _check_output(output)
+    profile = fxcache.calibrate(*_load_target(target), getattr(fxcache, policy), runs=runs)
     print(profile)
-    print(f"written to {profile.save(args.output)}")
-    return 0
+    print(f"written to {profile.save(output)}")
 
 
-def _tune(args: argparse.Namespace) -> int:
-    from fxcache.tuning.tune import tune
-
-    for path in filter(None, (args.output, args.plot)):
+def _tune(target: str, output: Path, plot: Path | None, **options: Any) -> None:
+    for path in filter(None, (output, plot)):
         _check_output(path)
-    target, run = _load_target(args.target)
-    result = tune(
-        target,
-        run,
-        target_speedup=args.target_speedup,
-        max_computed_steps=args.max_computed_steps,
-        min_psnr=args.min_psnr,
-        tolerance=args.tolerance,
-        runs=args.runs,
-        verify_runs=args.verify_runs,
-        seed=args.seed,
-    )
+    result = fxcache.tune(*_load_target(target), **options)
     print(result)
-    if args.tolerance is None:
-        print(f"written to {result.save(args.output)}")
-    if args.plot is not None:
-        print(f"drawn into {result.plot(args.plot)}")
-    return 0
+    if options["tolerance"] is None:
+        print(f"written to {result.save(output)}")
+    if plot is not None:
+        print(f"drawn into {result.plot(plot)}")
 
 
-def _comfyui(args: argparse.Namespace) -> int:
-    from fxcache.comfyui.install import install, remove
-
-    print((remove if args.remove else install)(args.path))
-    return 0
+def _comfyui(path: Path, remove: bool) -> None:
+    print(install.remove(path) if remove else install.install(path))
 
 
 def _check_output(path: Path) -> None:
