@@ -13,7 +13,7 @@ import dataclasses
 import difflib
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
@@ -26,11 +26,8 @@ from fxcache.policy.sea_cache import SeaCache
 from fxcache.policy.tea_cache import TeaCache
 
 _POLICIES: dict[str, Any] = {
-    "easycache": EasyCache,
-    "firstblockcache": FirstBlockCache,
-    "magcache": MagCache,
-    "seacache": SeaCache,
-    "teacache": TeaCache,
+    kind.__name__.lower(): kind
+    for kind in (EasyCache, FirstBlockCache, MagCache, SeaCache, TeaCache)
 }
 _METHOD_ALIASES = {"fbc": "firstblockcache", "fbcache": "firstblockcache"}
 
@@ -74,7 +71,9 @@ def preset(model: str, method: str, **changes: Any) -> Policy:
             f"{_suggestion(model, {_key(name): name for name in entries})}"
         )
     entry, policy = entries[model], _POLICIES[method]
-    _check_fields(policy, changes)
+    fields = {field.name: field.name for field in dataclasses.fields(policy)}
+    for name in sorted(changes.keys() - fields):
+        raise PolicyError(f"{policy.__name__} has no {name!r}. {_suggestion(name, fields)}")
     settings = dict(entry["settings"])
     if "ratios" in settings:
         settings["ratios"] = _catalogue()["tables"][settings["ratios"]]
@@ -125,13 +124,6 @@ def _method(name: str) -> str:
     if key not in _POLICIES:
         raise PolicyError(f"no method {name!r}. {_suggestion(name, {m: m for m in _POLICIES})}")
     return key
-
-
-def _check_fields(policy: Any, changes: Iterable[str]) -> None:
-    fields = {field.name: field.name for field in dataclasses.fields(policy)}
-    for name in changes:
-        if name not in fields:
-            raise PolicyError(f"{policy.__name__} has no {name!r}. {_suggestion(name, fields)}")
 
 
 def _suggestion(name: str, known: Mapping[str, str]) -> str:
