@@ -85,13 +85,16 @@ class AdaptiveCache(NamedPolicy):
             return Decision(False, Reason.NOTHING_CACHED)
         if nodes[0] == history.step:
             return Decision(False, Reason.SAME_STEP)
-        score = self._predicted(history, nodes)
+        score, error = 0.0, history.error if len(nodes) > self.order else None
+        if error is not None:  # that of a forecast of this step, as that of the last miss tells
+            at, *before = error.steps
+            score = error.value * self._growth(history.step, nodes) / self._growth(at, before)
         if history.step < self.warmup_steps:
             return Decision(False, Reason.WARM_UP, score)
         if steps is not None and history.step >= steps - self.final_steps:
             return Decision(False, Reason.FINAL_STEP, score)
-        if len(nodes) <= self.order or history.error is None:
-            return Decision(False, Reason.NO_ERROR, score)
+        if error is None:
+            return Decision(False, Reason.NO_ERROR)
         if history.hits_in_a_row >= self.max_consecutive_hits:
             return Decision(False, Reason.MAX_CONSECUTIVE_HITS, score)
         slope = 0.0 if steps is None or steps < 2 else self.slope
@@ -101,13 +104,6 @@ class AdaptiveCache(NamedPolicy):
             return Decision(True, None, score)
         reason = Reason.ABOVE_TOLERANCE if math.isfinite(total) else Reason.NOT_FINITE
         return Decision(False, reason, score)
-
-    def _predicted(self, history: History, nodes: Sequence[int]) -> float:
-        """The error of a forecast of this step, as that of the last miss tells; 0: not known."""
-        if len(nodes) <= self.order or history.error is None:
-            return 0.0
-        at, *before = history.error.steps
-        return history.error.value * self._growth(history.step, nodes) / self._growth(at, before)
 
     def _growth(self, step: int, nodes: Sequence[int]) -> float:
         """How the error of the polynomial through `nodes` grows until `step`."""

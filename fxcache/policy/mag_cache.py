@@ -70,17 +70,11 @@ class MagCache(NamedPolicy):
             return Decision(False, Reason.WARM_UP)
         if history.hits_in_a_row >= self.max_consecutive_hits:
             return Decision(False, Reason.MAX_CONSECUTIVE_HITS)
-        error = _predicted_error(table, history.past[0], history.step)
+        ratio, error = 1.0, 0.0  # what reusing the newest residual has gathered up to this step
+        for gamma in table[history.past[0] + 1 : history.step + 1]:
+            ratio *= gamma
+            error += abs(1 - ratio)
         return compared(error, error, self.threshold)
-
-
-def _predicted_error(table: Table, computed: int, step: int) -> float:
-    """The error that reusing the residual of step `computed` has gathered up to `step`."""
-    ratio, error = 1.0, 0.0
-    for gamma in table[computed + 1 : step + 1]:
-        ratio *= gamma
-        error += abs(1 - ratio)
-    return error
 
 
 @lru_cache(maxsize=256)
@@ -89,8 +83,6 @@ def resampled(table: Table, num_steps: int) -> Table:
 
     Source: MagCache's scripts (``round(arange(T) * (S - 1) / (T - 1))``, halves to even).
     """
-    if num_steps == len(table):
-        return table
     if num_steps == 1:
         return table[-1:]
     scale = (len(table) - 1) / (num_steps - 1)
