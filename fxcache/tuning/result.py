@@ -5,16 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fxcache.errors import PolicyError, ProfileError
+from fxcache.errors import PolicyError
 from fxcache.policy import AdaptiveCache, StepSchedule
 from fxcache.policy.checks import check_integer, check_number
 from fxcache.policy.schedule_file import save_schedule
-from fxcache.tuning.sampling import psnr
-
-#: In dB: where two uncached samples with one seed are less alike, nothing can be compared.
-SAME = 30.0
 
 
 @dataclass(frozen=True)
@@ -134,24 +128,6 @@ class TuneResult:
         axes.grid(alpha=0.3)
         figure.savefig(path, dpi=120)
         return Path(path)
-
-
-def check_same_shape(sample: torch.Tensor, reference: torch.Tensor, seed: int) -> None:
-    """Raise ProfileError unless two samples with one seed can be compared."""
-    if sample.shape != reference.shape:
-        raise ProfileError(
-            f"run must return samples of one shape for one seed, got {list(sample.shape)} and "
-            f"{list(reference.shape)} with seed {seed}"
-        )
-
-
-def check_same_sample(sample: torch.Tensor, again: torch.Tensor, seed: int) -> None:
-    """Raise ProfileError unless two uncached samples with one seed are alike."""
-    if sample.shape != again.shape or not psnr(sample, again) >= SAME:
-        raise ProfileError(
-            f"run must return the same sample for one seed, got two with seed {seed}: make its "
-            f"generators anew at each call, from the seed (or use the global ones)"
-        )
 
 
 def check_target(targets: dict[str, Any]) -> str:

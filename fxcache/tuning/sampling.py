@@ -4,7 +4,7 @@ import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -46,11 +46,9 @@ class Sampler:
             return type(scheduler).__name__
         return str(getattr(self.run, "__qualname__", type(self.run).__name__))
 
-    @contextmanager
-    def following(self, policy: Policy) -> Iterator[Runner]:
+    def following(self, policy: Policy) -> AbstractContextManager[Runner]:
         """Inside, the denoiser follows `policy`."""
-        with other_policy(self.denoiser, policy) as runner:
-            yield runner
+        return other_policy(self.denoiser, policy)
 
     def call(self, runner: Runner, seed: int, make: Callable[[], Seen]) -> tuple[Any, Seen]:
         """What the function returned, and an observer (`Session.observe`) made by `make`.

@@ -1,10 +1,7 @@
 """Sample with schedules, and keep what was measured."""
 
-import datetime
 import itertools
 import logging
-import statistics
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -13,13 +10,14 @@ import torch
 
 from fxcache.capture.runner import Runner
 from fxcache.errors import PolicyError, ProfileError
-from fxcache.policy import Forecast, Hermite, Origin, Reuse, StepSchedule, Taylor
+from fxcache.policy import Forecast, Hermite, Reuse, StepSchedule, Taylor
 from fxcache.policy.fitted import Fitted
 from fxcache.policy.forecast import Within
 from fxcache.tuning.calibrate import mean_gram, progress_bar, recorded
 from fxcache.tuning.record import Counter, Recorder
-from fxcache.tuning.result import Point, TuneResult, check_same_sample, check_same_shape
-from fxcache.tuning.sampling import Sampler, Seen, as_tensor, psnr
+from fxcache.tuning.result import Point, TuneResult
+from fxcache.tuning.samples import Samples, point_of
+from fxcache.tuning.sampling import Sampler
 from fxcache.tuning.search import (
     Past,
     fit_table,
@@ -49,27 +47,20 @@ EXPONENTS = (1, 2)
 #: sees of its input also tells a wrong cut, and follows another sampler's noise.
 SHARE, GAIN = 0.1, 0.5
 
+#: What is followed uncached; its pieces serve all schedules of its input share.
+NEVER = StepSchedule(mask=[False], forecast=Fitted(table={}, ring=RING))
+
 #: By number of computed steps, a mask.
 Plan = dict[int, tuple[bool, ...]]
 
 
-@contextmanager
-def trials_of(sampler: Sampler) -> Iterator["Trials"]:
-    """Trials with `sampler`, whose denoiser follows other policies inside."""
-    never = StepSchedule(mask=[False], forecast=Fitted(table={}, ring=RING))
-    with sampler.following(never) as runner:
-        yield Trials(sampler, runner, never)
+class Trials(Samples):
+    """Samples with schedules, and keeps what was measured. `runner` follows `NEVER`."""
 
-
-class Trials:
-    """Samples with schedules, and keeps what was measured."""
-
-    def __init__(self, sampler: Sampler, runner: Runner, never: StepSchedule) -> None:
-        self.sampler, self.runner, self.never = sampler, runner, never
+    def __init__(self, sampler: Sampler, runner: Runner) -> None:
+        super().__init__(sampler, runner)
         #: The input share of the schedules that are tried.
         self.share = 1.0
-        self.references: dict[int, torch.Tensor] = {}
-        self.seconds: dict[int, float] = {}
         self.gram = torch.empty(0)
         self.sensitivity = torch.empty(0)
         self.plans: dict[tuple[object, ...], Plan] = {}
@@ -79,23 +70,16 @@ class Trials:
         self.recorded, self.compared, self.verifying = list(seeds), others[0], list(others[1:])
         recorders = []
         for seed in progress_bar([*seeds, *others], "recording", progress):
-            make = Recorder if seed in seeds else Counter
-            self.references[seed], self.seconds[seed], seen = self._sample(self.never, seed, make)
-            if isinstance(seen, Recorder):
-                recorders.append(seen)
-            if not self.references[seed].isfinite().all():
-                raise ProfileError(f"run must return finite numbers, got inf or NaN, seed {seed}")
+            if seed in seeds:
+                recorders.append(self.refer(seed, Recorder))
+            else:
+                self.refer(seed, Counter)
         # The squared errors of a step's branches add up.
         self.gram = torch.stack([mean_gram(own) for own in recorded(recorders).values()]).sum(0)
         self.runner.session.expected_steps = self.steps
         self.sensitivity = torch.ones(self.steps, dtype=torch.float64)
-        self._check_seeds()
-
-    def _check_seeds(self) -> None:
-        """Whether a seed tells the sample: raise ProfileError if not, warn if all are the same."""
-        again, _, _ = self._sample(self.never, self.compared, Counter)
+        self.refer(self.compared, Counter)  # again: does a seed tell the sample?
         reference = self.references[self.compared]
-        check_same_sample(reference, again, self.compared)
         if all(torch.equal(reference, self.references[seed]) for seed in self.verifying):
             log.warning(
                 "run returned the same sample for seeds %s: what was measured is of that one alone",
@@ -120,20 +104,10 @@ class Trials:
         seed = self.recorded[0]
         for step in progress_bar(sorted(places), "sensitivity", progress):
             mask = tuple(at == step for at in range(self.steps))
-            sample, _, _ = self._sample(self._schedule(mask, Reuse()), seed, Counter)
+            sample, _, _ = self.sample(self._schedule(mask, Reuse()), seed, Counter)
             errors[step] = float((sample - self.references[seed]).square().mean().sqrt())
         if errors:
             self.sensitivity = interpolated_sensitivity(self.gram, errors)
-
-    def _sample(
-        self, policy: StepSchedule, seed: int, make: type[Seen]
-    ) -> tuple[torch.Tensor, float, Seen]:
-        """A sample, its seconds, and an observer, made by `make`."""
-        self.runner.session.policy = policy
-        begin = time.perf_counter()
-        result, seen = self.sampler.call(self.runner, seed, make)
-        sample = as_tensor(result)
-        return sample, time.perf_counter() - begin, seen
 
     def _schedule(self, mask: Sequence[bool], forecast: Forecast) -> StepSchedule:
         within = Within(inner=forecast, ring=RING)
@@ -150,7 +124,7 @@ class Trials:
         least = self.compare(name, policy).psnr_mean + GAIN
         runner = self.runner
         with ExitStack() as followed:
-            never = replace(self.never, input_share=SHARE)
+            never = replace(NEVER, input_share=SHARE)
             self.runner, self.share = followed.enter_context(self.sampler.following(never)), SHARE
             self.runner.session.expected_steps = self.steps
             if not self.compare(name, policy).psnr_mean > least:
@@ -236,31 +210,15 @@ class Trials:
         return self._point(name, policy, self.verifying)
 
     def _point(self, name: str, policy: StepSchedule, seeds: Iterable[int]) -> Point:
-        values, ratios, most = [], [], 0
-        for seed in seeds:
-            tried = self._schedule(policy.mask, policy.forecast)
-            sample, seconds, counter = self._sample(tried, seed, Counter)
-            check_same_shape(sample, self.references[seed], seed)
-            values.append(psnr(sample, self.references[seed]))
-            ratios.append(self.seconds[seed] / seconds)
-            most = max(most, counter.most)
+        schedule = self._schedule(policy.mask, policy.forecast)
+        tried = {seed: self.tried(schedule, seed) for seed in seeds}
+        most = max(each.seen.most for each in tried.values())
         if most > policy.num_computed:
             raise ProfileError(
                 f"a trajectory computed {most} steps where the schedule has {policy.num_computed}: "
                 f"trajectories must all have {self.steps} steps"
             )
-        return Point(
-            policy=policy,
-            forecast=name,
-            computed_steps=most,
-            num_steps=self.steps,
-            speedup=self.speedup(most),
-            measured_speedup=statistics.median(ratios),
-            psnr_mean=statistics.fmean(values),
-            psnr_min=min(values),
-            seeds=tuple(seeds),
-            mask=tuple(policy.mask),
-        )
+        return point_of(policy, name, tuple(policy.mask), most, self.speedup(most), tried)
 
     def reaching(self, min_psnr: float) -> Point:
         """The verified point with the fewest computed steps whose every PSNR is `min_psnr`."""
@@ -281,10 +239,7 @@ class Trials:
 
     def result(self, chosen: Point, others: Sequence[Point], target: str) -> TuneResult:
         """The chosen point with its origin, and the table."""
-        model = type(self.sampler.model).__name__
-        date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-        source = f"fxcache.tune({target}), {self.sampler.name}, {self.steps} steps, {date}"
-        origin = Origin(f"schedule tuned for {model}", (model,), source)
-        policy = replace(chosen.policy, origin=origin)
+        source = f"fxcache.tune({target}), {self.sampler.name}, {self.steps} steps"
+        policy = replace(chosen.policy, origin=self.origin("schedule tuned for", source))
         points = sorted([chosen, *others], key=lambda point: point.computed_steps)
         return TuneResult(policy, target, chosen, tuple(points))

@@ -1,6 +1,7 @@
 """Find the schedule for a budget: which steps to compute, and how to forecast the others."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from fxcache.policy.checks import check_integer
@@ -8,7 +9,7 @@ from fxcache.tuning.calibrate import progress_bar
 from fxcache.tuning.result import TuneResult, check_target
 from fxcache.tuning.sampling import Run, sampler_for
 from fxcache.tuning.tolerance import try_tolerance
-from fxcache.tuning.trials import trials_of
+from fxcache.tuning.trials import NEVER, Trials
 
 
 def tune(
@@ -80,10 +81,11 @@ def tune(
     ):
         check_integer(name, value, least)
     seeds = [seed + number for number in range(runs + 1 + verify_runs)]
-    if tolerance is not None:
-        with sampler_for(denoiser_or_pipe, run, component) as sampler:
+    with ExitStack() as inside:
+        sampler = inside.enter_context(sampler_for(denoiser_or_pipe, run, component))
+        if tolerance is not None:
             return try_tolerance(sampler, tolerance, seeds[-verify_runs:], progress)
-    with sampler_for(denoiser_or_pipe, run, component) as sampler, trials_of(sampler) as trials:
+        trials = Trials(sampler, inside.enter_context(sampler.following(NEVER)))
         trials.record(seeds[:runs], seeds[runs:], progress)
         trials.measure_sensitivity(sensitivity_steps, progress)
         with trials.better_share():
