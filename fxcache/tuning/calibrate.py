@@ -27,7 +27,7 @@ from fxcache.policy import (
 )
 from fxcache.policy.checks import check_integer
 from fxcache.tuning.profile import Profile, model_metadata
-from fxcache.tuning.record import Recorder, Trajectory, by_branch
+from fxcache.tuning.record import Recorder, Trajectory
 from fxcache.tuning.sampling import Run, Sampler, sampler_for
 from fxcache.tuning.search import squared_error
 
@@ -136,7 +136,10 @@ def recorded(recorders: Iterable[Recorder]) -> Branches:
     """The trajectories by branch. Raises ProfileError unless there are any, they are all of one
     length, from step 0 on, and finite.
     """
-    branches = by_branch(recorders)
+    branches: Branches = {}
+    for recorder in recorders:
+        for (_, _, branch), found in recorder.trajectories.items():
+            branches.setdefault(branch, []).append(found)
     if not branches:
         raise ProfileError(
             "run did not call the denoiser under torch.no_grad(): nothing was recorded. It must "
@@ -145,7 +148,10 @@ def recorded(recorders: Iterable[Recorder]) -> Branches:
     every = [found for own in branches.values() for found in own]
     steps = list(range(max(map(len, every))))
     if len(steps) < 2 or any(found.steps != steps for found in every):
-        seen = {name: sorted({_steps(found) for found in own}) for name, own in branches.items()}
+        seen = {
+            name: sorted({f"{len(f)} of steps {f.steps[0]} to {f.steps[-1]}" for f in own})
+            for name, own in branches.items()
+        }
         raise ProfileError(
             f"every trajectory must have the same steps, at least 2, in every branch; got {seen}. "
             f"Announce trajectories with denoiser.trajectory(), and sample with one number of "
@@ -154,10 +160,6 @@ def recorded(recorders: Iterable[Recorder]) -> Branches:
     if not all(residual.isfinite().all() for found in every for residual in found.residuals):
         raise ProfileError("the model's residuals must be finite numbers, got inf or NaN")
     return branches
-
-
-def _steps(found: Trajectory) -> str:
-    return f"{len(found)} of steps {found.steps[0]} to {found.steps[-1]}"
 
 
 def progress_bar(items: Iterable[Item], title: str, shown: bool) -> Iterable[Item]:

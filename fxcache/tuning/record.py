@@ -1,11 +1,11 @@
 """Record uncached trajectories: how residuals relate to each other, and what a probe measured."""
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
 
@@ -14,8 +14,8 @@ from fxcache.runtime.state import BranchState, Slot
 #: So many elements of a residual are kept (drawn once, at random): enough for its inner products.
 SAMPLED = 2**19
 
-#: A slot's number, its trajectory's number, and the branch.
-Key = tuple[int, int, Hashable]
+#: A slot (and nothing of it is kept alive), its trajectory's number, and the branch.
+Key = tuple[ref[Slot], int, Hashable]
 
 
 @dataclass
@@ -49,25 +49,10 @@ class Trajectory:
         return [1.0, *(float((now / (before + 1e-8)).mean()) for before, now in pairs)]
 
 
-class Keys:
-    """Tells trajectories apart. (A slot that is gone leaves its `id` to another.)"""
-
-    def __init__(self) -> None:
-        self._slots: WeakKeyDictionary[Slot, int] = WeakKeyDictionary()
-        self._number = 0
-
-    def __call__(self, slot: Slot, state: BranchState) -> Key:
-        if slot not in self._slots:
-            self._slots[slot] = self._number
-            self._number += 1
-        return self._slots[slot], slot.trajectory, state.label
-
-
 class Counter:
     """Is told of every evaluation (`Session.observe`) and notes which of them were hits."""
 
     def __init__(self) -> None:
-        self._key = Keys()
         #: By trajectory of a branch: which steps were hits alone.
         self._steps: dict[Key, dict[int, bool]] = {}
         self.evaluations = self.hits = 0
@@ -76,7 +61,7 @@ class Counter:
         self, slot: Slot, state: BranchState, metric: float, outputs: Sequence[Any]
     ) -> None:
         is_hit = state.hits_in_a_row > 0
-        steps = self._steps.setdefault(self._key(slot, state), {})
+        steps = self._steps.setdefault((ref(slot), slot.trajectory, state.label), {})
         steps[state.step] = steps.get(state.step, True) and is_hit
         self.evaluations, self.hits = self.evaluations + 1, self.hits + is_hit
 
@@ -100,14 +85,13 @@ class Recorder:
 
     def __init__(self) -> None:
         self.trajectories: dict[Key, Trajectory] = {}
-        self._key = Keys()
         self._outputs: dict[Key, torch.Tensor] = {}
         self._chosen: dict[int, torch.Tensor] = {}
 
     def __call__(
         self, slot: Slot, state: BranchState, metric: float, outputs: Sequence[Any]
     ) -> None:
-        key = self._key(slot, state)
+        key = ref(slot), slot.trajectory, state.label
         found = self.trajectories.setdefault(key, Trajectory())
         at = state.past[0][1]
         residuals = [ring[at].detach() for ring in state.allocated.rings]
@@ -138,15 +122,6 @@ class Recorder:
             self._chosen[number] = chosen.to(residual.device)
         drawn: torch.Tensor = flat[self._chosen[number]].to("cpu", torch.float32)
         return drawn.mul_((number / SAMPLED) ** 0.5)
-
-
-def by_branch(recorders: Iterable[Recorder]) -> dict[Hashable, list[Trajectory]]:
-    """The recorded trajectories of each branch."""
-    branches: dict[Hashable, list[Trajectory]] = {}
-    for recorder in recorders:
-        for (_, _, branch), found in recorder.trajectories.items():
-            branches.setdefault(branch, []).append(found)
-    return branches
 
 
 def _token_norms(residual: torch.Tensor) -> torch.Tensor:
