@@ -54,6 +54,7 @@ _RECORDING: dict[type, Any] = {
 }
 #: With these fields a policy never hits, and needs no number of steps.
 _NEVER: dict[str, Any] = {
+    "mask": [False],
     "threshold": 0,
     "start": 0,
     "end": 1,
@@ -123,11 +124,9 @@ def _recording_policy(policy: Any, kind: type) -> Policy:
         known = ", ".join(sorted(known.__name__ for known in _RECORDING))
         raise PolicyError(f"policy must be one of {known}, got {policy!r}")
     chosen = _RECORDING[kind]
-    if not isinstance(policy, type) and type(chosen) is kind:
+    if isinstance(policy, type(chosen)):
         chosen = policy
     never = {name: value for name, value in _NEVER.items() if hasattr(chosen, name)}
-    if isinstance(chosen, StepSchedule):
-        never["mask"] = [False]
     recording: Policy = replace(chosen, **never)
     return recording
 
@@ -178,8 +177,8 @@ def _profile(
     recording: Policy, method: str, branches: Branches, sampler: Sampler, runs: int
 ) -> Profile:
     every = [found for own in branches.values() for found in own]
-    names = {_name(branch): branch for branch in branches}
-    if len(names) < len(branches):
+    named = {"cond" if name is None else str(name): own for name, own in branches.items()}
+    if len(named) < len(branches):
         raise ProfileError(f"branches must have names that differ as text, got {[*branches]}")
     signal = {"signal": recording.signal} if isinstance(recording, TeaCache) else {}
     metadata = {
@@ -192,29 +191,23 @@ def _profile(
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "versions": ", ".join(_versions()),
     }
-    return Profile(
-        {
-            name: _mean([found.ratios() for found in branches[branch]])
-            for name, branch in names.items()
-        },
-        torch.tensor([pair for found in every for pair in _pairs(found)]).double().reshape(-1, 2),
-        _errors(mean_gram(every)),
-        metadata,
-    )
-
-
-def _name(branch: Any) -> str:
-    return "cond" if branch is None else str(branch)
-
-
-def _mean(rows: list[list[float]]) -> tuple[float, ...]:
-    return tuple(torch.tensor(rows, dtype=torch.float64).mean(0).tolist())
-
-
-def _pairs(found: Trajectory) -> Iterator[tuple[float, float]]:
-    for metric, change in zip(found.metrics, found.changes, strict=True):
-        if math.isfinite(metric) and math.isfinite(change):
-            yield metric, change
+    rows = {name: [found.ratios() for found in own] for name, own in named.items()}
+    ratios = {
+        name: tuple(torch.tensor(own, dtype=torch.float64).mean(0).tolist())
+        for name, own in rows.items()
+    }
+    pairs = [
+        pair
+        for found in every
+        for pair in zip(found.metrics, found.changes, strict=True)
+        if all(map(math.isfinite, pair))
+    ]
+    gram = mean_gram(every)
+    errors = {
+        name: tuple(_error(gram, step, forecast) for step in range(len(gram)))
+        for name, forecast in FORECASTS.items()
+    }
+    return Profile(ratios, torch.tensor(pairs).double().reshape(-1, 2), errors, metadata)
 
 
 def mean_gram(trajectories: Iterable[Trajectory]) -> torch.Tensor:
@@ -222,21 +215,13 @@ def mean_gram(trajectories: Iterable[Trajectory]) -> torch.Tensor:
     return torch.stack([found.gram() for found in trajectories]).mean(0)
 
 
-def _errors(gram: torch.Tensor) -> dict[str, tuple[float, ...]]:
-    """Each forecaster's relative error at each step, from the steps right before it."""
-    errors = {}
-    for name, forecast in FORECASTS.items():
-        own = []
-        for step in range(len(gram)):
-            past = tuple(range(step - 1, max(-1, step - 1 - forecast.ring), -1))
-            if len(past) < forecast.ring:
-                own.append(math.nan)
-                continue
-            error = squared_error(gram, step, past, forecast.weights(step, past))
-            size = float(gram[step, step])
-            own.append((error / size) ** 0.5 if size else math.nan)
-        errors[name] = tuple(own)
-    return errors
+def _error(gram: torch.Tensor, step: int, forecast: Forecast) -> float:
+    """The forecaster's relative error at a step, from the steps right before it; NaN: too few."""
+    past, size = tuple(range(step - 1, -1, -1))[: forecast.ring], float(gram[step, step])
+    if len(past) < forecast.ring or not size:
+        return math.nan
+    error = squared_error(gram, step, past, forecast.weights(step, past))
+    return float((error / size) ** 0.5)
 
 
 def _versions() -> Iterator[str]:
