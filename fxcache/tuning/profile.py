@@ -71,14 +71,16 @@ class Profile:
         Raises PolicyError for a method without a table, or a bad field; ProfileError if there are
         too few pairs for a polynomial.
         """
-        method = self.metadata.get("method")
+        meta = self.metadata
+        method, made_for = meta.get("method"), meta.get("model", "")
+        source = f"fxcache.calibrate, {meta.get('steps')} steps, {meta.get('date')}"
+        changes.setdefault("origin", Origin(f"calibration of {made_for}", (made_for,), source))
         if method == "MagCache":
-            own: dict[str, Any] = {"ratios": _plain(self.ratios)}
-            return MagCache(**{**own, "origin": self._origin(), **changes})
+            first, *more = self.ratios.values()  # of one branch: the table itself
+            return MagCache(**{"ratios": dict(self.ratios) if more else first, **changes})
         if method == "TeaCache":
-            signal = self.metadata.get("signal", "modulated_input")
-            own = {"coefficients": self.coefficients(), "signal": signal}
-            return TeaCache(**{**own, "origin": self._origin(), **changes})
+            signal = meta.get("signal", "modulated_input")
+            return TeaCache(**{"coefficients": self.coefficients(), "signal": signal, **changes})
         raise PolicyError(
             f"a profile gives a policy for the methods MagCache and TeaCache, got {method!r}"
         )
@@ -169,11 +171,6 @@ class Profile:
             profile.check_model(model)
         return profile
 
-    def _origin(self) -> Origin:
-        meta = self.metadata
-        source = f"fxcache.calibrate, {meta.get('steps')} steps, {meta.get('date')}"
-        return Origin(f"calibration of {meta.get('model')}", (meta.get("model", ""),), source)
-
     def __str__(self) -> str:
         meta = self.metadata
         lines = [
@@ -204,11 +201,6 @@ def model_metadata(model: Any) -> dict[str, str]:
     shapes = {name: list(value.shape) for name, value in model.named_parameters()}
     text = json.dumps([config, shapes], sort_keys=True)
     return {"model": class_name(model), "config": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _plain(ratios: Mapping[str, Sequence[float]]) -> Any:
-    """The table itself where there is one branch only."""
-    return next(iter(ratios.values())) if len(ratios) == 1 else dict(ratios)
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -33,13 +33,11 @@ class Point:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; an infinite PSNR (equal samples, or numbers that are not) becomes None."""
-        finite = {
-            name: value if math.isfinite(value) else None
-            for name in ("psnr_mean", "psnr_min")
-            if (value := getattr(self, name)) is not None
-        }
-        own = {name: value for name, value in vars(self).items() if name != "policy"}
-        return {**own, **finite, "seeds": list(self.seeds), "mask": list(self.mask)}
+        own = vars(self) | {"seeds": list(self.seeds), "mask": list(self.mask)}
+        del own["policy"]
+        for name in ("psnr_mean", "psnr_min"):
+            own[name] = own[name] if math.isfinite(own[name]) else None
+        return own
 
 
 @dataclass(frozen=True)
@@ -78,15 +76,12 @@ class TuneResult:
                 f"{point.psnr_min:>6.2f}  {point.forecast}, {drawn}{chosen}"
             )
         seeds = ", ".join(map(str, self.point.seeds))
+        promise = ", guaranteed by the schedule" * isinstance(self.policy, StepSchedule)
         lines.append(
-            f"{self.target}. Speedup in FLOPs{self._promise}; PSNR in dB against the uncached "
+            f"{self.target}. Speedup in FLOPs{promise}; PSNR in dB against the uncached "
             f"samples, measured with seeds {seeds}, not guaranteed for others."
         )
         return "\n".join(lines)
-
-    @property
-    def _promise(self) -> str:
-        return ", guaranteed by the schedule" if isinstance(self.policy, StepSchedule) else ""
 
     def save(self, path: str | Path) -> Path:
         """Write the schedule to `path` as JSON; `fxcache.load_schedule` reads it. Raises
@@ -104,11 +99,9 @@ class TuneResult:
 
         Needs matplotlib (``pip install "fxcache[demo]"``), raises ImportError without it.
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6, 3.6), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         points = [point for point in self.frontier if math.isfinite(point.psnr_mean)]
         costs = [point.speedup for point in points]

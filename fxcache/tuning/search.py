@@ -6,6 +6,7 @@ All of it works on the Gram matrix of the residuals of recorded trajectories,
 one uncached trajectory tells the errors of every forecaster under every schedule.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -103,13 +104,10 @@ def schedule_costs(
     gram: torch.Tensor, sensitivity: torch.Tensor, weights: Weights
 ) -> Callable[[int, Past], float]:
     """The cost of a hit for `search`: its squared error, weighted by the step's `sensitivity`."""
-    known: dict[Place, float] = {}
 
+    @functools.cache
     def cost(step: int, past: Past) -> float:
-        if (step, past) not in known:
-            error = squared_error(gram, step, past, weights(step, past))
-            known[step, past] = float(sensitivity[step]) * error
-        return known[step, past]
+        return float(sensitivity[step]) * squared_error(gram, step, past, weights(step, past))
 
     return cost
 
