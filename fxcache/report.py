@@ -147,11 +147,9 @@ class Report:
 
         Needs matplotlib (``pip install "fxcache[demo]"``), raises ImportError without it.
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 3.2), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         columns = self._columns()
         drawn = next((name for name in ("predicted", "metric") if name in columns), "metric")

@@ -182,7 +182,6 @@ def table(base: Run, cached: list[Run], rivals: list[Run]) -> list[str]:
 
 def draw(base: Run, cached: list[Run], rivals: list[Run], path: Path, columns: int = 16) -> None:
     """The pictures of each run in a row, the best setting's rival below."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     best = max(range(len(cached)), key=lambda i: cached[i].psnr - rivals[i].psnr)
@@ -191,7 +190,6 @@ def draw(base: Run, cached: list[Run], rivals: list[Run], path: Path, columns: i
     rival = rivals[best]
     rows.append((f"{rival.steps} steps\n{rival.speedup(base):.2f}x, {rival.psnr:.1f} dB", rival))
     figure = Figure(figsize=(columns * 0.72 + 1.5, len(rows) * 0.76), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (label, run) in zip(figure.subplots(len(rows), 1), rows, strict=True):
         strip = torch.cat(list(run.pictures[:columns]), dim=2).permute(1, 2, 0)
         axes.imshow(strip.numpy(), interpolation="nearest")
