@@ -131,38 +131,31 @@ def sampler_for(target: Any, run: Run, component: str | None = None) -> Iterator
     denoiser, or with several if `component` does not say which.
     """
     arguments(run, target, None, 0)
-    if isinstance(target, DenoiserMethods):
-        yield Sampler(target, run, target)
-    elif isinstance(target, nn.Module):
-        yield Sampler(target, run, _eager(target))
-    else:
-        with ExitStack() as undo:
-            yield Sampler(target, run, _in_pipeline(target, component, undo))
+    name, model = ("", target) if isinstance(target, nn.Module) else _in_pipeline(target, component)
+    with ExitStack() as undo:
+        denoiser: Any = model
+        if not isinstance(model, DenoiserMethods):
+            check_model(model)
+            options = Options(backend="eager")
+            denoiser = make_denoiser(model, StepSchedule(mask=[False]), options)
+            if name:
+                put(target, name, denoiser, SchedulerClock(target))
+                undo.callback(object.__setattr__, target, name, model)
+        yield Sampler(target, run, denoiser)
 
 
-def _eager(model: nn.Module) -> Any:
-    check_model(model)
-    return make_denoiser(model, StepSchedule(mask=[False]), Options(backend="eager"))
-
-
-def _in_pipeline(pipe: Any, component: str | None, undo: ExitStack) -> Any:
-    """The denoiser of a pipeline, put in its place."""
-    found = {name: getattr(pipe, name, None) for name in COMPONENTS}
+def _in_pipeline(pipe: Any, component: str | None) -> tuple[str, nn.Module]:
+    """The denoiser of a pipeline, and its name there."""
+    names = [name for name in COMPONENTS if component in (None, name)]
+    found = {name: getattr(pipe, name, None) for name in names}
     models = {name: model for name, model in found.items() if isinstance(model, nn.Module)}
-    if component is not None:
-        models = {name: model for name, model in models.items() if name == component}
     if len(models) != 1:
         raise OptionError(
             f"{type(pipe).__name__} must have one denoiser ({', '.join(COMPONENTS)}), got "
             f"{sorted(models) or 'none'}; with several, say component=..."
         )
-    ((name, model),) = models.items()
-    if isinstance(model, DenoiserMethods):
-        return model
-    denoiser = _eager(model)
-    put(pipe, name, denoiser, SchedulerClock(pipe))
-    undo.callback(object.__setattr__, pipe, name, model)
-    return denoiser
+    (only,) = models.items()
+    return only
 
 
 def as_tensor(result: Any) -> torch.Tensor:
