@@ -11,13 +11,6 @@ from torch import nn
 
 from fxcache.runtime.session import Session
 
-_WHY = {
-    "gradients": "gradients are enabled: nothing is cached, and they are the model's own. Sample "
-    "under torch.no_grad() or torch.inference_mode()",
-    "input": "an input requires gradients where none are recorded, as in "
-    "torch.utils.checkpoint(use_reentrant=True): nothing is cached. Pass x.detach() to sample",
-}
-
 
 def trains(model: nn.Module, timestep: Any) -> bool:
     """Whether an evaluation with gradients trains the model: it says so, or its samples have
@@ -34,14 +27,25 @@ def goes_around(session: Session, args: Sequence[Any], kwargs: Mapping[str, Any]
     """Whether an evaluation must go around the cache. Says once why."""
     if is_recomputation():
         return True
-    if _may_be_recomputed(args, kwargs):
-        why = "input"
-    elif torch.is_grad_enabled():
-        why = "gradients"
-    else:
+    if torch.is_grad_enabled():
+        session.say_once(
+            "gradients",
+            "gradients are enabled: nothing is cached, and they are the model's own. Sample under "
+            "torch.no_grad() or torch.inference_mode()",
+        )
+        return True
+    if torch.is_inference_mode_enabled():
         return False
-    session.say_once(why, _WHY[why])
-    return True
+    values = (*args, *kwargs.values())
+    may_be_recomputed = any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
+    if may_be_recomputed:
+        session.say_once(
+            "input",
+            "an input requires gradients where none are recorded, as in "
+            "torch.utils.checkpoint(use_reentrant=True): nothing is cached. Pass x.detach() to "
+            "sample",
+        )
+    return may_be_recomputed
 
 
 def is_recomputation() -> bool:
@@ -49,10 +53,3 @@ def is_recomputation() -> bool:
     what it gave before.
     """
     return torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
-
-
-def _may_be_recomputed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a backward pass may compute the model again though no gradients are recorded."""
-    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return False
-    return any(isinstance(v, torch.Tensor) and v.requires_grad for v in (*args, *kwargs.values()))
