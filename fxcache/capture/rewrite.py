@@ -39,7 +39,7 @@ from fxcache.runtime.freshness import Weights
 from fxcache.runtime.graphs import GraphedRegions, not_graphable
 from fxcache.runtime.host import HostedRegions, is_away
 from fxcache.runtime.ranks import Ranks
-from fxcache.runtime.regions import Begins, Compiled, Regions, Wiring
+from fxcache.runtime.regions import Begins, Compiled, Wiring
 from fxcache.runtime.session import Session
 from fxcache.runtime.state import Slot
 
@@ -90,7 +90,7 @@ def rewrite(
         wiring = Wiring(
             pieces, compiled, inputs=placeholders, kept=tuple(kept), streams=streams, **how
         )
-        begin = Regions(wiring).begin
+        begin = wiring.begin
         is_hosted = is_away(options.host, device)
         graphed = partial(_graphed, inputs, place, pieces) if has_graphs else None
         make_regions = _by_slot(wiring, device, graphed, is_hosted=is_hosted)
@@ -130,20 +130,20 @@ def rewrite(
 def _by_slot(
     wiring: Wiring,
     device: torch.device,
-    graphed: Callable[[GraphDevice, Wiring], Regions] | None,
+    graphed: Callable[[GraphDevice, Wiring], Begins] | None,
     *,
     is_hosted: bool,
-) -> Callable[[Slot], Regions]:
+) -> Callable[[Slot], Begins]:
     """Makes what runs the pieces for a slot."""
     # One a slot, for its pool: branches of a slot take turns, but another slot's graphs, replayed
     # by another thread amid an evaluation, must not share memory with it.
     devices: WeakKeyDictionary[Slot, GraphDevice] = WeakKeyDictionary()
 
-    def make_regions(slot: Slot) -> Regions:
+    def make_regions(slot: Slot) -> Begins:
         if is_hosted:
             return HostedRegions(wiring, device)
         if graphed is None:
-            return Regions(wiring)
+            return wiring
         if slot not in devices:
             own = graph_device(device)
             assert own is not None
@@ -159,7 +159,7 @@ def _graphed(
     pieces: Pieces,
     graphs: GraphDevice,
     wiring: Wiring,
-) -> Regions:
+) -> Begins:
     """The pieces of `wiring` as CUDA graphs."""
     weights = [place[node] for node in inputs.weights if not is_number(node)]
     data = [*(place[node] for node in inputs.data), *range(len(place), wiring.given)]

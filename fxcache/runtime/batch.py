@@ -12,6 +12,7 @@ each has weights of its own: the hit adds it as it is.
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from fxcache.errors import BatchError
 from fxcache.runtime import apart
 from fxcache.runtime.executor import Hit, Miss, Read, StepExecutor, Steps, Work
-from fxcache.runtime.regions import Evaluation, Missed, Regions, Wiring
+from fxcache.runtime.regions import Begins, Evaluation, Missed, Wiring
 from fxcache.runtime.ring import forecast, store
 from fxcache.runtime.rows import Layout, Values
 from fxcache.runtime.session import NewTrajectory, Outdated
@@ -37,9 +38,9 @@ class Batch:
         head: all the pieces, of which the head is used.
         body: hit and miss, which take what crosses among their inputs.
         writes_on_hit: whether a hit changes what is kept.
-        make_regions: runs the pieces of a wiring.
-        buckets: where CUDA graphs, which want buffers that stay, keep those of so many rows; then
-            only 1, 2, 4, 8, ... requests run together, the last one several times.
+        make_regions: runs the pieces of a wiring as CUDA graphs.
+        buckets: where these, which want buffers that stay, keep those of so many rows; then only
+            1, 2, 4, 8, ... requests run together, the last one several times.
         draws: whether the graph draws random numbers, so that requests cannot be compared.
     """
 
@@ -50,7 +51,7 @@ class Batch:
         layout: Layout,
         *,
         writes_on_hit: bool,
-        make_regions: Callable[[Wiring], Regions] = Regions,
+        make_regions: Callable[[Wiring], Begins] | None = None,
         buckets: dict[Any, Any] | None = None,
         draws: bool = False,
     ) -> None:
@@ -84,8 +85,8 @@ class Batch:
     ) -> Evaluation:
         """Begin to run the pieces of `wiring` on rows that were put together."""
         given = Buffers(kept, rings)
-        if self.buckets is None:
-            return self.make_regions(wiring).begin(tuple(values), given)
+        if self.make_regions is None or self.buckets is None:
+            return wiring.begin(tuple(values), given)
         key = (wiring, tuple(values[at] for at in self.layout.sizes))
         if key not in self.buckets:
             self.buckets[key] = self.make_regions(wiring), given
@@ -142,22 +143,18 @@ class Batch:
         return tuple(merged)
 
 
+@dataclass(eq=False)
 class Together:
     """One evaluation of several requests between its head and their decisions.
 
     `values` are those of `padded` requests, of which the first have `buffers` and `measured`.
     """
 
-    def __init__(
-        self,
-        batch: Batch,
-        values: list[Any],
-        buffers: list[Buffers],
-        padded: int,
-        measured: list[list[float]],
-    ) -> None:
-        self.batch, self.values, self.buffers = batch, values, buffers
-        self.padded, self.measured = padded, measured
+    batch: Batch
+    values: list[Any]
+    buffers: list[Buffers]
+    padded: int
+    measured: list[list[float]]
 
     def hit(self, asked: Mapping[int, Hit]) -> dict[int, Values]:
         """The outputs of requests that hit."""

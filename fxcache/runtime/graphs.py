@@ -10,6 +10,7 @@ capture. With gradients enabled nothing is replayed: a replay leaves no trace fo
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxcache.passes.graph import GraphInputs, tensor_of
 from fxcache.runtime.device import GraphDevice, Reading, Replay
-from fxcache.runtime.regions import Evaluation, Missed, Regions, Values, Wiring
+from fxcache.runtime.regions import Missed, Values, Wiring
 from fxcache.runtime.state import Buffers
 
 log = logging.getLogger("fxcache")
@@ -26,7 +27,7 @@ log = logging.getLogger("fxcache")
 MAX_QUIET_RESTARTS = 8
 
 
-class GraphedRegions(Regions):
+class GraphedRegions:
     """The compiled pieces, replayed.
 
     Args:
@@ -45,8 +46,7 @@ class GraphedRegions(Regions):
         data: Sequence[int],
         uncaptured: frozenset[str] = frozenset(),
     ) -> None:
-        super().__init__(wiring)
-        self.uncaptured = uncaptured
+        self.wiring, self.uncaptured = wiring, uncaptured
         self.device, self.weights, self.data = device, tuple(weights), tuple(data)
         #: How often something was captured, and how often all of it had to be forgotten.
         self.captures = self.restarts = 0
@@ -58,7 +58,7 @@ class GraphedRegions(Regions):
         #: By piece, the vector of weights that its graphs read, and what is in it.
         self.vectors: dict[str, tuple[torch.Tensor, list[float]]] = {}
 
-    def begin(self, inputs: Values, buffers: Buffers) -> Evaluation:
+    def begin(self, inputs: Values, buffers: Buffers) -> "_Replayed":
         """Stage the inputs and replay the head."""
         self._stage(inputs)
         head, static = self.wiring.head, self.static
@@ -137,14 +137,14 @@ class GraphedRegions(Regions):
         return vector
 
 
+@dataclass(eq=False)
 class _Replayed:
     """An evaluation by replays. See `Evaluation`."""
 
-    def __init__(
-        self, regions: GraphedRegions, buffers: Buffers, values: Values, reading: Reading | None
-    ) -> None:
-        self.regions, self.buffers, self.values = regions, buffers, values
-        self.reading = reading
+    regions: GraphedRegions
+    buffers: Buffers
+    values: Values
+    reading: Reading | None
 
     def read(self) -> list[float]:
         return [] if self.reading is None else self.reading()

@@ -5,12 +5,12 @@ stores. What the next measurement is compared with stays on the device: every ev
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from fxcache.runtime.regions import Direct, Evaluation, Missed, Regions, Values, Wiring
+from fxcache.runtime.regions import Direct, Missed, Values, Wiring
 from fxcache.runtime.state import Buffers
 
 Ring = tuple[torch.Tensor, ...]
@@ -28,31 +28,24 @@ def host_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
     return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
-class HostedRegions(Regions):
+@dataclass(frozen=True)
+class HostedRegions:
     """The compiled pieces on `device`, with rings that lie in host memory."""
 
-    def __init__(self, wiring: Wiring, device: torch.device) -> None:
-        super().__init__(wiring)
-        self.device = device
+    wiring: Wiring
+    device: torch.device
 
-    def begin(self, inputs: Values, buffers: Buffers) -> Evaluation:
+    def begin(self, inputs: Values, buffers: Buffers) -> "_Hosted":
         """Run the head."""
         crossing, measured = self.wiring.head(inputs, buffers)
-        return _Hosted(self, buffers, (*inputs, *crossing), measured)
+        return _Hosted(self.wiring, buffers, (*inputs, *crossing), measured, self.device)
 
 
+@dataclass(eq=False)
 class _Hosted(Direct):
     """An evaluation by direct calls on copies of the rings. See `Evaluation`."""
 
-    def __init__(
-        self,
-        regions: HostedRegions,
-        buffers: Buffers,
-        values: Values,
-        measured: torch.Tensor | None,
-    ) -> None:
-        super().__init__(regions.wiring, buffers, values, measured)
-        self.device = regions.device
+    device: torch.device
 
     def hit(self, weights: Sequence[float]) -> Sequence[Any]:
         # A residual without a weight counts for nothing: another's copy may stand in its place.

@@ -1,7 +1,7 @@
 """Evaluate a rewritten graph: which compiled region takes which values.
 
-`Regions` belongs to one compiled graph and the buffers of one branch. Its `begin` runs what an
-evaluation needs before the decision and gives an `Evaluation`, which then runs the hit or the miss.
+`begin` runs what an evaluation needs before the decision and gives an `Evaluation`, which then runs
+the hit or the miss.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -59,7 +59,8 @@ class Begins(Protocol):
 
 
 class Wiring:
-    """Where the arguments of the compiled pieces come from; the same for all buffers.
+    """The compiled pieces, called as they are, and where their arguments come from; the same for
+    all buffers.
 
     Args:
         inputs: keys of the captured graph's placeholders, in order.
@@ -97,6 +98,11 @@ class Wiring:
         for_miss = _extended(after_head, (*slots, *compared, ERROR_WEIGHTS))
         self.for_miss = _picker(pieces.miss, for_miss)
 
+    def begin(self, inputs: Values, buffers: Buffers) -> "Direct":
+        """Run the head."""
+        crossing, measured = self.head(inputs, buffers)
+        return Direct(self, buffers, (*inputs, *crossing), measured)
+
     def head(self, inputs: Values, buffers: Buffers) -> tuple[Values, torch.Tensor | None]:
         """What crosses to hit and miss, and what was measured (None: nothing is)."""
         if self.compiled.head is None:
@@ -126,25 +132,14 @@ class Wiring:
         return weights or [0.0] * self.others
 
 
-class Regions:
-    """The compiled pieces, called as they are."""
-
-    def __init__(self, wiring: Wiring) -> None:
-        self.wiring = wiring
-
-    def begin(self, inputs: Values, buffers: Buffers) -> Evaluation:
-        """Run the head."""
-        crossing, measured = self.wiring.head(inputs, buffers)
-        return Direct(self.wiring, buffers, (*inputs, *crossing), measured)
-
-
+@dataclass(eq=False)
 class Direct:
     """An evaluation by direct calls. See `Evaluation`."""
 
-    def __init__(
-        self, wiring: Wiring, buffers: Buffers, values: Values, measured: torch.Tensor | None
-    ) -> None:
-        self.wiring, self.buffers, self.values, self.measured = wiring, buffers, values, measured
+    wiring: Wiring
+    buffers: Buffers
+    values: Values
+    measured: torch.Tensor | None
 
     def read(self) -> list[float]:
         return [] if self.measured is None else self.measured.tolist()

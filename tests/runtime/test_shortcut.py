@@ -22,7 +22,7 @@ from torch import nn
 
 import fxcache
 from fxcache import FirstBlockCache, OptionError
-from fxcache.runtime.regions import Regions
+from fxcache.runtime.regions import Wiring
 
 TWO = FirstBlockCache(threshold=math.inf, max_consecutive_hits=2)
 
@@ -99,14 +99,14 @@ def test_copies_learn_by_themselves(model):
 
 
 def test_an_exception_forgets_and_comes_back(model, monkeypatch):
-    (a, _), begin, fails = quick(model, TWO), Regions.begin, []
+    (a, _), begin, fails = quick(model, TWO), Wiring.begin, []
 
     def failing(*given):
         if fails:
             raise RuntimeError("out of memory, say")
         return begin(*given)
 
-    monkeypatch.setattr(Regions, "begin", failing)
+    monkeypatch.setattr(Wiring, "begin", failing)
     solve(a)
     with a.trajectory():
         solve(a, 3)
