@@ -17,7 +17,7 @@ from fxcache.policy.forecast import Corrected, checked
 from fxcache.policy.reasons import Reason
 from fxcache.runtime.audit import Audit
 from fxcache.runtime.conditions import Conditions
-from fxcache.runtime.forecast_error import begin_error, nodes_of, weights_of
+from fxcache.runtime.forecast_error import begin_error, by_entry, compared_with
 from fxcache.runtime.freshness import Stamp, Weights
 from fxcache.runtime.ranks import Ranks
 from fxcache.runtime.regions import Begins, Evaluation, Missed
@@ -109,7 +109,11 @@ class StepExecutor:
         slot, state = call.slot, call.state
         try:
             self.prepare(state, inputs)
-            evaluation = self._regions(slot, state.allocated).begin(inputs, state.allocated)
+            buffers = state.allocated
+            regions = self.regions.get(buffers)
+            if regions is None:
+                regions = self.regions[buffers] = self.make_regions(slot)
+            evaluation = regions.begin(inputs, buffers)
             steps = self.steps(call, inputs, self.weights.now(inputs))
             outputs = _driven(steps, evaluation)
         except (NewTrajectory, Outdated):  # nothing was written, and the evaluation comes again
@@ -149,7 +153,12 @@ class StepExecutor:
         measured = metric if session.is_measured(state) else None
         outputs: Sequence[Any] = ()
         if decision.is_hit:
-            outputs = yield Hit(self._weights(state, state.step))
+            past, forecast = [step for step, _ in state.past], session.policy.forecast
+            if isinstance(forecast, Corrected):
+                weights = forecast.correct(state.step, past, state.hits)
+            else:
+                weights = forecast.weights(state.step, past)
+            outputs = yield Hit(by_entry(state.past, weights, self.ring))
         if checks_late and self._check(state, inputs, current) and decision.is_hit:
             decision = Decision(False, state.lost, decision.score)
         if checks_late:
@@ -161,7 +170,11 @@ class StepExecutor:
             if conditions is not None:
                 conditions.keep(inputs, state.allocated)
             outputs = yield from self._miss(call, measured, inputs, current)
-        self._commit(call, measured, decision, outputs)
+        else:
+            state.reused(decision.score)
+        session.record(call, measured, decision)
+        if session.observe is not None:
+            session.observe(call.slot, state, math.nan if measured is None else measured, outputs)
         return outputs
 
     def _agreed(self, decision: Decision) -> Decision:
@@ -197,12 +210,6 @@ class StepExecutor:
             state.lose(reason)
         return reason is not None
 
-    def _regions(self, slot: Slot, buffers: Buffers) -> Begins:
-        regions = self.regions.get(buffers)
-        if regions is None:
-            regions = self.regions[buffers] = self.make_regions(slot)
-        return regions
-
     def _placed(
         self, call: Call, read: Sequence[float], inputs: Sequence[Any]
     ) -> tuple[float, Call]:
@@ -232,9 +239,7 @@ class StepExecutor:
         advice = None if self.session.observe else self.session.advice
         computed = advice.before_miss(state) if advice is not None else []
         at = state.oldest_slot()
-        forecast = checked(self.session.policy)
-        nodes = [] if forecast is None else nodes_of(state, forecast, at)
-        weights = [] if forecast is None else weights_of(state, forecast, nodes, at)
+        nodes, weights = compared_with(state, checked(self.session.policy), at)
         # While the piece writes, the slot's old residual is no longer one.
         state.past = [entry for entry in state.past if entry[1] != at]
         outputs: Sequence[Any]
@@ -252,29 +257,6 @@ class StepExecutor:
             if self.audit.q is not None:
                 self.session.audits.append(self.audit.q)
         return outputs
-
-    def _weights(self, state: BranchState, step: int) -> list[float]:
-        """The forecast's weights by ring slot; 0 for a slot that holds nothing yet."""
-        by_slot = [0.0] * self.ring
-        past, forecast = [at for at, _ in state.past], self.session.policy.forecast
-        if isinstance(forecast, Corrected):
-            weights = forecast.correct(step, past, state.hits)
-        else:
-            weights = forecast.weights(step, past)
-        for (_, slot), weight in zip(state.past, weights, strict=True):
-            by_slot[slot] = weight
-        return by_slot
-
-    def _commit(
-        self, call: Call, metric: float | None, decision: Decision, outputs: Sequence[Any]
-    ) -> None:
-        session, state = self.session, call.state
-        if decision.is_hit:
-            state.reused(decision.score)
-        session.record(call, metric, decision)
-        session.evaluations += 1
-        if session.observe is not None:
-            session.observe(call.slot, state, math.nan if metric is None else metric, outputs)
 
 
 def _driven(steps: Steps, evaluation: Evaluation) -> Sequence[Any]:

@@ -18,20 +18,28 @@ Error = Callable[[], ForecastError]
 Nodes = list[tuple[int, int]]
 
 
-def nodes_of(state: BranchState, forecast: Corrected, written: int) -> Nodes:
+def compared_with(
+    state: BranchState, forecast: Corrected | None, written: int
+) -> tuple[Nodes, list[float]]:
     """The entries that the forecast of the present step is made of, none of them the one that the
-    miss writes; empty where there are too few.
+    miss writes (none at all where there are too few), and their weights by entry, without that one.
     """
-    before = [(step, at) for step, at in state.past if step < state.step and at != written]
+    if forecast is None:
+        return [], []
+    nodes = [(step, at) for step, at in state.past if step < state.step and at != written]
     wanted = forecast.inner.ring
-    return before[:wanted] if len(before) >= wanted else []
-
-
-def weights_of(state: BranchState, forecast: Corrected, nodes: Nodes, written: int) -> list[float]:
-    """The weights of that forecast, by entry, without the one that the miss writes."""
+    nodes = nodes[:wanted] if len(nodes) >= wanted else []
     weights = forecast.inner.weights(state.step, [step for step, _ in nodes]) if nodes else []
-    by_entry = dict(zip((at for _, at in nodes), weights, strict=True))
-    return [by_entry.get(at, 0.0) for at in range(forecast.ring) if at != written]
+    entries = by_entry(nodes, weights, forecast.ring)
+    return nodes, entries[:written] + entries[written + 1 :]
+
+
+def by_entry(nodes: Nodes, weights: Sequence[float], ring: int) -> list[float]:
+    """The weights of `nodes` in the order of a ring; 0 for an entry that is none of them."""
+    ordered = [0.0] * ring
+    for (_, at), weight in zip(nodes, weights, strict=True):
+        ordered[at] = weight
+    return ordered
 
 
 def begin_error(

@@ -303,6 +303,7 @@ class Session:
 
     def record(self, call: Call, metric: float | None, decision: Decision) -> None:
         """Note what was decided."""
+        self.evaluations += 1
         state = call.state
         if call.is_repeat and call.where.branch is None:
             self.say_once("repeat", REPEATED)
