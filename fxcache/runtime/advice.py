@@ -45,7 +45,7 @@ class Advice:
         if not state.past or is_moving or buffers.device.type == "meta":
             return []
         last = [(step, [ring[at].clone() for ring in buffers.rings]) for step, at in state.past[:2]]
-        if state.ring == 1:  # the one before it was written over
+        if len(buffers.rings[0]) == 1:  # the one before it was written over
             self._last[buffers] = last[0]
             last += [] if older is None else [older]
         steps = [state.step, *(step for step, _ in last)]

@@ -131,7 +131,8 @@ class StepExecutor:
         if state.signature != signature:
             if state.past and state.signature is not None:
                 state.lost = Reason.CONTROL_CHANGED
-            state.allocate(signature, lambda: self.allocate(inputs))
+            state.release()  # before the new memory is asked for
+            state.buffers, state.signature = self.allocate(inputs), signature
 
     def steps(self, call: Call, inputs: Sequence[Any], current: Callable[[], Stamp]) -> Steps:
         """One evaluation whose head was begun: asks for what is to be run, one after the other, and

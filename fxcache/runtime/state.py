@@ -33,21 +33,17 @@ class Buffers:
         """What the pieces read and write."""
         return [*self.kept.values(), *(entry for ring in self.rings for entry in ring)]
 
-    def tensors(self) -> list[torch.Tensor]:
-        """All that is cached; a kernel's scratch, whole numbers, is not."""
-        kept = [tensor for tensor in self.kept.values() if tensor.is_floating_point()]
-        rings = (slot for ring in self.rings for slot in ring)
-        return [*kept, *rings, *self.conditions.values()]
-
     @property
     def device(self) -> torch.device:
         return self.rings[0][0].device
 
     @property
     def bytes_by_device(self) -> Counter[str]:
+        """Of all that is cached; a kernel's scratch, whole numbers, is not."""
         held: Counter[str] = Counter()
-        for tensor in self.tensors():
-            held[str(tensor.device)] += tensor.numel() * tensor.element_size()
+        for tensor in (*self.all(), *self.conditions.values()):
+            if tensor.is_floating_point() or tensor.is_complex():
+                held[str(tensor.device)] += tensor.nbytes
         return held
 
 
@@ -160,12 +156,6 @@ class BranchState:
         self.forget()
         self.signature = self.buffers = None
 
-    def allocate(self, signature: Signature, make: Callable[[], Buffers]) -> None:
-        """Get buffers for a new layout. The old ones are freed first."""
-        self.release()
-        self.buffers = make()
-        self.signature = signature
-
     def history(self, num_steps: int | None) -> History:
         """The state as policies see it."""
         past = tuple(step for step, _ in self.past)
@@ -182,28 +172,21 @@ class BranchState:
 
     @property
     def allocated(self) -> Buffers:
-        """The buffers, which `allocate` has made."""
+        """The buffers, where there are some."""
         assert self.buffers is not None
         return self.buffers
-
-    @property
-    def ring(self) -> int:
-        """How many past residuals a stream may have (0: nothing is allocated)."""
-        return len(self.buffers.rings[0]) if self.buffers is not None else 0
 
     def oldest_slot(self) -> int:
         """The ring slot that the next miss writes: of this step, if it is held (Heun)."""
         if self.past and self.past[0][0] == self.step:
             return self.past[0][1]
-        size = self.ring
         used = {slot for _, slot in self.past}
-        free = [slot for slot in range(size) if slot not in used]
+        free = [slot for slot in range(len(self.allocated.rings[0])) if slot not in used]
         return free[0] if free else self.past[-1][1]
 
     def refreshed(self, slot: int) -> None:
-        """Note that a miss at the present step wrote ring slot `slot`."""
-        kept = [entry for entry in self.past if entry[1] != slot]
-        self.past = [(self.step, slot), *kept][: self.ring]
+        """Note that a miss at the present step wrote ring slot `slot`, of no entry in `past`."""
+        self.past.insert(0, (self.step, slot))
         self.hits = [step for step in self.hits if step > self.past[-1][0]]
         self.accumulated, self.hits_in_a_row = 0.0, 0
         self.computed += 1
