@@ -270,36 +270,32 @@ class Session:
         all else allows one, by all ranks or none: `agreed` makes of this rank's decision theirs.
         """
         slot, state, first = call.slot, call.state, call.slot.verdict
-        is_led = first is not None and first.branch != state.label and first.step == state.step
         policy = call.where.policy or self.policy
-        if policy.decide == "first" and first is not None and is_led:
-            return self._unless_changed(agreed(self._led(first, state, metric)), change, agreed)
-        decision = policy.rule(metric, state.history(slot.num_steps))
+        is_second = first.step == state.step and first.branch != state.label
+        follows = policy.decide == "first" and is_second
+        if not follows:
+            decision = policy.rule(metric, state.history(slot.num_steps))
+        elif not state.past:
+            decision = Decision(False, Reason.NOTHING_CACHED)
+        elif policy.probe is not None and not math.isfinite(metric):
+            decision = Decision(False, Reason.NOT_FINITE)
+        else:
+            decision = Decision(first.is_hit, None if first.is_hit else Reason.FIRST_COMPUTED)
         if decision.reason == Reason.NOTHING_CACHED and state.lost is not None:
             decision = replace(decision, reason=state.lost)
-        decision = self._unless_changed(agreed(decision), change, agreed)
-        slot.verdict = Verdict(state.label, state.step, decision.is_hit)
+        decision = agreed(decision)
+        if decision.is_hit and change is not None:
+            by = change()
+            decision = decision if by is None else Decision(False, Reason.CONTROL_CHANGED, by)
+            decision = agreed(decision)
+        if not follows:
+            slot.verdict = Verdict(state.label, state.step, decision.is_hit)
         return decision
 
     def is_measured(self, state: BranchState) -> bool:
         """Whether the metric means anything: it was compared with this trajectory's own steps."""
         probe = self.policy.probe
         return probe is not None and state.computed >= probe.needs
-
-    def _led(self, first: Verdict, state: BranchState, metric: float) -> Decision:
-        """What the first branch of this step said, if this one can follow."""
-        if not state.past:
-            return Decision(False, state.lost or Reason.NOTHING_CACHED)
-        if self.policy.probe is not None and not math.isfinite(metric):
-            return Decision(False, Reason.NOT_FINITE)
-        return Decision(first.is_hit, None if first.is_hit else Reason.FIRST_COMPUTED)
-
-    def _unless_changed(self, decision: Decision, change: Any, agreed: Any) -> Decision:
-        """`decision`, or a miss where the conditioning changed too much since the last miss."""
-        if not decision.is_hit or change is None:
-            return decision
-        by = change()
-        return agreed(decision if by is None else Decision(False, Reason.CONTROL_CHANGED, by))  # type: ignore[no-any-return]
 
     def record(self, call: Call, metric: float | None, decision: Decision) -> None:
         """Note what was decided."""

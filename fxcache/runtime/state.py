@@ -203,9 +203,9 @@ class BranchState:
 class Verdict:
     """What the first branch of a step decided for the others."""
 
-    branch: Hashable
-    step: int
-    is_hit: bool
+    branch: Hashable = None
+    step: int = -1
+    is_hit: bool = False
 
 
 @dataclass(eq=False)
@@ -225,7 +225,7 @@ class Slot:
     timestep: float | None = None
     #: Which step each timestep of the trajectory is.
     steps: dict[float, int] = field(default_factory=dict)
-    verdict: Verdict | None = None
+    verdict: Verdict = Verdict()
     #: Calls of several branches were taken for one.
     is_mixed: bool = False
     #: Which thread evaluates.
@@ -276,7 +276,7 @@ class Slot:
         self.is_announced, self.num_steps, self.first_step = announced, num_steps, first_step
         self.step, self.place, self.timestep = first_step - 1, -1, None
         self.steps.clear()
-        self.verdict, self.is_mixed = None, False
+        self.verdict, self.is_mixed = Verdict(), False
 
     def release(self) -> None:
         """Free the memory of all branches."""
