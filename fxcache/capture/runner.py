@@ -32,7 +32,7 @@ from fxcache.passes.graph import TIMESTEP_NAMES
 from fxcache.pipelines import hooks
 from fxcache.policy import Policy
 from fxcache.policy.reasons import Reason
-from fxcache.runtime.session import NewTrajectory, Session
+from fxcache.runtime.session import Outdated, Session
 from fxcache.runtime.shortcut import NOT_TAKEN, Shortcut
 from fxcache.runtime.steps import Call
 from fxcache.runtime.training import goes_around, is_recomputation, trains
@@ -186,7 +186,7 @@ class Runner:
         with self._settled(args, kwargs) as call:
             try:
                 return self.evaluate_placed(args, kwargs)
-            except NewTrajectory:  # of another policy, for which the model was captured anew
+            except Outdated:  # a trajectory of another policy: the model is captured anew for it
                 return self.evaluate_checked(args, kwargs)
             except BaseException:
                 call.state.undo(call.step)

@@ -24,7 +24,7 @@ from fxcache.runtime.executor import Hit, Miss, Read, StepExecutor, Steps, Work
 from fxcache.runtime.regions import Begins, Evaluation, Missed, Wiring
 from fxcache.runtime.ring import forecast, store
 from fxcache.runtime.rows import Layout, Values
-from fxcache.runtime.session import NewTrajectory, Outdated
+from fxcache.runtime.session import Outdated
 from fxcache.runtime.state import Buffers
 
 #: One entry a stream, for many requests.
@@ -241,7 +241,7 @@ class BatchExecutor:
                 current = self.executor.weights.now(inputs)
                 each = map(self.executor.steps, calls, own, repeat(current))
                 outputs = _driven(list(each), together)
-        except (NewTrajectory, Outdated, BatchError):  # nothing was written
+        except (Outdated, BatchError):  # nothing was written
             raise
         except BaseException:
             for call in calls:

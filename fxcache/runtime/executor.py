@@ -21,7 +21,7 @@ from fxcache.runtime.forecast_error import begin_error, by_entry, compared_with
 from fxcache.runtime.freshness import Stamp, Weights
 from fxcache.runtime.ranks import Ranks
 from fxcache.runtime.regions import Begins, Evaluation, Missed
-from fxcache.runtime.session import NewTrajectory, Outdated, Session
+from fxcache.runtime.session import Outdated, Session
 from fxcache.runtime.state import BranchState, Buffers, Signature, Slot
 from fxcache.runtime.steps import Call, number_of, read_number
 
@@ -116,7 +116,7 @@ class StepExecutor:
             evaluation = regions.begin(inputs, buffers)
             steps = self.steps(call, inputs, self.weights.now(inputs))
             outputs = _driven(steps, evaluation)
-        except (NewTrajectory, Outdated):  # nothing was written, and the evaluation comes again
+        except Outdated:  # nothing was written, and the evaluation comes again
             raise
         except BaseException:
             state.forget()  # whatever was half written is never read

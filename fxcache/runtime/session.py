@@ -29,12 +29,10 @@ log = logging.getLogger("fxcache")
 MAX_RECORDS = 10_000
 
 
-class NewTrajectory(Exception):  # noqa: N818 - a signal between executor and shortcut
-    """A new trajectory begins: its first evaluation must be called with all checks."""
-
-
 class Outdated(Exception):  # noqa: N818 - a signal between executor and shortcut
-    """What was learned of the model does not hold any more: the complete way must be taken."""
+    """What was learned of the model does not hold any more, or a new trajectory begins, whose first
+    evaluation must be called with all checks: the complete way must be taken.
+    """
 
 
 LastCall = tuple[Any, Slot, tuple[Any, ...], Sequence[Any]]
@@ -245,16 +243,14 @@ class Session:
     def completed(self, call: Call, timestep: float | None) -> Call:
         """`call` with its step, which a timestep read from a GPU may tell.
 
-        Raises NewTrajectory if one begins and the caller trusted that it does not.
+        Raises Outdated if a trajectory begins and the caller trusted that none does.
         """
-        if call.step is not None:
-            return call
         self.is_outdated = False
         call, is_new = self.steps.complete(call, timestep)
         if self.call.get() is not None:  # whoever comes again for this evaluation counts no step
             self.call.set(call)
         if is_new and (self.trusts_trajectory.get() or self.is_outdated):
-            raise NewTrajectory
+            raise Outdated
         return call
 
     def decide(

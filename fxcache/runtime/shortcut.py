@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.modules import module as modules
 from torch.utils import _pytree as pytree
 
-from fxcache.runtime.session import LastCall, NewTrajectory, Outdated, Session
+from fxcache.runtime.session import LastCall, Outdated, Session
 from fxcache.runtime.state import Slot
 
 #: What `Shortcut.evaluate` gives where the complete way must be taken.
@@ -118,8 +118,6 @@ class Shortcut:
         try:
             with _without_autocast():  # which is in the graph, as casts
                 outputs = path.executor(*values)
-        except NewTrajectory:
-            return NOT_TAKEN
         except Outdated:
             self.paths.pop(key, None)
             self.dropped = path.guards
