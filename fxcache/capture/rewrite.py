@@ -202,7 +202,7 @@ def _batch(
         body,
         batch_layout.layout_of(gm, inputs, pieces, layout_kept, residuals, rows),
         writes_on_hit=probe is not None and probe.kind.reference == "previous",
-        draws=any(map(is_random, gm.graph.nodes)),
+        is_checked=any(map(is_random, gm.graph.nodes)),
         **how,
     )
 

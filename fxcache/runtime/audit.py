@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ LIMIT = 1.05
 MOVE = 0.1
 
 
+@dataclass(eq=False, repr=False)
 class Audit:
     """The audit of one captured graph.
 
@@ -43,25 +44,19 @@ class Audit:
         device: where it computes.
         draws: whether the graph draws random numbers: the generators are then put back.
         groups: process groups whose ranks compute it together, and so share the sums.
+        q: None if it was not done yet, or could not tell (nothing finite to compare).
+        is_frozen: a hit gave the old output, though the sample had moved.
     """
 
-    def __init__(
-        self,
-        begin: Callable[[Values, Buffers], Evaluation],
-        samples: Sequence[int],
-        outputs: Sequence[int],
-        what: str,
-        device: torch.device,
-        *,
-        draws: bool,
-        groups: Sequence[str] = (),
-    ) -> None:
-        self.begin, self.samples, self.outputs = begin, tuple(samples), tuple(outputs)
-        self.what, self.device, self.draws, self.groups = what, device, draws, tuple(groups)
-        #: None: not done yet, or it could not tell (nothing finite to compare).
-        self.q: float | None = None
-        #: A hit gave the old output, though the sample had moved.
-        self.is_frozen = False
+    begin: Callable[[Values, Buffers], Evaluation]
+    samples: Sequence[int]
+    outputs: Sequence[int]
+    what: str
+    device: torch.device
+    draws: bool
+    groups: Sequence[str] = ()
+    q: float | None = None
+    is_frozen: bool = False
 
     @property
     def failed(self) -> bool:

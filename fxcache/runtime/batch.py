@@ -31,6 +31,7 @@ from fxcache.runtime.state import Buffers
 Rings = tuple[tuple[torch.Tensor], ...]
 
 
+@dataclass(eq=False, repr=False)
 class Batch:
     """The compiled pieces of one graph, for any number of requests.
 
@@ -41,24 +42,17 @@ class Batch:
         make_regions: runs the pieces of a wiring as CUDA graphs.
         buckets: where these, which want buffers that stay, keep those of so many rows; then only
             1, 2, 4, 8, ... requests run together, the last one several times.
-        draws: whether the graph draws random numbers, so that requests cannot be compared.
+        is_checked: it is known that requests are computed apart, or nobody can tell (the graph
+            draws random numbers).
     """
 
-    def __init__(
-        self,
-        head: Wiring,
-        body: Wiring,
-        layout: Layout,
-        *,
-        writes_on_hit: bool,
-        make_regions: Callable[[Wiring], Begins] | None = None,
-        buckets: dict[Any, Any] | None = None,
-        draws: bool = False,
-    ) -> None:
-        self.head, self.body, self.layout = head, body, layout
-        self.writes_on_hit, self.make_regions, self.buckets = writes_on_hit, make_regions, buckets
-        #: It is known that requests are computed apart.
-        self.is_checked = draws
+    head: Wiring
+    body: Wiring
+    layout: Layout
+    writes_on_hit: bool
+    make_regions: Callable[[Wiring], Begins] | None = None
+    buckets: dict[Any, Any] | None = None
+    is_checked: bool = False
 
     def begin_all(self, inputs: Values, buffers: Sequence[Buffers]) -> "Together":
         """Run the head, for requests with these buffers."""

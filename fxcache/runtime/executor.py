@@ -6,6 +6,7 @@ once, the metric and the timestep together; where the policy measures nothing, n
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -56,6 +57,7 @@ Work = Read | Hit | Miss
 Steps = Generator[Work, Any, Sequence[Any]]
 
 
+@dataclass(eq=False, repr=False)
 class StepExecutor:
     """Callable in the place of a captured graph, with the graph's own inputs and outputs.
 
@@ -68,40 +70,30 @@ class StepExecutor:
         signature: says which layout the inputs have; another layout is another trajectory.
         allocate: makes buffers for the layout of the inputs.
         weights: the graph's weights: residuals of others are forgotten.
+        ranks: who decides with this one.
         conditions: the conditioning inputs, if the policy wants them looked at.
         audit: tries what is cached before it is used.
         groups: process groups whose ranks compute the graph together, and so share what they
             measure.
-        ranks: who decides with this one.
+        is_all: a call of the model does nothing but run this graph.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        make_regions: Callable[[Slot], Begins],
-        *,
-        data: Mapping[int, str],
-        has_numbers: bool,
-        timestep: int | None,
-        ring: int,
-        signature: Callable[[Sequence[Any]], Signature],
-        allocate: Callable[[Sequence[Any]], Buffers],
-        weights: Weights,
-        conditions: Conditions | None = None,
-        audit: Audit | None = None,
-        groups: Sequence[str] = (),
-        ranks: Ranks,
-    ) -> None:
-        self.session, self.make_regions = session, make_regions
-        self.signature, self.allocate = signature, allocate
-        self.weights, self.conditions, self.audit = weights, conditions, audit
-        self.data, self.has_numbers = dict(data), has_numbers
-        self.timestep, self.ring, self.groups = timestep, ring, tuple(groups)
-        self.ranks = ranks
-        #: A call of the model does nothing but run this graph.
-        self.is_all = False
-        # By buffers and not in the state: recompiled graphs of one span share the state.
-        self.regions: WeakKeyDictionary[Buffers, Begins] = WeakKeyDictionary()
+    session: Session
+    make_regions: Callable[[Slot], Begins]
+    data: Mapping[int, str]
+    has_numbers: bool
+    timestep: int | None
+    ring: int
+    signature: Callable[[Sequence[Any]], Signature]
+    allocate: Callable[[Sequence[Any]], Buffers]
+    weights: Weights
+    ranks: Ranks
+    conditions: Conditions | None = None
+    audit: Audit | None = None
+    groups: Sequence[str] = ()
+    is_all: bool = False
+    # By buffers and not in the state: recompiled graphs of one span share the state.
+    regions: WeakKeyDictionary[Buffers, Begins] = field(default_factory=WeakKeyDictionary)
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         session = self.session

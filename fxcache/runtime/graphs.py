@@ -10,7 +10,7 @@ capture. With gradients enabled nothing is replayed: a replay leaves no trace fo
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ log = logging.getLogger("fxcache")
 MAX_QUIET_RESTARTS = 8
 
 
+@dataclass(eq=False, repr=False)
 class GraphedRegions:
     """The compiled pieces, replayed.
 
@@ -38,25 +39,21 @@ class GraphedRegions:
         uncaptured: pieces ("head", "hit", "miss") that run as they are.
     """
 
-    def __init__(
-        self,
-        wiring: Wiring,
-        device: GraphDevice,
-        weights: Sequence[int],
-        data: Sequence[int],
-        uncaptured: frozenset[str] = frozenset(),
-    ) -> None:
-        self.wiring, self.uncaptured = wiring, uncaptured
-        self.device, self.weights, self.data = device, tuple(weights), tuple(data)
-        #: How often something was captured, and how often all of it had to be forgotten.
-        self.captures = self.restarts = 0
-        self.graphs: dict[Any, tuple[Replay, Any] | None] = {}
-        self.static: Values = ()
-        #: The memory of the static tensors, one a place of the data.
-        self.memory: list[torch.Tensor] = []
-        self.fixed: tuple[Any, ...] = ()
-        #: By piece, the vector of weights that its graphs read, and what is in it.
-        self.vectors: dict[str, tuple[torch.Tensor, list[float]]] = {}
+    wiring: Wiring
+    device: GraphDevice
+    weights: Sequence[int]
+    data: Sequence[int]
+    uncaptured: frozenset[str] = frozenset()
+    #: How often something was captured, and how often all of it had to be forgotten.
+    captures: int = 0
+    restarts: int = 0
+    graphs: dict[Any, tuple[Replay, Any] | None] = field(default_factory=dict)
+    static: Values = ()
+    #: The memory of the static tensors, one a place of the data.
+    memory: list[torch.Tensor] = field(default_factory=list)
+    fixed: tuple[Any, ...] = ()
+    #: By piece, the vector of weights that its graphs read, and what is in it.
+    vectors: dict[str, tuple[torch.Tensor, list[float]]] = field(default_factory=dict)
 
     def begin(self, inputs: Values, buffers: Buffers) -> "_Replayed":
         """Stage the inputs and replay the head."""
