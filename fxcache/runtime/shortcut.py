@@ -106,7 +106,7 @@ class Shortcut:
             return NOT_TAKEN
         leaves, spec = _flattened(given)
         if spec != path.spec or any(
-            not _same(leaf, layout) for leaf, layout in zip(leaves, path.layouts, strict=True)
+            _layout(leaf) != layout for leaf, layout in zip(leaves, path.layouts, strict=True)
         ):
             return NOT_TAKEN
         values = list(path.values)
@@ -213,17 +213,18 @@ def _path(
     if guards is not None and (executor.weights.numbers or not executor.is_all):
         return None  # Dynamo reads numbers of the model anew, and replays what changes its objects
     leaves, spec = _flattened(given)
-    if _shares(leaves):
-        return None  # the next call may not
-    values = list(inputs)
-    places = []
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    at = {id(leaves[i]): i for i in tensors}
+    if len(at) < len(tensors):
+        return None  # one stands at two places; in the next call it may not
+    values, places = list(inputs), []
     for place in executor.data:
-        found = [i for i, leaf in enumerate(leaves) if leaf is inputs[place]]
-        if not found:
+        leaf = at.pop(id(inputs[place]), None)
+        if leaf is None:  # or it is two inputs of the graph
             return None
-        places.append((found[0], place))
+        places.append((leaf, place))
         values[place] = None
-    if executor.has_numbers or len({leaf for leaf, _ in places}) < len(places):
+    if executor.has_numbers:
         return None
     layouts = tuple(map(_layout, leaves))
     returned, result_spec = pytree.tree_flatten(result)
@@ -258,12 +259,6 @@ def _flattened(given: Mapping[str, Any]) -> tuple[list[Any], Any]:
     return pytree.tree_flatten((args, kwargs))
 
 
-def _shares(leaves: list[Any]) -> bool:
-    """Whether a tensor stands at two places of the arguments."""
-    tensors = [id(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return len(set(tensors)) < len(tensors)
-
-
 def _result(leaf: Any, outputs: Any) -> tuple[bool, Any] | None:
     if not isinstance(leaf, torch.Tensor):
         # Numbers are refused: they may be counted or read from tensors at each call.
@@ -277,10 +272,6 @@ def _layout(leaf: Any) -> tuple[Any, ...] | None:
     if type(leaf) is torch.Tensor:
         return leaf.shape, leaf.dtype, leaf.device, leaf.stride(), leaf.requires_grad
     return (type(leaf), leaf) if isinstance(leaf, _CONSTANTS) else None
-
-
-def _same(leaf: Any, layout: tuple[Any, ...]) -> bool:
-    return _layout(leaf) == layout
 
 
 @contextmanager
