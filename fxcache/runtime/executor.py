@@ -24,7 +24,7 @@ from fxcache.runtime.ranks import Ranks
 from fxcache.runtime.regions import Begins, Evaluation, Missed
 from fxcache.runtime.session import Outdated, Session
 from fxcache.runtime.state import BranchState, Buffers, Signature, Slot
-from fxcache.runtime.steps import Call, number_of, read_number
+from fxcache.runtime.steps import Call, number_of
 
 
 class Read(NamedTuple):
@@ -213,7 +213,7 @@ class StepExecutor:
         value = None if self.timestep is None else inputs[self.timestep]
         time = times[0] if times else number_of(value)
         if time is None and isinstance(value, torch.Tensor) and not call.slot.is_announced:
-            time = read_number(value)
+            time = float(value.max()) if value.numel() else None  # a read-back of a GPU
         return metric, self.session.completed(call, time)
 
     def _miss(

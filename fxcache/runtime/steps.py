@@ -102,7 +102,9 @@ class Steps:
         def was_called(state: BranchState) -> bool:
             if index is not None:
                 return state.place == index
-            return _is_same_time(state, time, seen)
+            if time is not None:
+                return state.timestep == time
+            return seen is not None and state.time_seen == seen
 
         given = {name: value for name, value in inputs.items() if value is not timestep}
         is_exact = index is not None or (slot.is_listed and seen is not None)
@@ -114,19 +116,15 @@ class Steps:
         is_repeat = False
         if index is not None:
             state = state or search.begin()
-            step = (
-                index
-                if where.step is not None or slot.timeline is None
-                else (slot.timeline.steps[index])
-            )
+            step = index if where.step is not None else slot.timeline.steps[index]
             slot.place = state.place = index
             state.step, state.timestep = step, time
         else:
             is_known = time is not None or (timestep is None and self.knows_time)
             state = self._recognised(search, state, time) if is_known else state or search.begin()
-            is_repeat = time is not None and time == state.timestep and not slot.is_announced
-            is_second = where.requests is not None and where.branch is None
-            if is_second and state.is_running and time is not None and time == state.timestep:
+            is_same = time is not None and time == state.timestep
+            is_repeat = is_same and not slot.is_announced
+            if is_same and state.is_running and where.requests is not None and where.branch is None:
                 slot.is_mixed = True  # a batch shows too little of a call to tell branches apart
                 self.say_once("repeat", REPEATED)
             step = self._counted(slot, state, time) if is_known else None
@@ -269,18 +267,6 @@ def number_of(timestep: Any) -> float | None:
     if not timestep.numel() or timestep.device.type != "cpu":
         return None
     return float(timestep if timestep.numel() == 1 else timestep.max())
-
-
-def _is_same_time(state: BranchState, time: float | None, seen: Seen | None) -> bool:
-    """Whether the last call of `state` was at this time, as far as that is known."""
-    if time is not None:
-        return time == state.timestep
-    return seen is not None and seen == state.time_seen
-
-
-def read_number(timestep: torch.Tensor) -> float | None:
-    """The largest number of a time input on a GPU. A read-back."""
-    return float(timestep.max()) if timestep.numel() else None
 
 
 def check_announcement(num_steps: Any, first_step: Any) -> None:
