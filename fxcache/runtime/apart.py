@@ -5,7 +5,6 @@ the head, of the span and of the model: else a row reads those of another, or th
 they seem to be. Their inputs are moved a bit first, since rows that are equal show nothing.
 """
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,6 @@ from fxcache.runtime.state import Buffers
 
 if TYPE_CHECKING:
     from fxcache.runtime.batch import Batch
-
-log = logging.getLogger("fxcache")
 
 #: By so much of its size may what is computed among others differ from what it is alone.
 LIMIT, LIMITS = 0.003, {torch.float16: 0.05, torch.bfloat16: 0.05}

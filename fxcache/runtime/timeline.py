@@ -43,10 +43,6 @@ class Timeline:
     def num_steps(self) -> int:
         return self.steps[-1] + 1
 
-    @property
-    def is_over(self) -> bool:
-        return self.index == len(self.steps) - 1
-
     def is_of(self, reading: Reading) -> bool:
         """Whether `reading` has the same list, whichever object holds it."""
         own, other = self.timesteps, reading.timesteps
