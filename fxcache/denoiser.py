@@ -93,10 +93,9 @@ class DenoiserMethods:
         """Refused: the denoiser is compiled already, with transform's own options."""
         raise OptionError("a denoiser is compiled already; pass mode and options to transform")
 
-    @contextmanager
     def trajectory(
         self, num_steps: int | None = None, first_step: int = 0, slot: Hashable = None
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Announce one solve of the sampler, of `num_steps` steps if known.
 
         `first_step` is the first that this denoiser sees, if that is not step 0 (a second expert,
@@ -106,10 +105,8 @@ class DenoiserMethods:
         It starts clean, and nothing of it is left afterwards. Without it, a new trajectory is
         recognised by its timestep going back, or by other shapes, dtypes or devices.
         """
-        with self._fxcache.session.trajectory(num_steps, first_step, slot):
-            yield
+        return self._fxcache.session.trajectory(num_steps, first_step, slot)
 
-    @contextmanager
     def at(
         self,
         *,
@@ -117,7 +114,7 @@ class DenoiserMethods:
         branch: Hashable = None,
         slot: Hashable = None,
         policy: Policy | None = None,
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Say where the calls inside belong, as far as you know it; None leaves it open.
 
         `step` counts from 0; a lower one than the last starts a new trajectory. `branch` ("cond",
@@ -129,8 +126,7 @@ class DenoiserMethods:
         span, probe, forecast or control_threshold is not that of the denoiser's.
         """
         said = {"step": step, "branch": branch, "slot": slot, "policy": policy}
-        with self._fxcache.session.at(**{k: v for k, v in said.items() if v is not None}):
-            yield
+        return self._fxcache.session.at(**{k: v for k, v in said.items() if v is not None})
 
     def batch(
         self,
@@ -173,7 +169,7 @@ class DenoiserMethods:
 
     def release(self, slot: Hashable) -> None:
         """Forget the request `slot` and free its memory. Of an unknown one: nothing."""
-        self._fxcache.session.release(slot)
+        self._fxcache.session.slots.release(slot)
 
     @property
     def policy(self) -> Policy:

@@ -30,12 +30,9 @@ def conditioning(facts: Facts) -> list[fx.Node]:
         for node, name in inputs.data.items()
         if is_numeric(node)
         and tensor_of(node).ndim > 0
-        and not (node in facts.samples or node is inputs.timestep or _is_time(name))
+        and not (node in facts.samples or node is inputs.timestep)
+        and not (name in TIMESTEP_NAMES or "timestep" in name or "sigma" in name)
     ]
-
-
-def _is_time(name: str) -> bool:
-    return name in TIMESTEP_NAMES or "timestep" in name or "sigma" in name
 
 
 class Conditions:

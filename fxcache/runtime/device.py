@@ -68,9 +68,8 @@ class CudaDevice:
             return memory, torch.cuda.Event()
 
 
-@functools.cache
-def _reader(device: torch.device) -> CudaDevice:
-    return CudaDevice(device)
+#: One a device: its pinned memory is used again.
+_reader = functools.cache(CudaDevice)
 
 
 def begin_read(source: torch.Tensor) -> Reading:

@@ -156,7 +156,7 @@ class _Replayed:
         regions, values, wiring = self.regions, self.values, self.regions.wiring
         vector = None
         if wiring.others:
-            vector = regions.vector("miss", wiring.error_weights(weights), self.buffers)
+            vector = regions.vector("miss", weights or [0.0] * wiring.others, self.buffers)
         outputs, sums = regions.run(
             ("miss", slot), lambda given: wiring.miss(values, given, slot, vector), self.buffers
         )

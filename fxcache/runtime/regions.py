@@ -127,10 +127,6 @@ class Wiring:
         results = self.compiled.miss(*self.for_miss((*values, *kept, *slots, *others, weights)))
         return (results[:-1], results[-1]) if self.others else (results, None)
 
-    def error_weights(self, weights: Sequence[float]) -> Sequence[float]:
-        """`weights`, or as many zeros."""
-        return weights or [0.0] * self.others
-
 
 @dataclass(eq=False)
 class Direct:
@@ -150,7 +146,7 @@ class Direct:
 
     def miss(self, slot: int, weights: Sequence[float] = ()) -> Missed:
         wiring = self.wiring
-        vector = self._vector(wiring.error_weights(weights)) if wiring.others else None
+        vector = self._vector(weights or [0.0] * wiring.others) if wiring.others else None
         return wiring.miss(self.values, self.buffers, slot, vector)
 
     def _vector(self, weights: Sequence[float]) -> torch.Tensor:

@@ -115,10 +115,6 @@ class Session:
         """The slot of a caller who says this."""
         return self.slots.of(where.slot, where.requests or {}, self.expected_steps)
 
-    def release(self, key: Hashable) -> None:
-        """Forget a request."""
-        self.slots.release(key)
-
     @contextmanager
     def at(self, **said: Any) -> Iterator[None]:
         """What the caller says of the evaluations inside: see `Where`."""
@@ -134,7 +130,7 @@ class Session:
                 slot = None if key is None else self.slots.get(key)
                 if slot is not None and slot.is_over and not slot.is_announced:
                     self.begin(slot)  # its solve is over: the request will not come back
-                    self.release(key)
+                    self.slots.release(key)
 
     @contextmanager
     def settled(
@@ -176,7 +172,7 @@ class Session:
             if not self.keeps_buffers:
                 held.release()
             if key is not None:  # a request is over, and its name will not come back
-                self.release(key)
+                self.slots.release(key)
 
     def begin(self, slot: Slot, **announcement: Any) -> None:
         """Start a new trajectory in `slot`; of the last one, say what is worth saying."""
