@@ -85,28 +85,16 @@ class Report:
         return self.hits / len(self.records) if self.records else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: NaN and infinite metrics become None, keys that are no text become text."""
-        records = []
-        for record in self.records:
-            entry = asdict(record)
-            for key in ("metric", "timestep", "score", "predicted", "error"):
-                value = entry[key]
-                entry[key] = value if value is not None and abs(value) < float("inf") else None
-            for key in ("branch", "slot"):
-                entry[key] = entry[key] if entry[key] is None else str(entry[key])
-            records.append(entry)
-        return {
-            "records": records,
-            "hits": self.hits,
-            "misses": self.misses,
-            "hit_rate": self.hit_rate,
-            "cached_bytes": self.cached_bytes,
-            "cached_by_device": dict(self.cached_by_device),
-            "graphs": self.graphs,
-            "recompiles": self.recompiles,
-            "audit": self.audit if self.audit is None or math.isfinite(self.audit) else None,
-            "advice": self.advice,
-        }
+        """JSON-ready: NaN and infinite numbers become None, keys that are no text become text."""
+        known = asdict(self)
+        records = list(known.pop("records"))
+        for entry in records:
+            entry.update({k: str(entry[k]) for k in ("branch", "slot") if entry[k] is not None})
+        for entry in (known, *records):
+            numbers = [k for k, value in entry.items() if isinstance(value, float)]
+            entry.update({k: None for k in numbers if not math.isfinite(entry[k])})
+        totals = {"hits": self.hits, "misses": self.misses, "hit_rate": self.hit_rate}
+        return {"records": records, **totals, **known}
 
     def __str__(self) -> str:
         columns = self._columns()
