@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from fxcache.errors import BatchError
+from fxcache.kernels import reference
+from fxcache.passes.store import largest_kept, saturated
 from fxcache.runtime import apart
 from fxcache.runtime.executor import Hit, Miss, Read, StepExecutor, Steps, Work
 from fxcache.runtime.regions import Begins, Evaluation, Missed, Wiring
-from fxcache.runtime.ring import forecast, store
 from fxcache.runtime.rows import Layout, Values
 from fxcache.runtime.session import Outdated
 from fxcache.runtime.state import Buffers
@@ -121,7 +122,7 @@ class Batch:
         merged = []
         for stream, (dimension, dtype, device) in enumerate(self.layout.streams):
             each = [
-                forecast(own.rings[stream], work.weights, dtype, device)
+                _forecast(own.rings[stream], work.weights, dtype, device)
                 for work, own in zip(works, buffers, strict=True)
             ]
             merged.append((torch.cat(each, dimension),))
@@ -175,7 +176,7 @@ class Together:
         fresh = list(zip(*parts, strict=True))
         split = self._split(outputs, len(ids))
         stored = (
-            store(asked[i], own, self.buffers[i]) for i, own in zip(asked, fresh, strict=False)
+            _store(asked[i], own, self.buffers[i]) for i, own in zip(asked, fresh, strict=False)
         )
         return dict(zip(asked, zip(split, stored, strict=False), strict=False))
 
@@ -268,3 +269,42 @@ def _driven(steps: Sequence[Steps], together: Together) -> list[Values]:
         replies = replies or (together.miss(misses) if misses else {})
         asked = {i: work for i, work in asked.items() if i not in replies}
     return [outputs[i] for i in range(len(steps))]
+
+
+def _forecast(
+    ring: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """What the weighted entries of a ring forecast, in the `dtype` that they were computed in."""
+    used = [(weight, entry) for weight, entry in zip(weights, ring, strict=True) if weight != 0]
+    if [weight for weight, _ in used] == [1.0]:
+        return used[0][1].to(device, dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    terms = [weight * entry.to(device, wide) for weight, entry in used]
+    return sum(terms[1:], terms[0]).to(dtype)
+
+
+def _store(work: Miss, fresh: Values, buffers: Buffers) -> torch.Tensor:
+    """Put the fresh residuals of a request into its ring: the sums of the forecast's error, if
+    there is one to compare with.
+    """
+    total = torch.zeros(2, device=fresh[0].device)
+    for ring, residual in zip(buffers.rings, fresh, strict=True):
+        slot = ring[work.slot]
+        limit = largest_kept(residual.dtype, slot.dtype)
+        value = residual if limit is None else saturated(residual, limit, slot.dtype)
+        if not any(work.weights):
+            slot.copy_(value)
+            continue
+        others = (entry for at, entry in enumerate(ring) if at != work.slot)
+        past = [_real(entry.to(residual.device, residual.dtype)) for entry in others]
+        weights = torch.tensor(work.weights).to(residual.device, non_blocking=True)
+        total += reference.refresh_error(_real(value), None, _real(slot), past, weights)
+    return total
+
+
+def _real(value: torch.Tensor) -> torch.Tensor:
+    """The parts of `value`, if it is complex."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
