@@ -4,7 +4,7 @@
 the hit or the miss.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Protocol
@@ -84,19 +84,15 @@ class Wiring:
         self.compiled, self.ring, self.others = compiled, ring, others
         #: How many values it is given.
         self.given = len(inputs)
-        given = {key: i for i, key in enumerate(inputs)}
         slots = [slot_key(s) for s in range(streams)]
         rings = [ring_key(s, j) for s in range(streams) for j in range(ring)]
-        after_head = given
-        if pieces.head is not None:
-            self.for_head = _picker(pieces.head, _extended(given, kept))
-            after_head = _extended(given, pieces.head.results)
-        after_head = _extended(after_head, kept)
-        for_hit = _extended(after_head, (*rings, WEIGHTS))
-        self.for_hit = _picker(pieces.hit, for_hit)
         compared = [other_key(s, j) for s in range(streams) for j in range(others)]
-        for_miss = _extended(after_head, (*slots, *compared, ERROR_WEIGHTS))
-        self.for_miss = _picker(pieces.miss, for_miss)
+        after_head = [*inputs, *kept]
+        if pieces.head is not None:
+            self.for_head = _picker(pieces.head, after_head)
+            after_head = [*inputs, *pieces.head.results, *kept]
+        self.for_hit = _picker(pieces.hit, [*after_head, *rings, WEIGHTS])
+        self.for_miss = _picker(pieces.miss, [*after_head, *slots, *compared, ERROR_WEIGHTS])
 
     def begin(self, inputs: Values, buffers: Buffers) -> "Direct":
         """Run the head."""
@@ -154,12 +150,9 @@ class Direct:
         return torch.tensor(weights).to(self.buffers.device, non_blocking=True)
 
 
-def _extended(given: Mapping[Hashable, int], keys: Sequence[Hashable]) -> dict[Hashable, int]:
-    return {**given, **{key: len(given) + i for i, key in enumerate(keys)}}
-
-
-def _picker(piece: Piece, places: Mapping[Hashable, int]) -> Callable[[Sequence[Any]], Any]:
-    """A function that picks the arguments of `piece` out of all values."""
+def _picker(piece: Piece, keys: Sequence[Hashable]) -> Callable[[Sequence[Any]], Any]:
+    """A function that picks the arguments of `piece` out of values that have these `keys`."""
+    places = {key: place for place, key in enumerate(keys)}
     return picker([places[key] for key in piece.arguments])
 
 
