@@ -132,8 +132,9 @@ class StepExecutor:
         the stamp of the weights.
         """
         session, conditions, state = self.session, self.conditions, call.state
+        probe = session.policy.probe
         # Checked while a GPU computes the head or, where nothing is measured, the hit.
-        checks_late = session.policy.probe is None
+        checks_late = probe is None
         if not checks_late:
             self._check(state, inputs, current)
         read = [] if checks_late else (yield Read())
@@ -143,7 +144,9 @@ class StepExecutor:
             change = partial(conditions.forbidding, inputs, state.allocated)
         decision = session.decide(call, metric, change, self._agreed)
         self.ranks.compare(state.step, state.label, metric, decision)
-        measured = metric if session.is_measured(state) else None
+        # It means something where it was compared with this trajectory's own steps.
+        is_measured = probe is not None and state.computed >= probe.needs
+        measured = metric if is_measured else None
         outputs: Sequence[Any] = ()
         if decision.is_hit:
             past, forecast = [step for step, _ in state.past], session.policy.forecast

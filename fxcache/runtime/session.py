@@ -284,11 +284,6 @@ class Session:
             slot.verdict = Verdict(state.label, state.step, decision.is_hit)
         return decision
 
-    def is_measured(self, state: BranchState) -> bool:
-        """Whether the metric means anything: it was compared with this trajectory's own steps."""
-        probe = self.policy.probe
-        return probe is not None and state.computed >= probe.needs
-
     def record(self, call: Call, metric: float | None, decision: Decision) -> None:
         """Note what was decided."""
         self.evaluations += 1
