@@ -29,6 +29,7 @@ from fxcache.passes.pieces import Pieces, build_pieces, is_random, state_fakes
 from fxcache.passes.probe import Probe
 from fxcache.passes.rows import Rows
 from fxcache.policy import Policy
+from fxcache.policy.base import as_float32
 from fxcache.policy.forecast import checked
 from fxcache.runtime.audit import Audit
 from fxcache.runtime.batch import Batch, BatchExecutor
@@ -243,4 +244,4 @@ def _conditions(
     # Nothing compiles this: plain operations would make many passes over memory.
     plain = options.kernel == "aten" or not on_gpu
     measure = reference.residual_diff if plain else residual_diff
-    return Conditions(threshold, places, measure, device, groups)
+    return Conditions(as_float32(threshold), places, measure, device, groups)

@@ -7,6 +7,7 @@ compiled pieces, by whoever is about to hit, all of them with one read-back.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,11 +36,12 @@ def conditioning(facts: Facts) -> list[fx.Node]:
     ]
 
 
+@dataclass(frozen=True, eq=False)
 class Conditions:
     """Compares a graph's conditioning inputs with those of the last computed step.
 
     Args:
-        threshold: the policy's `control_threshold`.
+        threshold: the policy's `control_threshold`, in float32.
         places: where they stand among the graph's inputs, by name. Recompiled graphs share a
             state, so names are what is compared.
         measure: sums of differences, as `fxcache.kernels.residual_diff`.
@@ -47,17 +49,11 @@ class Conditions:
         groups: process groups whose ranks share the sums, there.
     """
 
-    def __init__(
-        self,
-        threshold: float,
-        places: Mapping[str, int],
-        measure: Measure,
-        device: torch.device,
-        groups: Sequence[str] = (),
-    ) -> None:
-        self.threshold = as_float32(threshold)
-        self.places, self.measure = dict(places), measure
-        self.device, self.groups = device, tuple(groups)
+    threshold: float
+    places: Mapping[str, int]
+    measure: Measure
+    device: torch.device
+    groups: Sequence[str] = ()
 
     def forbidding(self, inputs: Sequence[Any], buffers: Buffers) -> float | None:
         """The change that forbids a hit, None if it is below the threshold."""
