@@ -14,7 +14,6 @@ tell the two apart; only data can.
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,7 +67,9 @@ class Audit:
         """
         if self.device.type == "meta" or any(is_fixed(inputs[p]) for p in self.samples):
             return  # nothing to compare, or no way to move it
-        with torch.no_grad(), self._generators():
+        gpus = [self.device.index or 0] if self.device.type == "cuda" else []
+        # Random numbers are drawn here that the model's own evaluations do not miss.
+        with torch.no_grad(), torch.random.fork_rng(gpus, enabled=self.draws):
             given, own = list(inputs), _copied(buffers, self.device)
             for place in self.samples:
                 given[place] = moved(inputs[place])
@@ -97,14 +98,6 @@ class Audit:
     def _distance(self, a: Sequence[Any], b: Sequence[Any]) -> torch.Tensor:
         """The sum of the squares of a difference, over all outputs."""
         return squares([a[i] - b[i] for i in self.outputs])
-
-    def _generators(self) -> AbstractContextManager[None]:
-        """Inside, random numbers are drawn that the model's own evaluations do not miss."""
-        if not self.draws:
-            return nullcontext()
-        devices = [self.device.index or 0] if self.device.type == "cuda" else []
-        forked: AbstractContextManager[None] = torch.random.fork_rng(devices)
-        return forked
 
 
 def moved(sample: torch.Tensor, seed: int = 0) -> torch.Tensor:
