@@ -60,8 +60,7 @@ class Batch:
         ids = self.padded(range(len(buffers)))
         values, measured = self.layout.take(inputs, ids, len(buffers)), []
         if self.head.compiled.head is not None:
-            kept = self.merged_kept([buffers[i] for i in ids])
-            evaluation = self.run(self.head, values, kept, ())
+            evaluation = self.run(self.head, values, [buffers[i] for i in ids], ())
             values, measured = list(evaluation.values), evaluation.read()
         width = len(measured) // len(ids)
         each = [measured[i * width : (i + 1) * width] for i in range(len(buffers))]
@@ -75,11 +74,11 @@ class Batch:
         self,
         wiring: Wiring,
         values: Values,
-        kept: dict[str, torch.Tensor],
+        requests: Sequence[Buffers],
         rings: Rings,
     ) -> Evaluation:
-        """Begin to run the pieces of `wiring` on rows that were put together."""
-        given = Buffers(kept, rings)
+        """Begin to run the pieces of `wiring` on rows that were put together, of these requests."""
+        given = Buffers(self.merged_kept(requests), rings)
         if self.make_regions is None or self.buckets is None:
             return wiring.begin(tuple(values), given)
         key = (wiring, tuple(values[at] for at in self.layout.sizes))
@@ -156,7 +155,7 @@ class Together:
         batch, ids = self.batch, self.batch.padded(list(asked))
         buffers, values = self._rows(ids)
         rings = batch.forecasts([asked[i] for i in ids], buffers)
-        evaluation = batch.run(batch.body, values, batch.merged_kept(buffers), rings)
+        evaluation = batch.run(batch.body, values, buffers, rings)
         outputs = evaluation.hit((1.0,))
         if batch.writes_on_hit:
             batch.put_back(evaluation.buffers.kept, buffers)
@@ -167,7 +166,7 @@ class Together:
         batch, ids = self.batch, self.batch.padded(list(asked))
         buffers, values = self._rows(ids)
         rings = batch.fresh(buffers)
-        evaluation = batch.run(batch.body, values, batch.merged_kept(buffers), rings)
+        evaluation = batch.run(batch.body, values, buffers, rings)
         outputs, _ = evaluation.miss(0)
         own = evaluation.buffers
         batch.put_back(own.kept, buffers)
