@@ -5,6 +5,7 @@ millisecond of host time when a launcher is called by itself: time the operators
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.library import wrap_triton
@@ -70,29 +71,10 @@ def launch_forecast(
     out = torch.empty_like(like, dtype=dtype)
     if out.numel() == 0:
         return out
-    if any(residual.stride() != ring[0].stride() for residual in ring):
-        ring = [residual.contiguous() for residual in ring]
-    target, others, layout = walk(out, (before, *ring), first_dim=0)
-    absent = [None] * (MAX_RING - len(ring))
-    rows, columns = layout.tile(_itemsize((target, *others)))
-    outer, middle, inner = layout.sizes
-    wrap_triton(forecast_kernel)[(layout.tiles(rows, columns),)](
-        target,
-        *others,
-        *absent,
-        weights,
-        outer * middle,
-        middle,
-        inner,
-        *(stride for within in layout.strides[:3] for stride in within),
-        RING=len(ring),
-        FLAT=layout.is_flat,
-        WIDE=layout.is_wide,
-        ROWS=rows,
-        COLUMNS=columns,
-    )
-    if target is not out:
-        out.copy_(target)
+    tensors, numbers, known, tiles = _by_tiles(out, (before,), ring)
+    wrap_triton(forecast_kernel)[(tiles,)](*tensors, weights, *numbers, **known)
+    if tensors[0] is not out:
+        out.copy_(tensors[0])
     return out
 
 
@@ -123,35 +105,42 @@ def _refresh(
     weights: torch.Tensor | None,
 ) -> torch.Tensor:
     """The partial sums of each program, float32 [programs, 2]; without a ring, not written."""
+    tensors, numbers, known, tiles = _by_tiles(slot, (after, before), ring)
+    partial = slot.new_empty((tiles if ring else 0, 2), dtype=torch.float32)
+    wrap_triton(refresh_kernel)[(tiles,)](
+        *tensors, weights, partial if ring else None, *numbers, **known
+    )
+    if tensors[0] is not slot:
+        slot.copy_(tensors[0])
+    return partial
+
+
+def _by_tiles(
+    out: torch.Tensor, operands: Sequence[torch.Tensor | None], ring: Sequence[torch.Tensor]
+) -> tuple[list[Any], list[int], dict[str, Any], int]:
+    """What a kernel takes that writes `out` one tile a program: tensors, sizes and strides, and
+    what is known at compile time; and how many tiles there are. The first tensor is `out`, or what
+    must be copied there.
+    """
     if any(residual.stride() != ring[0].stride() for residual in ring):
         ring = [residual.contiguous() for residual in ring]
-    target, others, layout = walk(slot, (after, before, *ring), first_dim=0)
-    absent = [None] * (MAX_RING - len(ring))
+    target, others, layout = walk(out, (*operands, *ring), first_dim=0)
     rows, columns = layout.tile(_itemsize((target, *others)))
     outer, middle, inner = layout.sizes
-    tiles = layout.tiles(rows, columns)
-    partial = slot.new_empty((tiles if ring else 0, 2), dtype=torch.float32)
-    strides = layout.strides[: 4 if ring else 3]
-    wrap_triton(refresh_kernel)[(tiles,)](
-        target,
-        *others,
-        *absent,
-        weights,
-        partial if ring else None,
-        outer * middle,
-        middle,
-        inner,
-        *(stride for within in strides for stride in within),
-        *([] if ring else [0, 0, 0]),
-        RING=len(ring),
-        FLAT=layout.is_flat,
-        WIDE=layout.is_wide,
-        ROWS=rows,
-        COLUMNS=columns,
+    # All of the ring lie alike; without a ring, its strides are not looked at.
+    strides = [*layout.strides, (0, 0, 0)][: len(operands) + 2]
+    return (
+        [target, *others, *[None] * (MAX_RING - len(ring))],
+        [outer * middle, middle, inner, *(stride for within in strides for stride in within)],
+        {
+            "RING": len(ring),
+            "FLAT": layout.is_flat,
+            "WIDE": layout.is_wide,
+            "ROWS": rows,
+            "COLUMNS": columns,
+        },
+        layout.tiles(rows, columns),
     )
-    if target is not slot:
-        slot.copy_(target)
-    return partial
 
 
 def processors(device: torch.device) -> int:
