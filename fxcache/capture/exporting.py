@@ -75,7 +75,7 @@ def capture(
         raise CaptureError(
             f"torch.export could not capture {type(model).__name__}: {error}"
         ) from error
-    gm, found = _tensors_alone(program)
+    gm, found, leaves = _tensors_alone(program)
     graph, given = _functional(gm, found)
     if given.written:
         names = [given.paths.get(n) or given.sources[n].removeprefix(_OWN) for n in given.written]
@@ -94,13 +94,15 @@ def capture(
     pieces = build_pieces(
         graph, cut, probe, ring=ring, others=ring if is_checked else 0, kernels=reference
     )
-    places = dict(zip(graph.graph.find_nodes(op="placeholder"), found, strict=True))
-    weights = {node: one.target for node, one in places.items() if one.is_weight}
-    constants = {
-        node: program.constants[one.target]
-        for node, one in places.items()
-        if one.leaf is None and not one.is_weight
-    }
+    weights, constants, data = {}, {}, []
+    for node, one in zip(graph.graph.find_nodes(op="placeholder"), found, strict=True):
+        name = one.source.removeprefix(_OWN)
+        if one.is_registered:
+            weights[node] = name
+        elif one.is_of_model:
+            constants[node] = program.constants[name]
+        else:
+            data.append(node)
     return Captured(
         pieces,
         cut,
@@ -108,48 +110,39 @@ def capture(
         residuals,
         weights,
         constants,
-        {node: one.leaf for node, one in places.items() if one.leaf is not None},
+        dict(zip(data, leaves, strict=True)),
         program.call_spec.out_spec,
     )
 
 
-@dataclass(frozen=True)
-class _Input:
-    """What a placeholder is: a weight or a constant by its name, or a leaf of the inputs."""
-
-    target: str
-    is_weight: bool
-    leaf: int | None
-    path: list[str]
-
-    def source(self) -> str:
-        return "" if self.leaf is not None else _OWN + self.target
-
-
-def _tensors_alone(program: ExportedProgram) -> tuple[fx.GraphModule, list[_Input]]:
-    """The program's graph without inputs that are no tensors, and what is left of them."""
+def _tensors_alone(program: ExportedProgram) -> tuple[fx.GraphModule, list[Found], list[int]]:
+    """The program's graph without inputs that are no tensors, what is left of them, and which
+    leaves of the example those are that the caller gives.
+    """
     gm = program.graph_module
-    leaves, _ = pytree.tree_flatten_with_path(program.example_inputs[1])
-    paths = [[str(getattr(key, "key", getattr(key, "idx", key))) for key in at] for at, _ in leaves]
-    found, leaf = [], 0
-    nodes = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
-    for spec in program.graph_signature.input_specs:
-        node = nodes[spec.arg.name]
+    paths, _ = pytree.tree_flatten_with_path(program.example_inputs[1])
+    given = iter(enumerate(paths))
+    found, leaves = [], []
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+        is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
         if spec.kind == InputKind.USER_INPUT:
-            one = _Input("", False, leaf, paths[leaf])
-            leaf += 1
+            leaf, (keys, _) = next(given)
+            path = [str(getattr(key, "key", getattr(key, "idx", key))) for key in keys]
+            one = Found("", False, False, path)
+            leaves += [leaf] if is_tensor else []
         else:
-            one = _Input(str(spec.target), spec.kind != InputKind.CONSTANT_TENSOR, None, [])
-        if isinstance(node.meta.get("val"), torch.Tensor):
+            one = Found(_OWN + str(spec.target), True, spec.kind != InputKind.CONSTANT_TENSOR, [])
+        if is_tensor:
             found.append(one)
             node.meta["example_value"] = node.meta["val"]
         else:
             gm.graph.erase_node(node)
     gm.recompile()
-    return gm, found
+    return gm, found, leaves
 
 
-def _functional(gm: fx.GraphModule, found: list[_Input]) -> tuple[fx.GraphModule, GraphInputs]:
+def _functional(gm: fx.GraphModule, found: list[Found]) -> tuple[fx.GraphModule, GraphInputs]:
     """`gm` as AOTAutograd traces it, and its inputs."""
     fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
     captured: list[tuple[fx.GraphModule, GraphInputs]] = []
@@ -159,7 +152,6 @@ def _functional(gm: fx.GraphModule, found: list[_Input]) -> tuple[fx.GraphModule
         return functional
 
     mode = next(fake.fake_mode for fake in fakes)
-    known = [Found(one.source(), one.leaf is None, one.is_weight, one.path) for one in found]
     with torch.no_grad(), internals.tracing(internals.TracingContext(mode)):
-        functionalized(gm, fakes, keep, found=known)
+        functionalized(gm, fakes, keep, found=found)
     return captured[0]
