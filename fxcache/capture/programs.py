@@ -71,14 +71,14 @@ class PieceProgram(nn.Module):
         piece = self.captured.pieces.head
         if piece is None:
             return torch.full((), math.nan, device=self.captured.residuals[0].device)
-        *crossing, measured = piece.module(*_arguments(piece, values))
+        *crossing, measured = _run(piece, values)
         values.update(zip(piece.results, crossing, strict=True))
         return torch.as_tensor(measured[0])
 
     def hit(self, values: Values) -> tuple[Any, ...]:
         """The outputs, a place for each fresh entry, what is kept, and zeros for the sums."""
         piece, kept, probe = self.captured.pieces.hit, self._copies(values), self.policy.probe
-        outputs = piece.module(*_arguments(piece, values | kept))
+        outputs = _run(piece, values | kept)
         fresh = [torch.empty_like(each) for each in self._entries(values)]
         if probe is None or probe.reference != "previous":
             kept = {key: torch.empty_like(value) for key, value in kept.items()}
@@ -91,7 +91,7 @@ class PieceProgram(nn.Module):
         fresh: Values = {
             slot_key(s): torch.empty_like(e) for s, e in enumerate(self._entries(values))
         }
-        outputs = list(piece.module(*_arguments(piece, values | kept | fresh)))
+        outputs = list(_run(piece, values | kept | fresh))
         sums = torch.zeros(2, device=self.captured.residuals[0].device)
         if checked(self.policy) is not None:
             sums = outputs.pop()
@@ -100,13 +100,11 @@ class PieceProgram(nn.Module):
     def named(self, results: Any) -> tuple[Any, dict[str, torch.Tensor], torch.Tensor]:
         """What hit and miss give: the model's own outputs, what changed by name, and the sums."""
         *results, sums = results
-        kept = [results.pop() for _ in self.captured.kept][::-1]
-        fresh = [results.pop() for _ in self.streams][::-1]
+        names = [*(f"fresh_{stream}" for stream in self.streams), *self.captured.kept]
+        changed = dict(zip(names, results[-len(names) :], strict=True))
         computed, spec = iter(results), self.captured.out_spec
         leaves = outputs_of(self.captured.pieces.miss.module.graph)[: spec.num_leaves]
         flat = [next(computed) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
-        changed = {f"fresh_{stream}": value for stream, value in enumerate(fresh)}
-        changed |= dict(zip(self.captured.kept, kept, strict=True))
         return pytree.tree_unflatten(flat, spec), changed, sums
 
     def _entries(self, values: Values) -> list[torch.Tensor]:
@@ -190,5 +188,5 @@ def _is_slot(key: Hashable) -> bool:
     return isinstance(key, str) and key.startswith(slot_key(0)[:-1])
 
 
-def _arguments(piece: Piece, values: Mapping[Hashable, Any]) -> list[Any]:
-    return [values[key] for key in piece.arguments]
+def _run(piece: Piece, values: Mapping[Hashable, Any]) -> Any:
+    return piece.module(*[values[key] for key in piece.arguments])
