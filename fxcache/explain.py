@@ -125,18 +125,16 @@ class _Analyst(Backend):
 
     found: tuple[Cut, Probe | None] | None = None
 
-    def compile_graph(
-        self, gm: fx.GraphModule, inputs: GraphInputs, *, is_part: bool
-    ) -> Callable[..., Any]:
+    def compile_graph(self, gm: fx.GraphModule, inputs: GraphInputs) -> Callable[..., Any]:
         try:
-            cut, probe = self.analyse(gm, inputs, is_part=is_part)
+            cut, probe = self.analyse(gm, inputs)
         except PolicyError:
             raise
         except FxCacheError as error:
             self.refused.append((len(gm.graph.nodes), str(error)))
             return gm
         self.found = cut, probe
-        return rewrite(gm, cut, probe, self.session, self.compilers, is_part=is_part)
+        return rewrite(gm, cut, probe, self.session, self.compilers)
 
 
 def explain_model(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explanation:

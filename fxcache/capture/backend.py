@@ -5,8 +5,6 @@ It serves `fxcache.transform` (which brings its own session) and
 """
 
 import logging
-import sys
-import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,7 +27,6 @@ from fxcache.passes.pieces import is_random
 from fxcache.passes.probe import Probe, find_probe
 from fxcache.passes.rows import Rows
 from fxcache.policy import AdaptiveCache, check_policy
-from fxcache.runtime.executor import StepExecutor
 from fxcache.runtime.session import Session
 
 log = logging.getLogger("fxcache")
@@ -80,16 +77,8 @@ class Backend:
             log.warning("gradients are enabled: this graph is not cached")
             uncached: Callable[..., Any] = self.compilers.whole(gm, example_inputs)
             return uncached
-        is_part, changes_objects = self._is_part(gm), internals.changes_objects()
-
-        def compile_graph(functional: fx.GraphModule, inputs: GraphInputs) -> Callable[..., Any]:
-            run = self.compile_graph(functional, inputs, is_part=is_part)
-            if isinstance(run, StepExecutor):
-                run.is_all = not changes_objects
-            return run
-
         try:
-            compiled = functionalized(gm, example_inputs, compile_graph, self.argument_names)
+            compiled = functionalized(gm, example_inputs, self.compile_graph, self.argument_names)
         except _Refused as refused:
             log.info("compiled as it is: %s", refused)
             self.refused.append((refused.nodes, str(refused)))
@@ -99,27 +88,24 @@ class Backend:
         self.session.recompiles += self.session.evaluations > 0
         return compiled
 
-    def compile_graph(
-        self, gm: fx.GraphModule, inputs: GraphInputs, *, is_part: bool
-    ) -> Callable[..., Any]:
+    def compile_graph(self, gm: fx.GraphModule, inputs: GraphInputs) -> Callable[..., Any]:
         """What runs in the place of a functional graph."""
         try:
-            cut, probe = self.analyse(gm, inputs, is_part=is_part)
+            cut, probe = self.analyse(gm, inputs)
         except StackNotFoundError as error:
-            if self.fullgraph and not is_part and not isinstance(error, _DropoutError):
+            is_whole = self.fullgraph and not internals.is_part()
+            if is_whole and not isinstance(error, _DropoutError):
                 raise
             raise _Refused(str(error), len(gm.graph.nodes)) from error
-        if self.rows_per_request is None:
-            return rewrite(gm, cut, probe, self.session, self.compilers, is_part=is_part)
-        rows = Rows.of(cut.facts, self.rows_per_request)
+        rows = None
+        if self.rows_per_request is not None:
+            rows = Rows.of(cut.facts, self.rows_per_request)
         return rewrite(gm, cut, probe, self.session, self.compilers, rows=rows)
 
-    def analyse(
-        self, gm: fx.GraphModule, inputs: GraphInputs, *, is_part: bool
-    ) -> tuple[Cut, Probe | None]:
+    def analyse(self, gm: fx.GraphModule, inputs: GraphInputs) -> tuple[Cut, Probe | None]:
         """Cut `gm` as the policy asks, and find what it measures."""
         policy = self.session.policy
-        if policy.span.whole_model and (not self.fullgraph or is_part):
+        if policy.span.whole_model and (not self.fullgraph or internals.is_part()):
             raise StackNotFoundError(
                 "the model breaks into graphs, and the policy's span is the whole model"
             )
@@ -140,17 +126,6 @@ class Backend:
                 )
         check_writes(cut)
         return cut, None if policy.probe is None else find_probe(cut, policy.probe)
-
-    def _is_part(self, gm: fx.GraphModule) -> bool:
-        """Whether `gm` ends or begins at a graph break: then the stack may be in another graph."""
-        if getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False):
-            return True
-        frame: types.FrameType | None = sys._getframe()
-        while frame := frame.f_back if frame else None:  # the code that Dynamo compiles, if known
-            code = frame.f_locals.get("code")
-            if isinstance(code, types.CodeType):
-                return code.co_name.startswith("torch_dynamo_resume_in")
-        return False
 
 
 class _DropoutError(StackNotFoundError):

@@ -54,7 +54,6 @@ def rewrite(
     session: Session,
     compilers: Compilers,
     *,
-    is_part: bool = False,
     rows: Rows | None = None,
 ) -> Callable[..., Any]:
     """`gm`, which is not changed, becomes an executor that runs it as `cut` says, for one request
@@ -100,7 +99,8 @@ def rewrite(
         begin, make_regions = batch.begin, lambda slot: batch
     steps = session.steps
     # In a part of a broken model the sample goes by another name: the usual ones stand for it.
-    steps.samples |= set(SAMPLE_NAMES) if is_part else {inputs.paths[n] for n in facts.samples}
+    is_part, named = internals.is_part(), {inputs.paths[node] for node in facts.samples}
+    steps.samples |= set(SAMPLE_NAMES) if is_part else named
     if inputs.timestep is not None:
         steps.time_name = inputs.paths[inputs.timestep]
     steps.knows_time = True
@@ -125,6 +125,7 @@ def rewrite(
         groups=groups,
         ranks=Ranks(map(torch_distributed.process_group, in_graph), options.vote, device),
     )
+    executor.is_all = not internals.changes_objects()
     return executor if rows is None else BatchExecutor(executor, batch)
 
 

@@ -7,12 +7,10 @@ Checked on torch 2.13 and 2.15: a new torch that moves one of these fails here f
 import functools
 import inspect
 import logging
-import sys
 import threading
-import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from torch._dynamo.exc import (
     UserError,
 )
 from torch._dynamo.output_graph import OutputGraph
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting
 from torch._functorch._aot_autograd.descriptors import (
     InputMutationAOTOutput,
@@ -39,19 +38,13 @@ from torch._guards import TracingContext, tracing
 from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+#: What is taken from here as it is.
 __all__ = [
     "BackendCompilerFailed",
     "FailOnRecompileLimitHit",
-    "InternalTorchDynamoError",
     "TorchRuntimeError",
     "TracingContext",
-    "Unsupported",
-    "UserError",
-    "aot_inference",
-    "place_of",
-    "source_name",
     "tracing",
-    "written_place",
 ]
 
 #: What Dynamo raises of a model that it does not follow (or that does not fit its arguments).
@@ -221,21 +214,33 @@ def guarded_numbers(
     return numbers
 
 
+def output_graph() -> OutputGraph | None:
+    """What is known of the capture that is going on (None: there is none)."""
+    with suppress(AttributeError):
+        return InstructionTranslator.current_tx().output
+    return None
+
+
+def is_part() -> bool:
+    """Whether the graph that is being captured begins or ends at a graph break."""
+    output = output_graph()
+    return output is not None and (
+        output.compile_subgraph_reason.graph_break
+        or output.root_tx.f_code.co_name.startswith("torch_dynamo_resume_in")
+    )
+
+
 def changes_objects() -> bool:
     """Whether the capture that is going on sees the model change something of its own besides
     tensors (attributes, lists), or draw numbers of Python's. Compiled code replays that at each
     call, around the graph. Where it cannot be told: True.
     """
-    frame: types.FrameType | None = sys._getframe()
-    while (frame := frame.f_back if frame else None) is not None:
-        output = frame.f_locals.get("self")
-        if isinstance(output, OutputGraph):
-            changed = output.side_effects._get_modified_vars()
-            kinds = (AttributeMutationExisting, ValueMutationExisting)
-            return bool(output.random_calls) or any(
-                isinstance(variable.mutation_type, kinds) for variable in changed
-            )
-    return True
+    output = output_graph()
+    if output is None:
+        return True
+    kinds = (AttributeMutationExisting, ValueMutationExisting)
+    changed = output.side_effects._get_modified_vars()
+    return bool(output.random_calls) or any(isinstance(v.mutation_type, kinds) for v in changed)
 
 
 def inductor_folder() -> Path:
