@@ -3,7 +3,6 @@
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -112,25 +111,20 @@ def transform(
     Warns if `policy` is a preset or a calibration for another class of model.
     """
     given = dict(locals())
+    del given["model"], given["policy"]
     check_model(model)
     if policy is None:
         policy = AdaptiveCache()
     check_policy(policy)
-    check_origin(model, policy)
-    options_of = {name: value for name, value in given.items() if name not in ("model", "policy")}
-    denoiser: nn.Module = make_denoiser(model, policy, Options(**options_of))
-    return denoiser
-
-
-def check_origin(model: nn.Module, policy: Any) -> None:
-    """Warn if `policy` is ready-made for denoisers of another class than `model`."""
     origin, own = getattr(policy, "origin", None), class_name(model)
     if origin is not None and origin.model_classes and own not in origin.model_classes:
         warnings.warn(
             f"{type(policy).__name__} of {origin.preset!r} was made for "
             f"{' or '.join(origin.model_classes)}, and the model is a {own}",
-            stacklevel=3,
+            stacklevel=2,
         )
+    denoiser: nn.Module = make_denoiser(model, policy, Options(**given))
+    return denoiser
 
 
 def restore(denoiser: nn.Module) -> nn.Module:
@@ -154,7 +148,7 @@ def explain(
 
     Raises PolicyError if `policy` leaves no span.
     """
-    inner = restore_model(model)
+    inner = model._fxcache.model if isinstance(model, DenoiserMethods) else model
     check_model(inner)
     denoiser = make_denoiser(inner, policy or AdaptiveCache(), Options(backend="eager"))
     return explain_model(denoiser, args, kwargs)
@@ -207,15 +201,10 @@ def export(
     return export_model(model, policy, bound(model, args, kwargs or {}), dynamic_shapes, form)
 
 
-def restore_model(model: nn.Module) -> nn.Module:
-    """The model behind `model` if that is a denoiser, else `model`."""
-    return model._fxcache.model if isinstance(model, DenoiserMethods) else model
-
-
 class Applied:
     """What `apply` returns. A context manager: the pipeline is itself again at the end."""
 
-    def __init__(self, pipe: Any, denoisers: dict[str, nn.Module]) -> None:
+    def __init__(self, pipe: Any, denoisers: dict[str, Any]) -> None:
         #: The denoisers by the name of their component: "transformer", ...
         self.denoisers = denoisers
         self._pipe = pipe
@@ -223,18 +212,13 @@ class Applied:
     def __enter__(self) -> "Applied":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     @property
     def policy(self) -> Policy | dict[str, Policy]:
         """The policy that is followed; by component where they follow different ones."""
-        policies = {name: denoiser.policy for name, denoiser in self._methods()}
+        policies = {name: denoiser.policy for name, denoiser in self.denoisers.items()}
         first, *others = policies.values()
         return first if all(other == first for other in others) else policies
 
@@ -243,15 +227,12 @@ class Applied:
 
         Each record says of which component it is.
         """
-        return Report.merged({name: d.report() for name, d in self._methods()})
+        return Report.merged({name: d.report() for name, d in self.denoisers.items()})
 
     def reset(self) -> None:
         """Forget everything, records included, and free the memory."""
-        for _, denoiser in self._methods():
+        for denoiser in self.denoisers.values():
             denoiser.reset()
-
-    def _methods(self) -> list[tuple[str, Any]]:
-        return list(self.denoisers.items())
 
     def remove(self) -> None:
         """Give the pipeline its own models back and free the memory. Once removed, does nothing.
