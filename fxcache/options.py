@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class Options:
     mode: str | None = None
     dynamic: bool | None = None
     fullgraph: bool | None = None
-    options: dict[str, Any] | None = field(default=None)
+    options: dict[str, Any] | None = None
     disable: bool = False
     fallback: bool = False
     kernel: str = "auto"
@@ -62,7 +62,7 @@ class Options:
                 f"either mode or options can be given, not both: mode={self.mode!r}, "
                 f"options={self.options!r}"
             )
-        _host(self.cache_device)
+        _ = self.host  # or an error
         if self.sync not in ("auto", None) and self.vote is None:
             raise OptionError(
                 f'sync must be "auto", None or a torch.distributed.ProcessGroup, got {self.sync!r}'
@@ -82,7 +82,16 @@ class Options:
     @property
     def host(self) -> torch.device | None:
         """Where residuals are kept, None: where they are computed."""
-        return _host(self.cache_device)
+        if self.cache_device is None:
+            return None
+        with suppress(RuntimeError, TypeError):  # no device goes by that name
+            device = torch.device(self.cache_device)
+            if device.type == "cpu":
+                return device
+        raise OptionError(
+            f'cache_device must be "cpu" (host memory) or None (where residuals are computed), '
+            f"got {self.cache_device!r}"
+        )
 
     @property
     def is_eager(self) -> bool:
@@ -100,18 +109,3 @@ class Options:
         """What of them is the compiler's own."""
         own = {k: v for k, v in (self.options or {}).items() if k != "guard_filter_fn"}
         return own or None
-
-
-def _host(cache_device: Any) -> torch.device | None:
-    """The device that `cache_device` names: the host, or None."""
-    if isinstance(cache_device, torch.device | str):
-        with suppress(RuntimeError):  # no device goes by that name
-            device = torch.device(cache_device)
-            if device.type == "cpu":
-                return device
-    if cache_device is not None:
-        raise OptionError(
-            f'cache_device must be "cpu" (host memory) or None (where residuals are computed), '
-            f"got {cache_device!r}"
-        )
-    return None
