@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,21 +13,16 @@ from fxcache.policy.base import ForecastError, History
 from fxcache.policy.forecast import Corrected, checked
 
 
+@dataclass(frozen=True)
 class HostStep:
-    """Callable as a `Step` program is: ``(inputs, state) -> outputs, changed``.
-
-    Args:
-        head, hit, miss: the programs. See `fxcache.capture.programs`.
+    """Callable as a `Step` program is: ``(inputs, state) -> outputs, changed``. `head`, `hit` and
+    `miss` are the programs (see `fxcache.capture.programs`).
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        head: Callable[..., Any],
-        hit: Callable[..., Any],
-        miss: Callable[..., Any],
-    ) -> None:
-        self.policy, self.head, self.hit, self.miss = policy, head, hit, miss
+    policy: Policy
+    head: Callable[..., Any]
+    hit: Callable[..., Any]
+    miss: Callable[..., Any]
 
     def __call__(
         self, inputs: Mapping[str, Any], state: Mapping[str, torch.Tensor]
