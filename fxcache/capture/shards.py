@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fxcache.capture import torch_distributed
-from fxcache.capture.torch_distributed import SHARDED
+from fxcache.capture.torch_distributed import SHARDED, Sharding
 from fxcache.errors import CaptureError
 
 #: Weights that a block lends out: the dict that they stand in, their name there and themselves.
@@ -27,26 +27,17 @@ class _Gathering:
     call.
 
     Args:
-        before, after: FSDP's own hooks.
-        names: the weights: the path of their owner below the block, and their name.
-        casts: to what weights, inputs and outputs are cast (None: they are not).
+        own: what FSDP put on the block.
         lent: a stack that all blocks of a model share.
     """
 
-    def __init__(
-        self,
-        before: Any,
-        after: Any,
-        names: list[tuple[str, str]],
-        casts: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
-        lent: list[_Lent],
-    ) -> None:
-        self.before, self.after, self.names, self.lent = before, after, names, lent
-        self.of_weights, self.of_inputs, self.of_outputs = casts
+    def __init__(self, own: Sharding, lent: list[_Lent]) -> None:
+        self.own, self.lent = own, lent
+        self.names = own.names
 
     def pre_forward(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not (_captures() and self._finds_all(module)):
-            return self.before(module, args, kwargs)
+            return self.own.before(module, args, kwargs)
         lent: _Lent = []
         for path, name in self.names:
             store = module.get_submodule(path)._parameters
@@ -54,14 +45,14 @@ class _Gathering:
             lent.append((store, name, weight))  # type: ignore[arg-type]
             store[name] = self._gathered(weight)
         self.lent.append(lent)
-        return _cast((args, kwargs), self.of_inputs)
+        return _cast((args, kwargs), self.own.input_dtype)
 
     def post_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not (_captures() and self.lent):
-            return self.after(module, args, output)
+            return self.own.after(module, args, output)
         for store, name, weight in self.lent.pop():
             store[name] = weight
-        return _cast(output, self.of_outputs)
+        return _cast(output, self.own.output_dtype)
 
     def _finds_all(self, module: nn.Module) -> bool:
         """Whether the weights are where they were (adapters move them): else the graph breaks at
@@ -74,7 +65,8 @@ class _Gathering:
         """All of `weight` on this rank. One that is gathered already is what it is."""
         if not isinstance(weight, SHARDED):
             return weight
-        return (weight if self.of_weights is None else weight.to(self.of_weights)).full_tensor()
+        dtype = self.own.weight_dtype
+        return (weight if dtype is None else weight.to(dtype)).full_tensor()
 
 
 def _captures() -> bool:
@@ -120,7 +112,7 @@ def make_traceable(model: nn.Module) -> int:
                 f"fully_shard on {path} of {type(model).__name__}: {sharded.obstacle}. Shard the "
                 f"blocks without it, or the model as a whole (fully_shard(model) alone)"
             )
-        of = _Gathering(sharded.before, sharded.after, sharded.names, sharded.casts, lent)
+        of = _Gathering(sharded, lent)
         sharded.replace(of.pre_forward, of.post_forward)
         found += 1
     return found
@@ -132,7 +124,7 @@ def make_untraceable(model: nn.Module) -> None:
         sharded = torch_distributed.sharding_of(block)
         gathering = None if sharded is None else _owner(sharded.before)
         if sharded is not None and isinstance(gathering, _Gathering):
-            sharded.replace(gathering.before, gathering.after)
+            sharded.replace(gathering.own.before, gathering.own.after)
 
 
 def _owner(hook: Any) -> Any:

@@ -26,25 +26,22 @@ if torch.distributed.is_available():
 
 @dataclass(frozen=True)
 class Sharding:
-    """What `fully_shard` put on a module: its two hooks, the module's weights (the path of their
-    owner and their name), to what weights, inputs and outputs are cast, and what is unusual in it.
+    """What `fully_shard` put on a module: its two hooks (and their places), the module's weights
+    (the path of their owner and their name), to what these, inputs and outputs are cast, and what
+    is unusual in it.
     """
 
     module: nn.Module
     places: tuple[int, int]
+    before: Any
+    after: Any
     names: list[tuple[str, str]]
-    casts: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None]
+    weight_dtype: torch.dtype | None
+    input_dtype: torch.dtype | None
+    output_dtype: torch.dtype | None
     obstacle: str | None
     #: It begins to gather other modules before they run.
     prefetches: bool
-
-    @property
-    def before(self) -> Any:
-        return self.module._forward_pre_hooks[self.places[0]]
-
-    @property
-    def after(self) -> Any:
-        return self.module._forward_hooks[self.places[1]]
 
     def replace(self, before: Any, after: Any) -> None:
         """Put these hooks in the place of the two."""
@@ -86,12 +83,12 @@ def sharding_of(module: nn.Module) -> Sharding | None:
     return Sharding(
         module,
         (handles[0].id, handles[1].id),
+        module._forward_pre_hooks[handles[0].id],
+        module._forward_hooks[handles[1].id],
         names,
-        (
-            policy.param_dtype,
-            policy.param_dtype if policy.cast_forward_inputs else None,
-            policy.output_dtype,
-        ),
+        policy.param_dtype,
+        policy.param_dtype if policy.cast_forward_inputs else None,
+        policy.output_dtype,
         obstacle,
         bool(state._states_to_forward_prefetch),
     )
