@@ -39,15 +39,7 @@ def functionalized(
     def inference_compiler(functional: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         let_group_norms_be(functional)
         read_sizes_once(functional)
-        compiled = compile_graph(functional, graph_inputs(functional.graph, found))
-
-        def boxed(args: list[Any]) -> Any:
-            given = list(args)
-            args.clear()
-            return compiled(*given)
-
-        boxed._boxed_call = True  # type: ignore[attr-defined]
-        return boxed
+        return compile_graph(functional, graph_inputs(functional.graph, found))
 
     run = internals.aot_inference(gm, example_inputs, inference_compiler)
     wrappers = [at for at, x in enumerate(example_inputs) if is_traceable_wrapper_subclass(x)]

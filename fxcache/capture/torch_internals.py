@@ -34,6 +34,7 @@ from torch._functorch._aot_autograd.descriptors import (
     InputMutationAOTOutput,
     PlainAOTInput,
 )
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._guards import TracingContext, tracing
 from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -159,7 +160,7 @@ def aot_inference(
 
         def traced(functional: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             tracing_only.close()
-            return compiler(functional, inputs)
+            return make_boxed_func(compiler(functional, inputs))
 
         backend = aot_autograd(fw_compiler=traced, inference_compiler=traced)
         tracing_only.enter_context(keeping_operations())
