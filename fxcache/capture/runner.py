@@ -7,7 +7,6 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -34,7 +33,6 @@ from fxcache.policy import Policy
 from fxcache.policy.reasons import Reason
 from fxcache.runtime.session import Outdated, Session
 from fxcache.runtime.shortcut import NOT_TAKEN, Shortcut
-from fxcache.runtime.steps import Call
 from fxcache.runtime.training import goes_around, is_recomputation, trains
 
 log = logging.getLogger("fxcache")
@@ -55,8 +53,7 @@ class Runner:
         self.session = Session(policy)
         self.compilers = Compilers(options)
         parameters = inspect.signature(model.forward).parameters.values()
-        names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
-        self.names = names
+        self.names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         self.time_names = [p.name for p in parameters if p.name in TIMESTEP_NAMES]
         self.session.recapture = self._recapture
         self.gave_up = False
@@ -150,17 +147,11 @@ class Runner:
             for state in session.slot.branches.values():
                 state.lose_to(Reason.UNCACHED)
             return False
-        with self._settled(args, kwargs) as call:
+        with session.settled(*self.placed_by(args, kwargs)) as call:
             if call.step is None:
                 session.steps.complete(call, None)
             call.state.lose_to(Reason.UNCACHED)
         return False
-
-    def _settled(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> AbstractContextManager[Call]:
-        """Inside, the evaluation is where it belongs."""
-        return self.session.settled(*self.placed_by(args, kwargs))
 
     def placed_by(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -183,7 +174,7 @@ class Runner:
             raise CaptureError(hooks.obstacles(self.model))
         if self.session.where.requests is not None:
             return self.batches.evaluate(args, kwargs)
-        with self._settled(args, kwargs) as call:
+        with self.session.settled(*self.placed_by(args, kwargs)) as call:
             try:
                 return self.evaluate_placed(args, kwargs)
             except Outdated:  # a trajectory of another policy: the model is captured anew for it
@@ -210,8 +201,8 @@ class Runner:
     def _locals(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `evaluate`, by name."""
         forward = hooks.own_forward(self.model)
-        given = {"model": self.model, "args": args, "kwargs": kwargs, "forward": forward}
-        return {**given, "of_rows": ()}
+        given = {"args": args, "kwargs": kwargs, "forward": forward, "of_rows": ()}
+        return {"model": self.model, **given}
 
     def evaluate_checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One evaluation through Dynamo, which checks its guards.
@@ -236,26 +227,24 @@ class Runner:
         """Go on to the next way to capture the model. Raises `error`, or the first one of this
         evaluation, if there is none.
         """
-        if self.session.calls.get() is not None:
+        is_batch = self.session.calls.get() is not None
+        if is_batch or (self.is_whole and isinstance(error, StackNotFoundError)):
             raise error
-        if not self.is_whole:
-            if not self.captures_more:
-                raise error
-            log.info("trying again in pieces with less captured: %s", error)
-            self._break_up(captures_more=False)
-            return
-        if isinstance(error, StackNotFoundError):
-            raise error
-        if not self.captures_more:
+        if self.is_whole and not self.captures_more:
             log.info("trying again with more captured: %s", error)
             self.captures_more = True
-            return
-        self.captures_more = False
-        asked = self.options.fullgraph
-        if asked or (asked is None and hooks.obstacles(self.model)):
-            raise first
-        log.info("capturing in pieces: %s", first)
-        self._break_up()
+        elif self.is_whole:
+            self.captures_more = False
+            asked = self.options.fullgraph
+            if asked or (asked is None and hooks.obstacles(self.model)):
+                raise first
+            log.info("capturing in pieces: %s", first)
+            self._break_up()
+        elif self.captures_more:
+            log.info("trying again in pieces with less captured: %s", error)
+            self._break_up(captures_more=False)
+        else:
+            raise error
 
     def _break_up(self, *, captures_more: bool = True) -> None:
         self.is_whole = self.backend.fullgraph = False
@@ -292,9 +281,9 @@ class Runner:
         )
         if is_batch:
             self.batches.compiled.clear()
-            return self.batches.call(args, kwargs, own)
-        self.cached = self.compile(self.backend, fullgraph=self.is_whole)
-        return self.cached(self.model, args, kwargs, own)
+        else:
+            self.cached = self.compile(self.backend, fullgraph=self.is_whole)
+        return self._call(args, kwargs)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the compiled model; errors of the pass and of the capture become our own."""
