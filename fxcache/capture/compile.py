@@ -127,7 +127,8 @@ def compile_pieces(
                 function: Function = compilers.piece(module, given)
                 return function
         except Exception as error:
-            if not any(_depends_on_data(value) for value in given):
+            tensors = [value for value in given if isinstance(value, torch.Tensor)]
+            if not any(is_unbacked(size) for tensor in tensors for size in tensor.shape):
                 raise
             raise CaptureError(
                 "the compiler fails on tensors whose sizes depend on data, and such tensors cross "
@@ -145,7 +146,12 @@ def compile_pieces(
         if isinstance(plan, str):
             log.info("%s is one call: %s", name, plan)
             return quicken(piece.module) if options.is_eager else compiled(piece.module, given)
-        return _call_sequence(plan, kinds, compiled)
+        for kind in (call.kind for call in plan.calls):
+            if kind.key not in kinds:
+                kinds[kind.key] = compiled(kind.module, kind.fakes)
+        functions = [kinds[call.kind.key] for call in plan.calls]
+        log.info("%d calls of %d kinds", len(functions), len(set(map(id, functions))))
+        return CallSequence(plan, functions)
 
     head = None if pieces.head is None else lowered("head", pieces.head)
     return Compiled(head, lowered("hit", pieces.hit), lowered("miss", pieces.miss))
@@ -168,22 +174,3 @@ def _annotate(graph: fx.Graph, given: Sequence[Any], mode: FakeTensorMode) -> No
                 node.meta["val"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
                 node.meta["val"] = cast(Any, node.target)(*args, **kwargs)
-
-
-def _call_sequence(
-    plan: Outline,
-    kinds: dict[Hashable, Function],
-    compiled: Callable[[fx.GraphModule, Sequence[Any]], Function],
-) -> CallSequence:
-    """`plan` with every kind compiled that is not in `kinds` yet."""
-    functions = []
-    for call in plan.calls:
-        if call.kind.key not in kinds:
-            kinds[call.kind.key] = compiled(call.kind.module, call.kind.fakes)
-        functions.append(kinds[call.kind.key])
-    log.info("%d calls of %d kinds", len(plan.calls), len(set(map(id, functions))))
-    return CallSequence(plan, functions)
-
-
-def _depends_on_data(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and any(is_unbacked(size) for size in value.shape)
