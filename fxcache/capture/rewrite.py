@@ -67,6 +67,7 @@ def rewrite(
     session.skipped_share = cut.skipped_share
     kept, residuals = state_fakes(cut, probe, options.cache_dtype)
     device = residuals[0].device
+    on_host = is_away(options.host, device)
     in_graph = torch_distributed.largest_groups(process_groups(gm.graph))
     groups = () if options.sync is None else in_graph
     placeholders = gm.graph.find_nodes(op="placeholder")
@@ -91,9 +92,8 @@ def rewrite(
             pieces, compiled, inputs=placeholders, kept=tuple(kept), streams=streams, **how
         )
         begin = wiring.begin
-        is_hosted = is_away(options.host, device)
         graphed = partial(_graphed, inputs, place, pieces) if has_graphs else None
-        make_regions = _by_slot(wiring, device, graphed, is_hosted=is_hosted)
+        make_regions = _by_slot(wiring, device, graphed, is_hosted=on_host)
     else:
         batch = _batch(gm, cut, probe, rows, compilers, groups, session if has_graphs else None)
         begin, make_regions = batch.begin, lambda slot: batch
@@ -108,7 +108,6 @@ def rewrite(
     samples = [place[node] for node in facts.samples]
     outputs = [i for i, n in enumerate(outputs_of(gm.graph)) if n in facts.outputs]
     audit = Audit(begin, samples, outputs, str(cut), device, draws=draws, groups=in_graph)
-    on_host = is_away(options.host, device)
     executor = StepExecutor(
         session,
         make_regions,
@@ -139,18 +138,14 @@ def _by_slot(
     """Makes what runs the pieces for a slot."""
     # One a slot, for its pool: branches of a slot take turns, but another slot's graphs, replayed
     # by another thread amid an evaluation, must not share memory with it.
-    devices: WeakKeyDictionary[Slot, GraphDevice] = WeakKeyDictionary()
+    devices: WeakKeyDictionary[Slot, Any] = WeakKeyDictionary()
 
     def make_regions(slot: Slot) -> Begins:
         if is_hosted:
             return HostedRegions(wiring, device)
         if graphed is None:
             return wiring
-        if slot not in devices:
-            own = graph_device(device)
-            assert own is not None
-            devices[slot] = own
-        return graphed(devices[slot], wiring)
+        return graphed(devices.setdefault(slot, graph_device(device)), wiring)
 
     return make_regions
 
