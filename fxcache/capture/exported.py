@@ -226,10 +226,10 @@ def export_model(
         dynamic_shapes = {name: dynamic_shapes.get(name) for name in inputs}
     captured = capture(model, policy, inputs, dynamic_shapes)
     layout = _layout(model, policy, captured, inputs)
-    state = Exported(layout, _never).initial_state(inputs, num_steps=1)
+    step = Step(model, policy, captured).eval()
+    state = Exported(layout, step).initial_state(inputs, num_steps=1)
     del state["key"]
     shapes = _shapes(layout, state, dynamic_shapes)
-    step = Step(model, policy, captured).eval()
     if form == "cond":
         program = _exported(step, (inputs, state), shapes)
         return Exported(layout, program.module(check_guards=False), {"model": program})
@@ -246,10 +246,6 @@ def export_model(
     }
     modules = {name: program.module(check_guards=False) for name, program in programs.items()}
     return Exported(layout, HostStep(policy, **modules), programs)
-
-
-def _never(*_: Any) -> Any:
-    raise AssertionError("only its layout is asked for")
 
 
 def _exported(module: nn.Module, given: tuple[Any, ...], shapes: Any) -> ExportedProgram:
