@@ -14,6 +14,7 @@ import inspect
 import types
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -98,84 +99,60 @@ _CONTEXT_PARALLEL = ("cp_input---", "cp_output---")
 _Lent = list[tuple[dict[str, Any], str, torch.Tensor]]
 
 
+@dataclass(eq=False)
 class _Traced:
     """What a hook amounts to while its module is captured; otherwise, the hook itself.
 
     Its module's weights are replaced by what ``weight.to(**move)`` gives until the forward is over.
     That happens in Dynamo's eyes only: as all are put back, it writes none of them at a call.
-
-    Args:
-        hook: the hook.
-        move: what `torch.Tensor.to` is given (None: weights stay as they are).
-        paths: the submodules whose weights are the hook's matter, all below them included.
-        loose: single weights besides: the path of their owner and their name.
-        lent: a stack that all hooks of a model share. It is only ever filled while Dynamo traces.
-        kept: names of keyword arguments that are handed on as they are.
     """
 
-    def __init__(
-        self,
-        hook: Any,
-        move: dict[str, Any] | None,
-        paths: list[str],
-        loose: list[tuple[str, str]],
-        lent: list[_Lent],
-        kept: Sequence[str] = (),
-    ) -> None:
-        self.hook, self.move, self.paths, self.loose, self.lent = hook, move, paths, loose, lent
-        self.kept = frozenset(kept)
+    hook: Any
+    #: A stack that all hooks of a model share. It is only ever filled while Dynamo traces.
+    lent: list[_Lent]
+    move: dict[str, Any] = field(default_factory=dict)
+    #: The submodules whose weights are the hook's matter, all below them included.
+    paths: Sequence[str] = ()
+    #: Single weights besides: the path of their owner and their name.
+    loose: Sequence[tuple[str, str]] = ()
+    #: Names of keyword arguments that are handed on as they are.
+    kept: Sequence[str] = ()
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             return self.hook.pre_forward(module, *args, **kwargs)
-        if self.move is not None:
-            self.lent.append(self._lend(module))
-            if "device" in self.move:
-                args = tuple(self._arriving(value) for value in args)
-                moved = {k: self._arriving(v) for k, v in kwargs.items() if k not in self.kept}
-                kwargs = {**kwargs, **moved}
+        self.lent.append(self._lend(module))
+        if "device" in self.move:
+            device = self.move["device"]
+            given = args, {k: v for k, v in kwargs.items() if k not in self.kept}
+            args, moved = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), given)
+            kwargs = {**kwargs, **moved}
         return args, kwargs
-
-    def _arriving(self, value: Any) -> Any:
-        """The tensors in `value` on the device where the module computes."""
-        assert self.move is not None
-        device = self.move["device"]
-        leaves, spec = pytree.tree_flatten(value)
-        if all(not isinstance(leaf, torch.Tensor) or leaf.device == device for leaf in leaves):
-            return value
-        moved = [leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        return pytree.tree_unflatten(moved, spec)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         if not torch.compiler.is_compiling():
             return self.hook.post_forward(module, output)
-        if self.move is not None:
-            for store, name, weight in reversed(self.lent.pop()):  # some were lent twice
-                store[name] = weight
+        for store, name, weight in reversed(self.lent.pop()):  # some were lent twice
+            store[name] = weight
         return output
 
     def _lend(self, module: nn.Module) -> _Lent:
-        lent: _Lent = []
-        for path in self.paths:
-            for owner in module.get_submodule(path).modules():
-                for store in (owner._parameters, owner._buffers):
-                    for name in list(store):
-                        self._replace(store, name, lent)
+        owners = [owner for path in self.paths for owner in module.get_submodule(path).modules()]
+        stores = [store for owner in owners for store in (owner._parameters, owner._buffers)]
+        weights: list[tuple[dict[str, Any], str]] = [(s, name) for s in stores for name in s]
         for path, name in self.loose:
             owner = module.get_submodule(path)
-            self._replace(
-                owner._parameters if name in owner._parameters else owner._buffers, name, lent
-            )
+            is_parameter = name in owner._parameters
+            weights.append((owner._parameters if is_parameter else owner._buffers, name))
+        lent: _Lent = []
+        for store, name in weights:
+            weight = store[name]
+            # As Module.to does it: whole numbers keep their dtype.
+            if weight is None or ("dtype" in self.move and not weight.is_floating_point()):
+                continue
+            lent.append((store, name, weight))
+            store[name] = weight.to(**self.move)
         return lent
-
-    def _replace(self, store: dict[str, Any], name: str, lent: _Lent) -> None:
-        weight, move = store[name], self.move
-        assert move is not None
-        # As Module.to does it: whole numbers keep their dtype.
-        if weight is None or ("dtype" in move and not weight.is_floating_point()):
-            return
-        lent.append((store, name, weight))
-        store[name] = weight.to(**move)
 
 
 def make_traceable(model: nn.Module) -> int:
@@ -187,9 +164,7 @@ def make_traceable(model: nn.Module) -> int:
     for _, module, name, hook in _diffusers_hooks(model):
         if name.startswith(_CONTEXT_PARALLEL):
             found += _know_parameters(module, hook)
-            continue
-        traced = None if _is_traced(hook) else _traced(module, name, hook, lent)
-        if traced is not None:
+        elif not _is_traced(hook) and (traced := _traced(module, name, hook, lent)) is not None:
             hook.fn_ref.pre_forward = traced.pre_forward
             hook.fn_ref.post_forward = traced.post_forward
             found += 1
@@ -237,8 +212,8 @@ def hand_over(denoiser: Any, model: nn.Module, cached: Callable[..., Any], writt
     for reference in registry._fn_refs:
         reference.forward = bound(reference.forward)
         reference.original_forward = bound(reference.original_forward)
-    groups = [hook.group for hook in registry.hooks.values() if hasattr(hook, "group")]
-    for group in groups:
+    for hook in registry.hooks.values():
+        group = getattr(hook, "group", None)
         for leader in ("offload_leader", "onload_leader"):
             if getattr(group, leader, None) is denoiser:
                 setattr(group, leader, model)
@@ -249,15 +224,16 @@ def hand_over(denoiser: Any, model: nn.Module, cached: Callable[..., Any], writt
 def _traced(module: nn.Module, name: str, hook: Any, lent: list[_Lent]) -> _Traced | None:
     """What `hook` on `module` amounts to, None if that is not known."""
     if name in _IDLE:
-        return _Traced(hook, None, [], [], lent)
+        return _Traced(hook, lent)
     if name == _CASTING:
-        return _Traced(hook, {"dtype": hook.compute_dtype}, [""], [], lent)
+        return _Traced(hook, lent, {"dtype": hook.compute_dtype}, [""])
     if name != _OFFLOADING or hook.group.offload_to_disk_path is not None:
         return None
     group = hook.group
     move = {"device": torch.device(group.onload_device), "non_blocking": bool(group.non_blocking)}
     named = list(module.named_modules())
-    whole = [path for path, inner in named if any(inner is one for one in group.modules)]
+    # A block of a group of several moves its own weights when its turn comes.
+    whole = [path for path, inner in named if inner in group.modules]
     weights = [*group.parameters, *group.buffers]
     loose = [
         (path, key)
@@ -265,14 +241,11 @@ def _traced(module: nn.Module, name: str, hook: Any, lent: list[_Lent]) -> _Trac
         for key, weight in (*inner._parameters.items(), *inner._buffers.items())
         if any(weight is one for one in weights)
     ]
-    # A block of a group of several moves its own weights when its turn comes.
-    kept = hook.config.exclude_kwargs or ()
-    return _Traced(hook, move, [""] if "" in whole else whole, loose, lent, kept)
+    return _Traced(hook, lent, move, whole, loose, hook.config.exclude_kwargs or ())
 
 
 def _is_traced(hook: Any) -> bool:
-    called = getattr(getattr(hook, "fn_ref", None), "pre_forward", None)
-    return isinstance(getattr(called, "__self__", None), _Traced)
+    return isinstance(getattr(hook.fn_ref.pre_forward, "__self__", None), _Traced)
 
 
 def _diffusers_hooks(model: nn.Module) -> list[tuple[str, nn.Module, str, Any]]:
