@@ -14,11 +14,6 @@ from torch import nn
 from fxcache.errors import OptionError
 
 
-def tiny_models() -> list[str]:
-    """Names of the classes that `tiny_model` can build."""
-    return sorted(_table())
-
-
 def tiny_model(name: str, **config: Any) -> tuple[nn.Module, dict[str, Any]]:
     """Build diffusers' class `name` tiny, in eval mode, and keyword arguments to call it with.
 
@@ -31,20 +26,14 @@ def tiny_model(name: str, **config: Any) -> tuple[nn.Module, dict[str, Any]]:
     """
     import diffusers
 
-    table = _table()
+    table = json.loads((files("fxcache.pipelines") / "tiny_models.json").read_text())
     if name not in table:
         raise OptionError(
-            f"no tiny config for {name!r}; there is one for {', '.join(tiny_models())}. For other "
+            f"no tiny config for {name!r}; there is one for {', '.join(sorted(table))}. For other "
             f"models call fxcache.explain(model, **inputs)"
         )
     model = getattr(diffusers, name)(**{**table[name]["config"], **config})
     return model.eval(), {key: _input(spec) for key, spec in table[name]["inputs"].items()}
-
-
-def _table() -> dict[str, Any]:
-    text = (files("fxcache.pipelines") / "tiny_models.json").read_text()
-    table: dict[str, Any] = json.loads(text)
-    return table
 
 
 def _input(spec: Any) -> Any:
