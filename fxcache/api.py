@@ -15,7 +15,6 @@ from fxcache.errors import FxCacheError, OptionError
 from fxcache.explain import Explanation, explain_model
 from fxcache.options import Options
 from fxcache.pipelines.components import class_name, denoisers_of, policies_for, put
-from fxcache.pipelines.scheduler import SchedulerClock
 from fxcache.policy import AdaptiveCache, Policy, check_policy
 from fxcache.report import Report
 
@@ -288,7 +287,6 @@ def apply(
         name: transform(model, policies[name], **transform_options)
         for name, model in models.items()
     }
-    clock = SchedulerClock(pipe)
     for name, denoiser in denoisers.items():
-        put(pipe, name, denoiser, clock)
+        put(pipe, name, denoiser)
     return Applied(pipe, denoisers)

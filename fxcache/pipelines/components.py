@@ -1,7 +1,9 @@
 """The denoisers of a diffusers pipeline, and the policies that were published for them."""
 
+import functools
 import json
 import logging
+import weakref
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from fxcache.errors import OptionError, PolicyError
-from fxcache.pipelines.scheduler import SchedulerClock
+from fxcache.pipelines.scheduler import read
 from fxcache.policy import Policy, check_policy
 from fxcache.policy.presets import preset
 
@@ -22,11 +24,15 @@ COMPONENTS = ("transformer", "transformer_2", "unet")
 _METHODS = ("magcache", "teacache", "easycache", "seacache", "firstblockcache")
 
 
-def put(pipe: Any, name: str, denoiser: Any, clock: SchedulerClock) -> None:
-    """Make `denoiser` the component `name` of `pipe`, whose scheduler `clock` reads.
+def put(pipe: Any, name: str, denoiser: Any) -> None:
+    """Make `denoiser`, which reads its steps from the scheduler, the component `name` of `pipe`.
 
     Not by the pipeline's own attribute access, which would rewrite its config.
     """
+    try:  # compiled code outlives the denoiser, and must not keep the pipeline
+        clock = functools.partial(read, weakref.ref(pipe))
+    except TypeError:  # something like a pipeline that allows no such reference
+        clock = functools.partial(read, lambda: pipe)
     denoiser._fxcache.session.steps.clock = clock
     object.__setattr__(pipe, name, denoiser)
 

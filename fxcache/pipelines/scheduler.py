@@ -4,7 +4,6 @@ Every `set_timesteps` of a diffusers scheduler makes a new tensor of timesteps, 
 tells one solve from the next; most schedulers also count their own calls of `step`.
 """
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,8 @@ class Reading:
 
     `timesteps` are those of the whole solve, one an evaluation. `index` is the place among them of
     the evaluation to come; None: not known yet (`counts` is set, and will be known after the first
-    step), or never. With `repeats`, the list is longer than
-    the solve has steps: equal neighbours (Heun) are one.
+    step), or never. With `repeats`, the list is longer than the solve has steps: equal neighbours
+    (Heun) are one.
     """
 
     timesteps: torch.Tensor
@@ -28,28 +27,21 @@ class Reading:
     repeats: bool = False
 
 
-class SchedulerClock:
-    """Reads the scheduler that `pipe` has at that moment: users replace it."""
+def read(pipe: Callable[[], Any]) -> Reading | None:
+    """What the scheduler says that the pipeline has at that moment: users replace it.
 
-    def __init__(self, pipe: Any) -> None:
-        # Compiled code outlives the denoiser, and must not keep the pipeline.
-        try:
-            self._pipe: Callable[[], Any] = weakref.ref(pipe)
-        except TypeError:  # something like a pipeline that allows no such reference
-            self._pipe = lambda: pipe
-
-    def read(self) -> Reading | None:
-        """None before the first `set_timesteps`, and for schedulers of another kind."""
-        scheduler = getattr(self._pipe(), "scheduler", None)
-        timesteps = getattr(scheduler, "timesteps", None)
-        if not isinstance(timesteps, torch.Tensor) or timesteps.ndim != 1 or not len(timesteps):
-            return None
-        steps = getattr(scheduler, "num_inference_steps", None)
-        if steps is None:
-            return None  # timesteps are still those of training
-        counts = hasattr(scheduler, "step_index")
-        index = getattr(scheduler, "step_index", None)
-        if index is None:
-            index = getattr(scheduler, "begin_index", None)
-        repeats = len(timesteps) > steps
-        return Reading(timesteps, None if index is None else int(index), counts, repeats)
+    None before the first `set_timesteps`, and for schedulers of another kind.
+    """
+    scheduler = getattr(pipe(), "scheduler", None)
+    timesteps = getattr(scheduler, "timesteps", None)
+    if not isinstance(timesteps, torch.Tensor) or timesteps.ndim != 1 or not len(timesteps):
+        return None
+    steps = getattr(scheduler, "num_inference_steps", None)
+    if steps is None:
+        return None  # timesteps are still those of training
+    counts = hasattr(scheduler, "step_index")
+    index = getattr(scheduler, "step_index", None)
+    if index is None:
+        index = getattr(scheduler, "begin_index", None)
+    repeats = len(timesteps) > steps
+    return Reading(timesteps, None if index is None else int(index), counts, repeats)

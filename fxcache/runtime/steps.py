@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from fxcache.errors import OptionError, PolicyError
+from fxcache.pipelines.scheduler import Reading
 from fxcache.policy.base import Policy, check_policy, pieces_of
 from fxcache.policy.reasons import Reason
 from fxcache.runtime.continuity import Continuity, Given, Seen
 from fxcache.runtime.state import BranchState, Slot
-from fxcache.runtime.timeline import Clock, Timeline
+from fxcache.runtime.timeline import Timeline
 
 log = logging.getLogger("fxcache")
 
@@ -73,8 +74,8 @@ class Steps:
 
     def __init__(self, begin: Callable[..., None], say_once: Callable[[str, str], None]) -> None:
         self.begin, self.say_once = begin, say_once
-        #: What knows where the sampler is (a pipeline's scheduler).
-        self.clock: Clock | None = None
+        #: Asks a pipeline's scheduler where the sampler is; None is said where it does not know.
+        self.clock: Callable[[], Reading | None] | None = None
         #: Whether timesteps rise along a trajectory. They fall in most samplers.
         self.rising = False
         self._single_steps = 0
@@ -95,9 +96,8 @@ class Steps:
         if index is not None and index < slot.place and not slot.is_announced:
             self.begin(slot)
         # Where a pipeline's scheduler is says nothing of a batch's requests.
-        has_clock = self.clock is not None and where.requests is None
-        if index is None and has_clock and not slot.is_announced:
-            index = self._read(slot, self.clock, time, timestep)  # type: ignore[arg-type]
+        if index is None and self.clock and where.requests is None and not slot.is_announced:
+            index = self._read(slot, self.clock(), time, timestep)
 
         def was_called(state: BranchState) -> bool:
             if index is not None:
@@ -229,9 +229,10 @@ class Steps:
 
     # --- by the sampler's list ---
 
-    def _read(self, slot: Slot, clock: Clock, time: float | None, timestep: Any) -> int | None:
+    def _read(
+        self, slot: Slot, reading: Reading | None, time: float | None, timestep: Any
+    ) -> int | None:
         """Where in the sampler's list an evaluation at `time` is, None if that cannot be told."""
-        reading = clock.read()
         if reading is None:
             return None
         timeline = slot.timeline

@@ -1,7 +1,7 @@
 """One solve of a sampler, as its scheduler lists it: which evaluation is at which place?"""
 
 import itertools
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -9,13 +9,6 @@ from fxcache.pipelines.scheduler import Reading
 
 #: Models take the list's times as they are, as fractions of 1000, or as those that rise.
 _UNITS = ((0.0, 1.0), (0.0, 1e-3), (1.0, -1e-3))
-
-
-class Clock(Protocol):
-    """Says where the sampler is."""
-
-    def read(self) -> Reading | None:
-        """None if it does not know."""
 
 
 class Timeline:

@@ -16,7 +16,6 @@ from fxcache.denoiser import DenoiserMethods, check_model, make_denoiser, other_
 from fxcache.errors import OptionError, ProfileError
 from fxcache.options import Options
 from fxcache.pipelines.components import COMPONENTS, put
-from fxcache.pipelines.scheduler import SchedulerClock
 from fxcache.policy import Policy, StepSchedule
 
 #: The name of a lone argument of `run` that gets the denoiser, where run could do without.
@@ -139,7 +138,7 @@ def sampler_for(target: Any, run: Run, component: str | None = None) -> Iterator
             options = Options(backend="eager")
             denoiser = make_denoiser(model, StepSchedule(mask=[False]), options)
             if name:
-                put(target, name, denoiser, SchedulerClock(target))
+                put(target, name, denoiser)
                 undo.callback(object.__setattr__, target, name, model)
         yield Sampler(target, run, denoiser)
 
