@@ -13,15 +13,13 @@ from torch import nn
 
 from fxcache.errors import OptionError, PolicyError
 from fxcache.pipelines.scheduler import read
-from fxcache.policy import Policy, check_policy
-from fxcache.policy.presets import preset
+from fxcache.policy import Policy
+from fxcache.policy.presets import canonical_name, classes_of, preset
 
 log = logging.getLogger("fxcache")
 
 #: Where pipelines keep their denoisers.
 COMPONENTS = ("transformer", "transformer_2", "unet")
-#: The methods for which settings were published.
-_METHODS = ("magcache", "teacache", "easycache", "seacache", "firstblockcache")
 
 
 def put(pipe: Any, name: str, denoiser: Any) -> None:
@@ -75,32 +73,23 @@ def policies_for(
 
 
 def _policy(pipe: Any, models: Mapping[str, nn.Module], policy: Any) -> Policy | None:
+    """The policy that is meant: "auto" is the default, another name what was published so."""
+    if not isinstance(policy, str):
+        return policy  # type: ignore[no-any-return]
     if policy == "auto":
-        return None  # the default
-    if isinstance(policy, str):
-        try:
-            return published(pipe, models, policy)
-        except PolicyError as error:
-            raise PolicyError(f'{error}. "auto" needs no settings: AdaptiveCache()') from None
-    if policy is not None:
-        check_policy(policy)
-    return policy  # type: ignore[no-any-return]
-
-
-def published(pipe: Any, models: Mapping[str, nn.Module], method: str) -> Policy:
-    """The policy that was published for the model of `pipe`.
-
-    Raises PolicyError if there is none.
-    """
-    model = _preset_name(pipe, models)
-    own = type(pipe).__name__
-    if model is None:
-        raise PolicyError(
-            f"no settings were published for the model of this {own}, so there is no "
-            f"{method!r} for it. Pass a policy (FirstBlockCache(threshold=...)), or the preset of "
-            f"another model: fxcache.preset(model, method); fxcache.presets() lists them"
-        )
-    return preset(model, method)
+        return None
+    try:
+        model = _preset_name(pipe, models)
+        if model is None:
+            raise PolicyError(
+                f"no settings were published for the model of this {type(pipe).__name__}, so there "
+                f"is no {policy!r} for it. Pass a policy (FirstBlockCache(threshold=...)), or the "
+                f"preset of another model: fxcache.preset(model, method); fxcache.presets() lists "
+                f"them"
+            )
+        return preset(model, policy)
+    except PolicyError as error:
+        raise PolicyError(f'{error}. "auto" needs no settings: AdaptiveCache()') from None
 
 
 def _preset_name(pipe: Any, models: Mapping[str, nn.Module]) -> str | None:
@@ -111,8 +100,11 @@ def _preset_name(pipe: Any, models: Mapping[str, nn.Module]) -> str | None:
     classes = {class_name(model) for model in models.values()}
     configs = [getattr(part, "config", {}) for part in (pipe, *models.values())]
     for config in configs:
-        name = _by_name(str(dict(config).get("_name_or_path") or ""), classes)
-        if name is not None:
+        try:
+            name = canonical_name(str(dict(config).get("_name_or_path")))
+        except PolicyError:
+            continue
+        if not classes.isdisjoint(classes_of(name)):
             return name
     settings = {key: value for config in configs for key, value in dict(config).items()}
     text = resources.files("fxcache.pipelines").joinpath("pipelines.json").read_text("utf-8")
@@ -129,20 +121,6 @@ def _preset_name(pipe: Any, models: Mapping[str, nn.Module]) -> str | None:
                     name,
                 )
             return str(name)
-    return None
-
-
-def _by_name(name: str, classes: set[str]) -> str | None:
-    """The preset of a model of that name (a hub's id, or a directory) and one of these classes."""
-    if not name:
-        return None
-    for method in _METHODS:
-        try:
-            origin = preset(name, method).origin  # type: ignore[attr-defined]
-        except PolicyError:
-            continue
-        if classes & set(origin.model_classes):
-            return str(origin.preset.rsplit(", ", 1)[0])
     return None
 
 

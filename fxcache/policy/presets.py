@@ -62,7 +62,7 @@ def preset(model: str, method: str, **changes: Any) -> Policy:
         PolicyError: for a model, a method or a field that there is not (names the closest, and
             those there are), or a value outside its range.
     """
-    model, method = _model(model), _method(method)
+    model, method = canonical_name(model), _method(method)
     entries = _catalogue()["presets"][method]
     if model not in entries:
         others = ", ".join(presets()[model])
@@ -80,7 +80,7 @@ def preset(model: str, method: str, **changes: Any) -> Policy:
     repository, file = entry["source"].split(":", 1)
     settings["origin"] = Origin(
         preset=f"{model}, {method}",
-        model_classes=tuple(_catalogue()["models"][model]["classes"]),
+        model_classes=classes_of(model),
         source=_catalogue()["repositories"][repository] + file,
     )
     made: Policy = policy(**{**settings, **changes})
@@ -107,7 +107,13 @@ def _key(name: str) -> str:
     return "".join(character for character in name.lower() if character.isalnum())
 
 
-def _model(name: str) -> str:
+def classes_of(model: str) -> tuple[str, ...]:
+    """The class names of the denoisers that a model of `presets` has."""
+    return tuple(_catalogue()["models"][model]["classes"])
+
+
+def canonical_name(name: str) -> str:
+    """The name in `presets` of the model `name`. Raises PolicyError if there is none."""
     if not isinstance(name, str):
         raise PolicyError(f"model must be a name, got {name!r}")
     key = _key(name.rsplit("/", 1)[-1])
