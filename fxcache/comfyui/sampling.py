@@ -21,8 +21,7 @@ import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 import fxcache
-from fxcache.policy import Decision, Forecast, History, Policy, Span
-from fxcache.policy.probe import ProbeKind
+from fxcache.policy import Decision, History, Policy
 
 log = logging.getLogger("fxcache")
 
@@ -32,40 +31,19 @@ KEY = "fxcache"
 COMPILE_OPTIONS = "torch_compile_kwargs"
 
 #: The denoisers of each loaded model, by what they are compiled with, so that another run or
-#: another threshold compiles nothing again. None: it could not capture the model. They go when
-#: the model does.
+#: another threshold compiles nothing again. The one that was used last is the last. None: it could
+#: not capture the model. They go when the model does.
 _denoisers: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
-#: The one that a loaded model sampled with last.
-_last: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
 class Windowed:
     """`policy`, which hits only from step `first` on and before step `end`."""
 
-    policy: Policy
-    first: int
-    end: int
-
-    @property
-    def probe(self) -> ProbeKind | None:
-        return self.policy.probe
-
-    @property
-    def span(self) -> Span:
-        return self.policy.span
-
-    @property
-    def forecast(self) -> Forecast:
-        return self.policy.forecast
-
-    @property
-    def decide(self) -> str:
-        return self.policy.decide
-
-    @property
-    def control_threshold(self) -> float | None:
-        return getattr(self.policy, "control_threshold", None)
+    def __init__(self, policy: Policy, first: int, end: int) -> None:
+        self.policy, self.first, self.end = policy, first, end
+        self.probe, self.span = policy.probe, policy.span
+        self.forecast, self.decide = policy.forecast, policy.decide
+        self.control_threshold = getattr(policy, "control_threshold", None)
 
     def rule(self, metric: float, history: History) -> Decision:
         """The policy's decision; outside of the window, a miss."""
@@ -157,7 +135,8 @@ class Run(ExitStack):
 
     def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """One evaluation: ComfyUI's ``BaseModel.apply_model`` with the denoiser in its place."""
-        base, options = executor.class_obj, _options(args, kwargs)
+        base = executor.class_obj
+        options = kwargs.get("transformer_options", args[5] if args[5:] else None)
         if options is None or "sigmas" not in options:  # it is no sampler that calls
             return executor(*args, **kwargs)
         there = base.diffusion_model
@@ -178,7 +157,8 @@ class Run(ExitStack):
         except fxcache.CaptureError as error:  # a workflow must not die of an accelerator
             log.warning("this model runs uncached: %s", str(error))  # its frames hold tensors
             self.denoisers[model] = None
-            give_up(base, denoiser)
+            known = _denoisers[base]
+            known.update({key: None for key, own in known.items() if own is denoiser})
         finally:
             base.diffusion_model = there
         return executor(*args, **kwargs)
@@ -220,22 +200,15 @@ class Run(ExitStack):
         return step, name if number == 1 else f"{name} {number}"
 
 
-def _options(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The transformer_options of a call of apply_model."""
-    given: dict[str, Any] | None = kwargs.get("transformer_options", args[5] if args[5:] else None)
-    return given
-
-
 def _put(model: Any, denoiser: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """What stands in the model's place for a call, and the transformer_options that it is given.
 
     Most of ComfyUI's models run the wrappers of other nodes in their forward: there the denoiser is
     called by the innermost of these. It is given none of them, or it would capture them.
     """
-    bare = {**options, "wrappers": {}, "callbacks": {}}
     code = getattr(type(model).forward, "__code__", None)
     if code is None or "WrapperExecutor" not in code.co_names:
-        return denoiser, bare
+        return denoiser, {**options, "wrappers": {}, "callbacks": {}}
 
     def innermost(executor: Any, *args: Any, **kwargs: Any) -> Any:
         args = tuple(_without_wrappers(value) for value in args)
@@ -262,30 +235,21 @@ def denoiser_of(base: Any, model: Any, policy: Policy, options: Mapping[str, Any
     """
     kind = type(policy.policy if isinstance(policy, Windowed) else policy)
     key = repr((id(model), kind.__name__, sorted(options.items())))
-    made = _denoisers.setdefault(base, {})
-    if key not in made:
-        made[key] = fxcache.transform(model, policy, **options)
-    _last[base] = made[key]
-    return made[key]
-
-
-def give_up(base: Any, denoiser: Any) -> None:
-    """Remember that `denoiser` cannot capture its model."""
-    made = _denoisers[base]
-    made.update({key: None for key, own in made.items() if own is denoiser})
-    _last.pop(base, None)
+    known = _denoisers.setdefault(base, {})
+    is_known = key in known
+    known[key] = known.pop(key) if is_known else fxcache.transform(model, policy, **options)
+    return known[key]
 
 
 def last_denoiser(base: Any) -> Any:
     """The denoiser that the model `base` sampled with last, None if it did not."""
-    return _last.get(base)
+    return next(reversed(_denoisers.get(base, {}).values()), None)
 
 
 def _say(denoiser: Any, verbose: bool) -> None:
     """Log what was skipped."""
     report = denoiser.report()
-    number = len(report.records)
-    log.info("%d of %d evaluations reused what was cached", report.hits, number)
+    log.info("%d of %d evaluations reused what was cached", report.hits, len(report.records))
     if verbose:
         log.warning("%s", report)
 
