@@ -58,10 +58,7 @@ def _target(comfyui: Path) -> Path:
         )
     target = comfyui / "custom_nodes" / "fxcache"
     init = target / "__init__.py"
-    if target.is_symlink() or (target.exists() and MARK not in _text(init)):
+    text = init.read_text("utf-8") if init.is_file() else ""
+    if target.is_symlink() or (target.exists() and MARK not in text):
         raise OptionError(f"{target} is there already and is not ours; move it away first")
     return target
-
-
-def _text(path: Path) -> str:
-    return path.read_text("utf-8") if path.is_file() else ""

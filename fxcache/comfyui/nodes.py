@@ -81,22 +81,9 @@ class FxCache(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model: Any,
-        policy: str = "adaptive",
-        tolerance: float = 0.08,
-        start_percent: float = 0.0,
-        end_percent: float = 1.0,
-        max_consecutive_hits: int = 4,
-        forecast: str = "auto",
+        cls, model: Any, policy: str, start_percent: float, end_percent: float, **given: Any
     ) -> io.NodeOutput:
-        chosen = policy_for(
-            policy,
-            tolerance,
-            max_consecutive_hits=max_consecutive_hits,
-            forecast=forecast,
-            model_config=config_of(model),
-        )
+        chosen = policy_for(policy, **given, model_config=config_of(model))
         return io.NodeOutput(cached(model, Cache(chosen, (start_percent, end_percent))))
 
 
@@ -133,10 +120,10 @@ class FxCacheFirstBlock(io.ComfyNode):
     def execute(
         cls,
         model: Any,
-        residual_diff_threshold: float = 0.0,
-        start: float = 0.0,
-        end: float = 1.0,
-        max_consecutive_cache_hits: int = -1,
+        residual_diff_threshold: float,
+        start: float,
+        end: float,
+        max_consecutive_cache_hits: int,
     ) -> io.NodeOutput:
         limit = None if max_consecutive_cache_hits < 0 else max_consecutive_cache_hits
         policy = fxcache.FirstBlockCache(
@@ -179,11 +166,11 @@ class FxCacheMagCache(io.ComfyNode):
     def execute(
         cls,
         model: Any,
-        magcache_thresh: float = 0.24,
-        retention_ratio: float = 0.1,
-        magcache_K: int = 5,  # noqa: N803 (the name of the node that it stands in for)
-        start_step: int = 0,
-        end_step: int = -1,
+        magcache_thresh: float,
+        retention_ratio: float,
+        magcache_K: int,  # noqa: N803 (the name of the node that it stands in for)
+        start_step: int,
+        end_step: int,
         profile: str = "",
     ) -> io.NodeOutput:
         given = {
@@ -223,10 +210,10 @@ class FxCacheTeaCache(io.ComfyNode):
     def execute(
         cls,
         model: Any,
-        rel_l1_thresh: float = 0.4,
-        start_percent: float = 0.0,
-        end_percent: float = 1.0,
-        cache_device: str = "main",
+        rel_l1_thresh: float,
+        start_percent: float,
+        end_percent: float,
+        cache_device: str,
     ) -> io.NodeOutput:
         policy = published(config_of(model), "teacache", threshold=rel_l1_thresh)
         options = (("cache_device", "cpu"),) if cache_device == "cpu" else ()
@@ -253,10 +240,10 @@ class FxCacheEasyCache(io.ComfyNode):
     def execute(
         cls,
         model: Any,
-        reuse_threshold: float = 0.2,
-        start_percent: float = 0.15,
-        end_percent: float = 0.95,
-        verbose: bool = False,
+        reuse_threshold: float,
+        start_percent: float,
+        end_percent: float,
+        verbose: bool,
     ) -> io.NodeOutput:
         # The window says which steps at the ends are computed.
         policy = fxcache.EasyCache(threshold=reuse_threshold, warmup_steps=0, final_steps=0)

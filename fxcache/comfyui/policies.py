@@ -36,7 +36,6 @@ def policy_for(
     max_consecutive_hits: int = 0,
     forecast: str = "auto",
     model_config: Any = None,
-    **more: Any,
 ) -> Policy:
     """The policy that the nodes mean.
 
@@ -46,7 +45,6 @@ def policy_for(
         max_consecutive_hits: 0: the policy's own.
         forecast: one of `FORECASTS`; "auto" is the policy's own.
         model_config: ComfyUI's description of the loaded model, for what was published for it.
-        more: further fields of the policy.
 
     Raises:
         PolicyError: for a word that is none of these, a value outside its range, and MagCache or
@@ -55,6 +53,7 @@ def policy_for(
     for what, value, known in (("policy", name, METHODS), ("forecast", forecast, FORECASTS)):
         if value not in known:
             raise fxcache.PolicyError(f"{what} must be one of {', '.join(known)}, got {value!r}")
+    more: dict[str, Any] = {}
     if max_consecutive_hits:
         more["max_consecutive_hits"] = max_consecutive_hits
     if name == "adaptive":

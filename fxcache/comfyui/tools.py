@@ -41,7 +41,7 @@ class FxCacheSchedule(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, schedule: str = "every 2") -> io.NodeOutput:
+    def execute(cls, model: Any, schedule: str) -> io.NodeOutput:
         schedule_for(schedule, 1_000_000)  # a text that is none is said here, not while sampling
         return io.NodeOutput(cached(model, Cache(lambda steps: schedule_for(schedule, steps))))
 
@@ -79,12 +79,12 @@ class FxCacheCompile(io.ComfyNode):
     def execute(
         cls,
         model: Any,
-        mode: str = "default",
-        dynamic: str = "auto",
-        fullgraph: bool = False,
-        options: str = "",
-        backend: str = "inductor",
-        disable: bool = False,
+        mode: str,
+        dynamic: str,
+        fullgraph: bool,
+        options: str,
+        backend: str,
+        disable: bool,
     ) -> io.NodeOutput:
         if disable:
             return io.NodeOutput(model)
@@ -148,24 +148,27 @@ class FxCacheKSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str,
-        positive: Any, negative: Any, latent_image: Any, denoise: float = 1.0,
-        enabled: bool = True, policy: str = "adaptive", tolerance: float = 0.08,
-        warmup_steps: int = 0,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model: Any,
+        enabled: bool,
+        policy: str,
+        tolerance: float,
+        warmup_steps: int,
+        **given: Any,
+    ) -> io.NodeOutput:
         if enabled:
             chosen = policy_for(policy, tolerance, model_config=config_of(model))
             end = 2**31  # of every run
             model = cached(model, Cache(chosen, steps=(warmup_steps, end)))
-        (latent,) = core.common_ksampler(
-            model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image,
-            denoise=denoise,
-        )  # fmt: skip
-        return io.NodeOutput(latent)
+        latent = given.pop("latent_image")
+        return io.NodeOutput(*core.common_ksampler(model, latent=latent, **given))
 
 
 class Trial:
-    """The user's sampler as `fxcache.tune` and `fxcache.calibrate` call it: by a seed."""
+    """The user's sampler as `fxcache.tune` and `fxcache.calibrate` call it: by a seed.
+
+    `given` is what `sampling_inputs` asks for, but for the seed.
+    """
 
     def __init__(self, runs: int, model: Any, **given: Any) -> None:
         self.model, self.given = cached(model, Cache(None)), given
@@ -175,13 +178,13 @@ class Trial:
         self.denoiser = denoiser_of(model.model, diffusion_model, fxcache.AdaptiveCache(), options)
 
     def __call__(self, seed: int) -> torch.Tensor:
-        given = self.given
-        latent = comfy.sample.fix_empty_latent_channels(self.model, given["latent"]["samples"])
+        latent = self.given["latent_image"]["samples"]
+        latent = comfy.sample.fix_empty_latent_channels(self.model, latent)
+        noise = comfy.sample.prepare_noise(latent, seed)
+        given = {**self.given, "latent_image": latent, "seed": seed, "disable_pbar": True}
         samples: torch.Tensor = comfy.sample.sample(
-            self.model, comfy.sample.prepare_noise(latent, seed), given["steps"], given["cfg"],
-            given["sampler_name"], given["scheduler"], given["positive"], given["negative"], latent,
-            callback=lambda *_: self.bar.update(1), disable_pbar=True, seed=seed,
-        )  # fmt: skip
+            self.model, noise, **given, callback=lambda *_: self.bar.update(1)
+        )
         return samples
 
 
@@ -231,19 +234,15 @@ class FxCacheTune(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str,
-        positive: Any, negative: Any, latent_image: Any, target_speedup: float, name: str,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls, model: Any, seed: int, target_speedup: float, name: str, **given: Any
+    ) -> io.NodeOutput:
         def measure(trial: Trial) -> tuple[Any, Any]:
             result = fxcache.tune(
                 trial.denoiser, trial, target_speedup=target_speedup, seed=seed, progress=False
             )
             return result, result.policy
 
-        return measured(
-            model, name, "json", 30, measure, steps=steps, cfg=cfg, sampler_name=sampler_name,
-            scheduler=scheduler, positive=positive, negative=negative, latent=latent_image,
-        )  # fmt: skip
+        return measured(model, name, "json", 30, measure, **given)
 
 
 class FxCacheCalibrate(io.ComfyNode):
@@ -265,9 +264,8 @@ class FxCacheCalibrate(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str,
-        positive: Any, negative: Any, latent_image: Any, policy: str, runs: int, name: str,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls, model: Any, seed: int, policy: str, runs: int, name: str, **given: Any
+    ) -> io.NodeOutput:
         kind = fxcache.MagCache if policy == "magcache" else fxcache.TeaCache
 
         def measure(trial: Trial) -> tuple[Any, Any]:
@@ -276,11 +274,7 @@ class FxCacheCalibrate(io.ComfyNode):
             )
             return profile, profile.policy()
 
-        return measured(
-            model, name, "safetensors", runs, measure, steps=steps, cfg=cfg,
-            sampler_name=sampler_name, scheduler=scheduler, positive=positive, negative=negative,
-            latent=latent_image,
-        )  # fmt: skip
+        return measured(model, name, "safetensors", runs, measure, **given)
 
 
 class FxCacheReport(io.ComfyNode):

@@ -87,7 +87,9 @@ def put(pack):
     known = {kind.define_schema().node_id: kind for kind in pack.described["extension"].NODES}
 
     def behind(name, patcher, **given):
-        return known[name].execute(patcher, **given).args[0]
+        inputs = [one for one in known[name].define_schema().inputs if "default" in one.described]
+        usual = {one.name: one.described["default"] for one in inputs}
+        return known[name].execute(patcher, **{**usual, **given}).args[0]
 
     behind.known, behind.last = known, pack.described["sampling"].last_denoiser
     return behind
