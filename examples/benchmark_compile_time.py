@@ -15,7 +15,6 @@ hits), to see what compiling the blocks once costs a call.
 import argparse
 import contextlib
 import importlib.metadata
-import inspect
 import json
 import os
 import platform
@@ -43,14 +42,7 @@ def outlined(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def whole(model: torch.nn.Module) -> torch.nn.Module:
-    policy = fxcache.FirstBlockCache(threshold=float("inf"))
-    # A version that cannot outline compiles whole pieces anyway.
-    options = {"outline": False} if can_outline() else {}
-    return fxcache.transform(model, policy, **options)
-
-
-def can_outline() -> bool:
-    return "outline" in inspect.signature(fxcache.transform).parameters
+    return fxcache.transform(model, fxcache.FirstBlockCache(threshold=float("inf")), outline=False)
 
 
 def torch_compile(model: torch.nn.Module) -> Any:
@@ -99,16 +91,12 @@ def compile_once(name: str, blocks: int, size: str, calls: int) -> dict[str, Any
     if not is_fxcache:
         times = {"call_ms": times["call_ms"] + times["hit_ms"]}
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    return result | {"graphs": graphs} | {key: quantiles(t) for key, t in times.items() if t}
+    figures = {key: overhead.quantiles(own) for key, own in times.items() if own}
+    return {**result, "graphs": graphs, **figures}
 
 
 def trajectory(model: Any, is_fxcache: bool) -> contextlib.AbstractContextManager[Any]:
     return model.trajectory() if is_fxcache else contextlib.nullcontext()
-
-
-def quantiles(values: list[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    return {"median": ordered[len(ordered) // 2], "p10": ordered[len(ordered) // 10]}
 
 
 # --- in the parent ---
@@ -201,8 +189,6 @@ def main() -> None:
     names = args.contestants.split(",") if args.contestants else list(CONTESTANTS)
     if unknown := set(names) - set(CONTESTANTS):
         parser.error(f"unknown contestants {sorted(unknown)}; there are {list(CONTESTANTS)}")
-    if "fxcache whole" in names and not can_outline():
-        print("this fxcache cannot outline: 'fxcache' and 'fxcache whole' are the same")
     packages = ("torch", "diffusers", "fxcache")
     versions = {p: importlib.metadata.version(p) for p in packages}
     rows: list[dict[str, Any]] = []

@@ -88,10 +88,12 @@ def measure(calls: dict[str, object], size: str, repeats: int) -> dict[str, dict
             start = time.perf_counter()
             call(**given)
             times[name].append((time.perf_counter() - start) * 1e3)
-    return {
-        name: {"median": sorted(t)[len(t) // 2], "p10": sorted(t)[len(t) // 10]}
-        for name, t in times.items()
-    }
+    return {name: quantiles(own) for name, own in times.items()}
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {"median": ordered[len(ordered) // 2], "p10": ordered[len(ordered) // 10]}
 
 
 def contestants(

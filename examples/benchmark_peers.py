@@ -209,16 +209,11 @@ def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
     steps = [pair for s in samples for pair in zip(HITS, s["steps"], strict=True)]
     return {
         "recompiles": sum(s["recompiles"] for s in samples),
-        "miss_ms": quantiles([ms for is_hit, ms in steps if not is_hit]),
+        "miss_ms": overhead.quantiles([ms for is_hit, ms in steps if not is_hit]),
         # Of those without a cache, the steps at which others hit.
-        "hit_ms": quantiles([ms for is_hit, ms in steps if is_hit]),
-        "loop_ms": quantiles([s["loop"] for s in samples]),
+        "hit_ms": overhead.quantiles([ms for is_hit, ms in steps if is_hit]),
+        "loop_ms": overhead.quantiles([s["loop"] for s in samples]),
     }
-
-
-def quantiles(values: list[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    return {"median": ordered[len(ordered) // 2], "p10": ordered[len(ordered) // 10]}
 
 
 def is_timed(row: dict[str, Any]) -> bool:
