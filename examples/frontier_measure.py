@@ -10,7 +10,6 @@ import functools
 import hashlib
 import io
 import itertools
-import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,20 +19,17 @@ from typing import Any
 
 import torch
 from benchmark_adaptive import SAMPLERS
+from benchmark_adaptive import load as load_model
 from benchmark_adaptive import sample as sample_with
 from contestants import silent_stderr
-from diffusers import DiTTransformer2DModel
-from safetensors.torch import load_file
 
 from fxcache.demo import metrics
-from fxcache.demo.sampler import GUIDANCE, load_denoiser, sample
+from fxcache.demo.sampler import GUIDANCE, sample
 
 #: Seeds that only choose settings, and those that only make tables and schedules.
 SCREENING_SEED, CALIBRATION_SEED = 100, 200
 #: The noise level at which the denoiser looks at pictures for the feature distance.
 FEATURE_TIME = 0.1
-#: What in `train_demo.py`'s config is not the model's own.
-NOT_THE_MODELS = {"classes", "_class_name", "predict"}
 
 #: The labels of a batch and its seed.
 Chunk = tuple[torch.Tensor, int]
@@ -55,13 +51,8 @@ class Task:
     model: Path | None = None
 
     @functools.cached_property
-    def config(self) -> dict[str, Any]:
-        """What `train_demo.py` wrote of the model."""
-        return json.loads((self.model / "config.json").read_text()) if self.model else {}
-
-    @property
     def predicts_noise(self) -> bool:
-        return self.config.get("predict") == "epsilon"
+        return load_model(self.model)[1] == "epsilon"
 
     def sample(
         self, denoiser: Any, labels: torch.Tensor, seed: int, steps: int | None = None
@@ -83,12 +74,7 @@ class Task:
 
     def load(self) -> Any:
         """A new copy of the denoiser, in which nothing is patched."""
-        if self.model is None:
-            return load_denoiser()[0]
-        known = {k: v for k, v in self.config.items() if k not in NOT_THE_MODELS}
-        model: Any = DiTTransformer2DModel(**known)
-        model.load_state_dict(load_file(self.model / "model.safetensors"))
-        return model.eval()
+        return load_model(self.model)[0]
 
     def weights(self) -> str:
         """A digest of the denoiser's weights."""
