@@ -21,6 +21,7 @@ several may share a file. Needs diffusers, matplotlib and tqdm; cache-dit where 
 import argparse
 import contextlib
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -36,27 +37,57 @@ from typing import Any
 
 import torch
 from benchmark_peers import version
-from frontier_contestants import FEWER_STEPS, contestants
+from frontier_cache_dit import CACHE_DIT
+from frontier_diffusers import DIFFUSERS
 from frontier_figure import draw, tables
 from frontier_measure import (
     SCREENING_SEED,
+    BlockCounter,
     Judge,
     Sampler,
+    Settings,
     Task,
     dispatched_share,
     measure,
     silence,
 )
+from frontier_policies import OURS, ours
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = (1.3, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 4.0)
+FEWER_STEPS = "fewer steps"
 #: Methods that have no settings to choose from.
 UNSCREENED = {FEWER_STEPS, "fxcache tune"}
 #: A setting counts for a speedup that it misses by this much.
 TOLERANCE = 0.01
 
 Row = dict[str, Any]
+
+
+def fewer_steps(task: Task) -> Settings:
+    """The sampler without a cache; from 8 of 30 steps to 24, and as much of other numbers."""
+
+    def make(count: int) -> Sampler:
+        model = task.load()
+        counter = BlockCounter(model, task.steps)
+
+        def run(labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, float]:
+            return task.sample(model, labels, seed, steps=count), counter.take()
+
+        return run
+
+    for count in range(round(task.steps * 8 / 30), round(task.steps * 24 / 30) + 1):
+        yield f"{count} steps", functools.partial(make, count)
+
+
+def contestants() -> Iterator[tuple[str, str, Callable[[Task], Settings]]]:
+    """Method, kind ("baseline", "peer" or "ours") and settings of each."""
+    yield FEWER_STEPS, "baseline", fewer_steps
+    for name, make in (DIFFUSERS | CACHE_DIT).items():
+        yield name, "peer", make
+    for name, policies in OURS.items():
+        yield name, "ours", functools.partial(ours, policies)
 
 
 class Store:
