@@ -12,33 +12,18 @@ import torch
 from frontier_measure import CALIBRATION_SEED, Sampler, Settings, Task, grid, regular_masks
 
 import fxcache
-from fxcache.policy import (
-    AdamsBashforth,
-    AdaptiveCache,
-    Chebyshev,
-    EasyCache,
-    FirstBlockCache,
-    Forecast,
-    Hermite,
-    MagCache,
-    Policy,
-    Reuse,
-    SeaCache,
-    StepSchedule,
-    Taylor,
-    TeaCache,
-)
+from fxcache.policy import Forecast, Policy
 
 #: A setting's name and a policy.
 Policies = Iterable[tuple[str, Policy]]
 
 FORECASTS: dict[str, Forecast] = {
-    "Reuse": Reuse(),
-    "Taylor(1)": Taylor(order=1),
-    "Taylor(2)": Taylor(order=2),
-    "Hermite(1)": Hermite(order=1),
-    "AdamsBashforth(2)": AdamsBashforth(order=2),
-    "Chebyshev(1)": Chebyshev(order=1),
+    "Reuse": fxcache.Reuse(),
+    "Taylor(1)": fxcache.Taylor(order=1),
+    "Taylor(2)": fxcache.Taylor(order=2),
+    "Hermite(1)": fxcache.Hermite(order=1),
+    "AdamsBashforth(2)": fxcache.AdamsBashforth(order=2),
+    "Chebyshev(1)": fxcache.Chebyshev(order=1),
 }
 
 
@@ -52,32 +37,36 @@ def with_forecasts(make: Callable[..., Policy], **choices: Any) -> Policies:
 
 def first_block_cache(task: Task) -> Policies:
     limits = {"max_consecutive_hits": (1, 2, 4), "warmup_steps": (6,)}
-    return with_forecasts(FirstBlockCache, threshold=(0.12, 0.2, 0.5), **limits)
+    return with_forecasts(fxcache.FirstBlockCache, threshold=(0.12, 0.2, 0.5), **limits)
 
 
 def adaptive_cache(task: Task) -> Policies:
     for tolerance in (0.03, 0.05, 0.08, 0.1, 0.12, 0.16, 0.25):
-        yield f"tolerance={tolerance}", AdaptiveCache(tolerance=tolerance)
+        yield f"tolerance={tolerance}", fxcache.AdaptiveCache(tolerance=tolerance)
 
 
 def easy_cache(task: Task) -> Policies:
-    return with_forecasts(EasyCache, threshold=(0.05, 0.1, 0.2, 0.4), warmup_steps=(6,))
+    return with_forecasts(fxcache.EasyCache, threshold=(0.05, 0.1, 0.2, 0.4), warmup_steps=(6,))
 
 
 def sea_cache(task: Task) -> Policies:
     thresholds = (0.1, 0.15, 0.3, 0.6, 1.0)
-    return with_forecasts(SeaCache, threshold=thresholds, max_consecutive_hits=(2, 4))
+    return with_forecasts(fxcache.SeaCache, threshold=thresholds, max_consecutive_hits=(2, 4))
 
 
 def tea_cache(task: Task) -> Policies:
-    profile = fxcache.calibrate(task.load(), task.calibration_run, TeaCache, runs=1, progress=False)
-    make = functools.partial(TeaCache, coefficients=profile.coefficients(), warmup_steps=6)
+    profile = fxcache.calibrate(
+        task.load(), task.calibration_run, fxcache.TeaCache, runs=1, progress=False
+    )
+    make = functools.partial(fxcache.TeaCache, coefficients=profile.coefficients(), warmup_steps=6)
     return with_forecasts(make, threshold=(0.08, 0.15, 0.25, 0.5))
 
 
 def mag_cache(task: Task) -> Policies:
-    profile = fxcache.calibrate(task.load(), task.calibration_run, MagCache, runs=1, progress=False)
-    make = functools.partial(MagCache, ratios=next(iter(profile.ratios.values())))
+    profile = fxcache.calibrate(
+        task.load(), task.calibration_run, fxcache.MagCache, runs=1, progress=False
+    )
+    make = functools.partial(fxcache.MagCache, ratios=next(iter(profile.ratios.values())))
     return with_forecasts(make, threshold=(0.1, 1.0), max_consecutive_hits=(1, 2, 4))
 
 
@@ -86,7 +75,7 @@ def step_schedule(task: Task) -> Policies:
         regular_masks(task.steps).items(), FORECASTS.items()
     ):
         if mask_name.startswith(("warm-up 4", "warm-up 6")):
-            yield f"{name}, {mask_name}", StepSchedule(mask=mask, forecast=forecast)
+            yield f"{name}, {mask_name}", fxcache.StepSchedule(mask=mask, forecast=forecast)
 
 
 def tuned(task: Task) -> Policies:
