@@ -35,18 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 #: Others are compared with this one.
 YARDSTICK = "compile_repeated_blocks"
 LAST_LINE = "RESULT "
-
-
-def outlined(model: torch.nn.Module) -> torch.nn.Module:
-    return fxcache.transform(model, fxcache.FirstBlockCache(threshold=float("inf")))
-
-
-def whole(model: torch.nn.Module) -> torch.nn.Module:
-    return fxcache.transform(model, fxcache.FirstBlockCache(threshold=float("inf")), outline=False)
-
-
-def torch_compile(model: torch.nn.Module) -> Any:
-    return torch.compile(model, fullgraph=True)
+ALWAYS = fxcache.FirstBlockCache(threshold=float("inf"))
 
 
 def repeated_blocks(model: Any) -> Any:
@@ -55,9 +44,9 @@ def repeated_blocks(model: Any) -> Any:
 
 
 CONTESTANTS: dict[str, Callable[[Any], Any]] = {
-    "fxcache": outlined,
-    "fxcache whole": whole,
-    "torch.compile": torch_compile,
+    "fxcache": lambda model: fxcache.transform(model, ALWAYS),
+    "fxcache whole": lambda model: fxcache.transform(model, ALWAYS, outline=False),
+    "torch.compile": lambda model: torch.compile(model, fullgraph=True),
     YARDSTICK: repeated_blocks,
 }
 
