@@ -9,14 +9,8 @@ from typing import Any
 import fxcache
 from fxcache.policy import Forecast, Policy
 
-#: What the node's `policy` may be, and the method whose published settings it is.
-METHODS = {
-    "adaptive": None,
-    "first block": "firstblockcache",
-    "easycache": "easycache",
-    "magcache": "magcache",
-    "teacache": "teacache",
-}
+#: What the node's `policy` may be.
+METHODS = ("adaptive", "first block", "easycache", "magcache", "teacache")
 FORECASTS: dict[str, Forecast | None] = {
     "auto": None,
     "reuse": fxcache.Reuse(),
@@ -71,17 +65,16 @@ def policy_for(
     return published(model_config, name, threshold=tolerance, **more)
 
 
-def published(model_config: Any, name: str, **changes: Any) -> Policy:
-    """What was published as `name` (of `METHODS`) for a model, with `changes`.
+def published(model_config: Any, method: str, **changes: Any) -> Policy:
+    """What was published for a model as "magcache" or "teacache", with `changes`.
 
     Raises PolicyError where there is nothing.
     """
-    method, names = METHODS[name], preset_names(model_config)
-    for model in names:
+    for model in preset_names(model_config):
         if method in fxcache.presets()[model]:
-            return fxcache.preset(model, str(method), **changes)
+            return fxcache.preset(model, method, **changes)
     raise fxcache.PolicyError(
-        f"no {name} settings were published for {type(model_config).__name__}: take the policy "
+        f"no {method} settings were published for {type(model_config).__name__}: take the policy "
         f'"adaptive", which needs none, or measure some with the node "fxcache Calibrate"'
     )
 
