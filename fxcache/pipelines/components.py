@@ -63,13 +63,12 @@ def policies_for(
     pipe: Any, models: Mapping[str, nn.Module], policy: Any
 ) -> dict[str, Policy | None]:
     """The policy of each component."""
-    if not isinstance(policy, Mapping):
-        return dict.fromkeys(models, _policy(pipe, models, policy))
-    if set(policy) != set(models):
+    given = policy if isinstance(policy, Mapping) else dict.fromkeys(models, policy)
+    if set(given) != set(models):
         raise PolicyError(
-            f"policy must have one entry for each denoiser, {sorted(models)}, got {sorted(policy)}"
+            f"policy must have one entry for each denoiser, {sorted(models)}, got {sorted(given)}"
         )
-    return {name: _policy(pipe, models, policy[name]) for name in models}
+    return {name: _policy(pipe, models, given[name]) for name in models}
 
 
 def _policy(pipe: Any, models: Mapping[str, nn.Module], policy: Any) -> Policy | None:
