@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 import scripts
 import torch
-from launch import on_ranks
 from opened import Small
 from safetensors.torch import save_file
 from torch import nn
@@ -316,11 +315,6 @@ def test_a_tolerance_is_measured(run_script, monkeypatch):
     assert "1.00x 100.0 dB" in exact
     assert "8 plain steps 100.0 dB" in exact
     assert float(re.search(r": ([\d.]+)x", loose)[1]) > 1
-
-
-@pytest.mark.slow
-def test_multi_gpu():
-    assert on_ranks("contexts.example").count("(x: a hit)") == 2
 
 
 @pytest.mark.slow

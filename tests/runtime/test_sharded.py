@@ -7,10 +7,10 @@ pytestmark = pytest.mark.slow
 
 
 def test_tokens_on_two_ranks():
-    on_ranks(
-        *(f"contexts.{name}" for name in ("ulysses", "ring", "ulysses_compiled")),
-        "drawing.pipelines",
-    )
+    """And examples/multi_gpu.py."""
+    names = ("example", "ulysses", "ring", "ulysses_compiled")
+    written = on_ranks(*(f"contexts.{name}" for name in names), "drawing.pipelines")
+    assert written.count("(x: a hit)") == 2
 
 
 def test_weights_on_two_ranks():

@@ -53,10 +53,10 @@ def share(model: Any, ring: int = 1, ulysses: int = 1) -> None:
     model.enable_parallelism(config=ContextParallelConfig(ring_degree=ring, ulysses_degree=ulysses))
 
 
-def context(name: str, *, depth: int = 2, backend: str = "eager", **degrees: int) -> None:
-    """A model of the zoo, which ranks share from here on."""
-    (whole, inputs), (model, _) = (zoo.make(name, num_layers=depth) for _ in range(2))
-    at = functools.partial(inputs_at, name, inputs)
+def context(backend: str = "eager", **degrees: int) -> None:
+    """Flux, which ranks share from here on."""
+    (whole, inputs), (model, _) = (zoo.make("flux", num_layers=1) for _ in range(2))
+    at = functools.partial(inputs_at, "flux", inputs)
     share(model, **degrees)
     denoiser: Any = fxcache.transform(model, ALWAYS, backend=backend)
     if backend == "eager":  # of a measurement: one collective, however many groups there are
@@ -76,16 +76,16 @@ def inputs_at(name: str, inputs: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def ulysses() -> None:
-    context("flux", ulysses=2)
+    context(ulysses=2)
 
 
 def ulysses_compiled() -> None:
-    context("flux", depth=1, ulysses=2, backend="inductor")
+    context("inductor", ulysses=2)
 
 
 def mesh() -> None:
     """On four ranks, both at once."""
-    context("flux", depth=1, ring=2, ulysses=2)
+    context(ring=2, ulysses=2)
 
 
 def ring() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 LIMIT = 30
 
 
-def on_ranks(*scenarios: str, ranks: int = 2, **environment: str) -> str:
+def on_ranks(*scenarios: str, ranks: int = 2) -> str:
     """Run `scenarios` on `ranks` processes; what they wrote."""
     done = subprocess.run(
         [sys.executable, __file__, str(ranks), *scenarios],
@@ -26,7 +26,7 @@ def on_ranks(*scenarios: str, ranks: int = 2, **environment: str) -> str:
         text=True,
         timeout=10 * LIMIT,
         check=False,
-        env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-6000:]
     return done.stdout + done.stderr

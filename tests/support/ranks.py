@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -182,8 +183,9 @@ def uncaptured() -> None:
     assert everywhere(denoiser.report().hits) == [3, 3]
 
 
+@mock.patch.dict(os.environ, FXCACHE_CHECK_RANKS="1")
 def checked() -> None:
-    """With ``FXCACHE_CHECK_RANKS=1``, ranks that part (here: told not to share) raise, all of them,
+    """With this in the environment, ranks that part (here: told not to share) raise, all of them,
     and say who did what where.
     """
     rank, model, x = dist.get_rank(), net()[0], tokens()

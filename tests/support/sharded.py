@@ -1,8 +1,10 @@
 """Models whose weights ranks share: what `test_sharded.py` runs on every rank."""
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -77,9 +79,8 @@ def net_at(step: int) -> dict[str, Any]:
     return {"x": moved, "t": torch.full((2,), 1 - 0.05 * step)}
 
 
-def shared(put: Put, *policies: Any) -> Any:
-    """A denoiser of a net that `put` was used on, compared."""
-    model = net(put)
+def compared(model: nn.Module, *policies: Any) -> Any:
+    """A denoiser of `model`, which ranks share: it gives the model's bits, and decides as alone."""
     denoiser: Any = plain(model, NEVER)
     identical(denoiser, model, net_at)
     for policy in policies:
@@ -87,14 +88,13 @@ def shared(put: Put, *policies: Any) -> Any:
     return denoiser
 
 
-def shared_later(put: Put) -> None:
-    """The same on a denoiser that was captured already; then of the model that is given back."""
+def shared_later(put: Put, *policies: Any) -> None:
+    """A denoiser that was captured already, and then one of the model that is given back."""
     denoiser = plain(net(), NEVER)
     expected = solve(denoiser, net_at)
     put(denoiser)
     torch.testing.assert_close(solve(denoiser, net_at), expected, atol=1e-5, rtol=1e-4)
-    model = fxcache.restore(denoiser)
-    identical(plain(model, NEVER), model, net_at)
+    compared(fxcache.restore(denoiser), *policies)
 
 
 COLUMN, ROW = tensor_parallel.ColwiseParallel, tensor_parallel.RowwiseParallel
@@ -129,9 +129,8 @@ def split_tokens(model: nn.Module) -> None:
 
 
 def tensors() -> None:
-    shared(split_layers, FIRST_BLOCK, ADAPTIVE)
-    shared(split_tokens, FIRST_BLOCK)
-    shared_later(split_layers)
+    shared_later(split_layers, FIRST_BLOCK, ADAPTIVE)
+    compared(net(split_tokens), FIRST_BLOCK)
 
 
 def tensors_compiled() -> None:
@@ -172,13 +171,13 @@ def sharded() -> None:
     """FSDP of the whole, and of each block: before and after transform."""
     # `explain` calls a model as others do: its root's hooks gather what they must.
     assert "2 blocks in blocks (2)" in str(fxcache.explain(net(fully_shard), **net_at(0)))
-    shared(fully_shard, FIRST_BLOCK)
-    denoiser = shared(shard_blocks, FIRST_BLOCK, ADAPTIVE, EASY)
+    compared(net(fully_shard), FIRST_BLOCK)
+    denoiser = compared(net(shard_blocks), FIRST_BLOCK, ADAPTIVE, EASY)
     denoiser.unshard(), denoiser.reshard()  # FSDP's own methods go on working
     shared_later(fully_shard)
     shared_later(shard_blocks)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    shared(lambda model: shard_blocks(model, mp_policy=half))
+    compared(net(lambda model: shard_blocks(model, mp_policy=half)))
 
 
 def sharded_costs() -> None:
@@ -269,6 +268,7 @@ def moved(whole: nn.Module, model: nn.Module, denoiser: Any) -> None:
         torch.testing.assert_close(solve(denoiser, net_at), expected, atol=1e-5, rtol=1e-4)
 
 
+@mock.patch.dict(os.environ, FXCACHE_CHECK_RANKS="1")
 def votes_apart() -> None:
     """Ranks that vote, at other steps of trajectories of other lengths: nobody waits for ever."""
     control = FirstBlockCache(threshold=math.inf, control_threshold=0.25)
