@@ -34,12 +34,12 @@ POLICIES = [FIRST, FORECAST, EASY, ADAPTIVE, SCHEDULE, MAG, TEA, SEA]
 #: Every policy; what finds its place in dicts and tuples; what is skipped below a level of skips.
 WRITTEN = {
     SequentialDiT: POLICIES,
-    StructuredDiT: [FIRST, FORECAST, EASY, ADAPTIVE, SCHEDULE, TEA],
-    UViT: [FIRST, FORECAST, ADAPTIVE, SCHEDULE, TEA],
+    StructuredDiT: [FORECAST, EASY, ADAPTIVE, SCHEDULE, TEA],
+    UViT: [FORECAST, ADAPTIVE, SCHEDULE, TEA],
 }
 #: Two kinds of blocks; two streams; a U shape; another stack beside; video.
 DIFFUSERS = {
-    "flux": [FORECAST, ADAPTIVE],
+    "flux": [FORECAST],
     "sd3": [FORECAST],
     "sd15_unet": [ADAPTIVE],
     "wan_vace": [FIRST],
