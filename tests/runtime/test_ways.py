@@ -14,22 +14,21 @@ import torch
 from comparing import assert_close, assert_identical
 from helpers import graphed, hits, plain, sample, seeded, short, solve, times
 from opened import Small, served_by_threads
-from policies import ALTERNATE, EASY, MAG, MASK, NEVER, SEA, TAYLOR, name_of
+from policies import EASY, MAG, MASK, NEVER, SEA, TAYLOR, name_of
 from policy_cases import moving
 from torch import nn
 
-from fxcache import FirstBlockCache, StepSchedule, Taylor
+from fxcache import FirstBlockCache, StepSchedule
 
 TWO = FirstBlockCache(threshold=math.inf, max_consecutive_hits=2)
 TAIL = FirstBlockCache(threshold=math.inf, max_consecutive_hits=2, tail_blocks=1)
-FORECAST = StepSchedule(mask=MASK.mask, forecast=Taylor(order=1))
 WAYS = {
     "shortcut": short,
     "graphs": graphed,
     "both": functools.partial(graphed, guards="trajectory"),
 }
 CASES = [("shortcut", policy) for policy in (NEVER, TWO, TAYLOR, MASK, EASY, SEA, MAG)]
-CASES += [("graphs", p) for p in (NEVER, ALTERNATE, TAYLOR, TAIL, MASK, FORECAST, EASY, SEA)]
+CASES += [("graphs", policy) for policy in (NEVER, TAYLOR, TAIL, MASK, EASY, SEA)]
 CASES += [("both", TAYLOR), ("both", MASK)]
 
 
