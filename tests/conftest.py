@@ -1,5 +1,6 @@
 """What every test shares: deterministic threads, no gradients, and a clean Dynamo."""
 
+import functools
 import gc
 import os
 
@@ -67,6 +68,14 @@ def denoiser(model):
 def inputs():
     """What `model` is called with."""
     return token_inputs()
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """What ``python examples/NAME.py ARGUMENTS`` prints, as a function of these."""
+    import scripts
+
+    return functools.partial(scripts.run, monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -5,18 +5,17 @@ import sys
 from dataclasses import replace
 
 import pytest
+import scripts
 import torch
 from helpers import adopt
 
 import fxcache
 from fxcache.cli import main
-from fxcache.denoiser import DenoiserMethods
-from fxcache.policy.forecast import Within
-
-pytest.importorskip("diffusers")
 from fxcache.demo.metrics import psnr, ssim
 from fxcache.demo.run import take_turns
 from fxcache.demo.sampler import load_denoiser, sample
+from fxcache.denoiser import DenoiserMethods
+from fxcache.policy.forecast import Within
 
 
 def test_explain(capsys):
@@ -63,11 +62,6 @@ def test_usage_errors_and_help(capsys):
 def test_demo(tmp_path, capsys, monkeypatch):
     """With two of its ten blocks; CI runs all of it, as a command of the README."""
 
-    def shallow():
-        model, classes = load_denoiser()
-        model.transformer_blocks = model.transformer_blocks[:2]
-        return model, classes
-
     def timed(runs, *rest):
         denoisers = [run.denoiser for run in runs if isinstance(run.denoiser, DenoiserMethods)]
         captured = [denoiser.report().graphs for denoiser in denoisers]
@@ -76,7 +70,7 @@ def test_demo(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("fxcache.demo.run.take_turns", timed)
     monkeypatch.setattr("fxcache.demo.run.IMAGES", 4)
-    monkeypatch.setattr("fxcache.demo.run.load_denoiser", shallow)
+    monkeypatch.setattr("fxcache.demo.run.load_denoiser", scripts.shallow)
     assert main(["demo", "--steps", "10", "--output", str(tmp_path), "--seed", "3"]) == 0
     out = capsys.readouterr().out
     assert "hits/steps" in out

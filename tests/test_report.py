@@ -53,7 +53,6 @@ def test_the_table_and_the_picture(report, tmp_path):
     text = str(report)
     assert text.count("miss (nothing cached)") == 3
     assert "2 hits, 3 misses (40%)" in text
-    pytest.importorskip("matplotlib")
     path = report.plot(tmp_path / "diff.png")
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 

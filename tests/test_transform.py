@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from accelerate import hooks
 from comparing import assert_close, assert_identical
+from diffusers import DiTTransformer2DModel
 from helpers import hits, plain, seeded
 from opened import Small
 from policies import ALWAYS, NEVER
@@ -44,9 +46,6 @@ def test_the_model_is_not_touched_and_given_back(model):
 
 
 def test_diffusers_models_keep_their_ways(tmp_path):
-    pytest.importorskip("diffusers")
-    from diffusers import DiTTransformer2DModel
-
     model, inputs = make("dit")
     denoiser = plain(model, NEVER)
     assert isinstance(denoiser, DiTTransformer2DModel)
@@ -94,7 +93,6 @@ def test_a_forward_on_the_instance_is_called_inside_the_cache(model):
 @pytest.mark.parametrize("options", [{}, {"fullgraph": False}, {"disable": True}])
 def test_a_forward_on_the_denoiser_goes_around_the_cache(model, options):
     """Offloading after transform: accelerate calls the forward that it found on the denoiser."""
-    hooks = pytest.importorskip("accelerate.hooks")
     denoiser = plain(model, **options)
     given = token_inputs()
     expected = model(**given)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from helpers import adopt, seeded
@@ -20,9 +21,6 @@ from zoo import SequentialDiT
 import fxcache
 from fxcache.demo.metrics import psnr
 from fxcache.demo.sampler import load_denoiser, sample
-
-diffusers = pytest.importorskip("diffusers")
-pytest.importorskip("matplotlib")
 
 PAGE = (EXAMPLES.parent / "docs" / "policies.md").read_text()
 RESULTS = json.loads((EXAMPLES / "results" / "choosing.json").read_text())
@@ -201,12 +199,6 @@ class FluxPipeline:
         return SimpleNamespace(images=x.clamp(-1, 1) / 2 + 0.5)
 
 
-def shallow(model):
-    """With two of its ten blocks: what is run is the page's code."""
-    model.transformer_blocks = model.transformer_blocks[:2]
-    return model
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:MagCache of 'flux-dev, magcache' was made for")
 def test_the_code_of_the_page_runs(script, monkeypatch, tmp_path, caplog, capsys):
@@ -219,7 +211,7 @@ def test_the_code_of_the_page_runs(script, monkeypatch, tmp_path, caplog, capsys
     def sample_once(denoiser):
         return sample(denoiser, labels, steps=30, seed=0)
 
-    pipe = FluxPipeline(shallow(script.load_denoiser()[0]))
+    pipe = FluxPipeline(script.load_denoiser()[0])
     names = {"fxcache": fxcache, "torch": torch, "pipe": pipe, "prompts": ["a", "b"],
              "model": model, "sample": sample_once}  # fmt: skip
     blocks = re.findall(r"^ *```python\n(.*?)^ *```", PAGE, re.MULTILINE | re.DOTALL)

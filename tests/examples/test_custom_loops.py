@@ -1,24 +1,20 @@
 """The examples that bring their own sampling loop: they run, and print what is true."""
 
-import functools
 import re
 
 import pytest
 import scripts
 import torch
+from PIL import Image
 
-
-@pytest.fixture
-def run_script(monkeypatch, capsys):
-    return functools.partial(scripts.run, monkeypatch, capsys)
-
+from fxcache.demo.metrics import psnr
+from fxcache.demo.sampler import sample
 
 # --- the k-diffusion loop ---
 
 
 @pytest.fixture
 def loop():
-    pytest.importorskip("diffusers")
     return scripts.load("custom_loop")
 
 
@@ -42,17 +38,12 @@ def test_the_loop_runs_and_says_why_ancestral_sampling_never_hits(
     assert (hits["ancestral"], near["ancestral"]) == (0, 100)
     messages = [record.message for record in caplog.records]
     assert sum("never hit" in message for message in messages) == 1
-    from PIL import Image
-
     with Image.open(path) as picture:
         assert picture.size == (32, 6 * 32)
 
 
 @pytest.mark.slow
 def test_its_samplers_solve_one_equation_and_heun_is_of_second_order(loop):
-    from fxcache.demo.metrics import psnr
-    from fxcache.demo.sampler import sample
-
     model, _ = loop.load_denoiser()
     labels = torch.tensor([0, 3])
 

@@ -1,6 +1,5 @@
 """The benchmarks of examples/: what they compute from figures, and short runs of them."""
 
-import functools
 import json
 import multiprocessing
 import os
@@ -11,6 +10,7 @@ from multiprocessing.connection import Connection
 from threading import Thread
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import scripts
 import torch
@@ -21,8 +21,6 @@ from torch import nn
 import fxcache
 from fxcache.runtime.device import CudaDevice
 
-diffusers = pytest.importorskip("diffusers")
-
 
 @pytest.fixture
 def peers():
@@ -32,11 +30,6 @@ def peers():
 @pytest.fixture
 def compile_time():
     return scripts.load("benchmark_compile_time")
-
-
-@pytest.fixture
-def run_script(monkeypatch, capsys):
-    return functools.partial(scripts.run, monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -145,7 +138,6 @@ def test_race_summary_splits_misses_from_hits(peers):
 
 
 def test_race_picture_needs_only_the_json_files(peers, race_result, tmp_path):
-    pytest.importorskip("matplotlib")
     with pytest.raises(FileNotFoundError, match="peers-"):
         peers.draw(tmp_path)
     (tmp_path / "peers-small.json").write_text(json.dumps(race_result))

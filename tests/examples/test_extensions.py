@@ -82,9 +82,8 @@ def test_a_policy_of_ones_own_runs(model):
     assert denoiser.report().graphs == 1
 
 
-def test_the_example_runs(monkeypatch, capsys):
-    pytest.importorskip("diffusers")
-    printed = scripts.run(monkeypatch, capsys, "custom_policy")
+def test_the_example_runs(run_script):
+    printed = run_script("custom_policy")
     assert re.search(r"[1-9]\d* hits", printed)
     assert "sampled [2, 3, 32, 32]" in printed
 
@@ -161,7 +160,6 @@ def test_explain_says_that_the_span_is_the_whole_model(model):
 
 @pytest.mark.slow
 def test_the_demos_sampler_is_a_target(tmp_path, capsys):
-    pytest.importorskip("diffusers")
     path = tmp_path / "x.safetensors"
     assert main(["calibrate", "demo", "--runs", "1", "--output", str(path)]) == 0
     assert "DiTTransformer2DModel, 30 steps" in capsys.readouterr().out

@@ -4,14 +4,13 @@ import asyncio
 import functools
 import gc
 
+import diffusers
 import pytest
 import scripts
 import torch
 from helpers import assert_close, plain
 
 from fxcache import AdaptiveCache
-
-diffusers = pytest.importorskip("diffusers")
 
 STEPS = 6
 CAPTURES_ARE_SHARED = True
@@ -105,11 +104,11 @@ def test_an_error_is_that_of_whoever_waits(serving, denoiser):
     assert denoiser.report().cached_bytes == 0
 
 
-def test_the_script(serving, model, monkeypatch, capsys, tmp_path):
+def test_the_script(serving, model, monkeypatch, run_script, tmp_path):
     """On a smaller model."""
     monkeypatch.setattr(serving, "load_denoiser", lambda: (model, ()))
     given = ["--requests", "3", "--rate", "50", "--most", "2", "--backend", "eager", "--steps", "8"]
-    printed = scripts.run(monkeypatch, capsys, "serve", *given, "--output", str(tmp_path))
+    printed = run_script("serve", *given, "--output", tmp_path)
     rows = [line for line in printed.splitlines() if line.endswith(" dB")]
     assert [row.split("  ")[0] for row in rows] == [
         "plain, one by one", "plain, batched", "cached, one by one", "cached, batched",

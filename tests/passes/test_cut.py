@@ -12,6 +12,7 @@ from torch import nn
 
 import fxcache
 from fxcache import StackNotFoundError, StepSchedule
+from fxcache.pipelines.tiny import tiny_model
 
 
 class Numbered(Net):
@@ -297,9 +298,6 @@ def test_noisy_tokens_are_a_sample_too():
 
 
 def test_two_blocks_of_which_the_last_has_less_to_do():
-    pytest.importorskip("diffusers")
-    from fxcache.pipelines.tiny import tiny_model
-
     model, inputs = tiny_model("SD3Transformer2DModel", num_layers=2)
     found = fxcache.explain(model, **inputs)
     assert found.stack == "transformer_blocks (2)"

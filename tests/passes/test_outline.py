@@ -62,7 +62,6 @@ def test_without_it_the_pieces_are_compiled_whole():
 
 def test_double_and_single_blocks_and_a_last_one_that_lacks_an_output():
     """Of other models' blocks `test_zoo` outlines as many as it has."""
-    pytest.importorskip("diffusers")
     torch.manual_seed(0)
     config = {"num_layers": 3, "num_single_layers": 3}
     model, inputs = tiny_model("FluxTransformer2DModel", **config)

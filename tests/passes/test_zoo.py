@@ -20,8 +20,6 @@ from zoo import ZOO, Entry, at_step, make
 import fxcache
 from fxcache.capture import compile as compiling
 
-pytest.importorskip("diffusers")
-
 CAPTURES_ARE_SHARED = True
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -7,6 +7,7 @@ import logging
 import math
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from comparing import assert_identical
@@ -17,8 +18,6 @@ from policies import ALTERNATE, ALWAYS, NEVER
 
 import fxcache
 from fxcache import FirstBlockCache, MagCache, OptionError, PolicyError, StepSchedule
-
-diffusers = pytest.importorskip("diffusers")
 
 
 def apply(pipe, policy=ALTERNATE):

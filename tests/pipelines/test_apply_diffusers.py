@@ -4,19 +4,17 @@ import copy
 import json
 import logging
 
+import diffusers
 import pytest
 import torch
 from comparing import assert_identical
 from helpers import adopt, hits
+from pipelines import PIPELINES
 from policies import ALTERNATE, ALWAYS, NEVER
 from zoo import make
 
 import fxcache
 from fxcache import FirstBlockCache
-
-pytest.importorskip("diffusers")
-import diffusers
-from pipelines import PIPELINES
 
 FLUX = PIPELINES["flux"]
 

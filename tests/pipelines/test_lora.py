@@ -1,16 +1,14 @@
 """Adapters on a pipeline that fxcache was applied to: the same as on the plain pipeline."""
 
+import peft
 import pytest
 import torch
 from comparing import assert_identical
 from helpers import adopt
+from pipelines import PIPELINES
 from policies import ALTERNATE, NEVER
 
 import fxcache
-
-pytest.importorskip("peft")
-pytest.importorskip("diffusers")
-from pipelines import PIPELINES
 
 # PEFT says so of each second adapter.
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a .peft_config.")
@@ -29,7 +27,6 @@ def run(pipe, seed=0):
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
     """Two LoRAs, of ranks 2 and 4, as files that pipelines load."""
-    peft = pytest.importorskip("peft")
     saved = {}
     for seed, (name, rank) in enumerate({"a": 2, "b": 4}.items()):
         torch.manual_seed(seed)

@@ -4,19 +4,19 @@ There is no second device here: float64 stands in for one where weights rest (ca
 changes nothing). Hooks of diffusers are in test_offload_layers.py.
 """
 
+import accelerate
 import pytest
 import torch
+from accelerate import hooks
 from comparing import assert_identical
 from helpers import evaluate, plain, short
 from opened import Small
+from pipelines import PIPELINES
 from policies import ALTERNATE, ALWAYS, NEVER
 from torch import nn
 
 import fxcache
 from fxcache import CaptureError, StackNotFoundError
-
-accelerate = pytest.importorskip("accelerate")
-hooks = accelerate.hooks
 
 
 class Resting(hooks.ModelHook):
@@ -168,10 +168,6 @@ def test_model_offloading_of_a_pipeline():
     """Before `apply` and after: it takes its hooks off and puts them on again at the end of each
     run.
     """
-
-    pytest.importorskip("diffusers")
-    from pipelines import PIPELINES
-
     pipe = PIPELINES["flux"].build()
 
     def run():

@@ -4,9 +4,11 @@
 so a schedule decides.
 """
 
+import diffusers
 import pytest
 import torch
 from comparing import assert_identical
+from diffusers.hooks import HookRegistry, ModelHook, group_offloading
 from helpers import evaluate, graphed, hits, plain, seeded
 from opened import Small
 from policies import ALWAYS
@@ -15,10 +17,6 @@ from zoo import BreaksAfter, at_step, make
 
 import fxcache
 from fxcache import CaptureError, StepSchedule
-
-diffusers = pytest.importorskip("diffusers")
-group_offloading = pytest.importorskip("diffusers.hooks.group_offloading")
-HookRegistry, ModelHook = diffusers.hooks.HookRegistry, diffusers.hooks.ModelHook
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

@@ -10,13 +10,9 @@ import pytest
 import torch
 from comparing import assert_identical
 from helpers import adopt
+from pipelines import PIPELINES, Family
 from policies import ALTERNATE, NEVER
 from torch.utils._pytree import tree_map_only
-
-pytest.importorskip("diffusers")
-pytest.importorskip("transformers")
-
-from pipelines import PIPELINES, Family
 
 import fxcache
 

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from helpers import graphed, hits, plain, short, solve
+from loops import Pipe
 from policies import ALTERNATE, EASY, FORECAST
 from torch._subclasses import FakeTensor
 
@@ -167,9 +168,6 @@ def test_the_registered_backend_gives_it_back_with_its_code(model):
 
 def test_runs_of_a_pipeline():
     """Guided: two branches. Removal gives everything back."""
-    pytest.importorskip("diffusers")
-    from loops import Pipe
-
     pipe = Pipe()
 
     def run_pipe(number):

@@ -2,6 +2,7 @@
 
 import threading
 
+import diffusers
 import pytest
 import torch
 from comparing import assert_identical
@@ -13,8 +14,6 @@ from torch import nn
 
 import fxcache
 from fxcache import OptionError, StepSchedule
-
-diffusers = pytest.importorskip("diffusers")
 
 
 class Guided(Small):

@@ -2,16 +2,17 @@
 
 import contextlib
 import copy
-import importlib
 import re
 from itertools import product
-from pathlib import Path
 
 import pytest
+import scripts
 import torch
 from comparing import assert_close, assert_identical
+from diffusers.training_utils import EMAModel
 from helpers import hits, plain, sample, seeded, solve, times
 from opened import Small, at
+from PIL import Image
 from policies import ALWAYS
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -19,8 +20,6 @@ from zoo import make
 
 import fxcache
 from fxcache import StepSchedule
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def gradients(model, loss, *inputs):
@@ -221,9 +220,8 @@ def test_a_copied_denoiser_is_one_of_its_own(model, denoiser):
 
 def test_averages_that_are_copied_in_and_out(model):
     """diffusers' EMAModel writes through ``.data``, which torch does not count: so one says so."""
-    training_utils = pytest.importorskip("diffusers.training_utils")
     denoiser = plain(model)
-    ema = training_utils.EMAModel(denoiser.parameters(), decay=0.5)
+    ema = EMAModel(denoiser.parameters(), decay=0.5)
     for _ in range(2):  # the first average is the model itself
         drift(model)
         ema.step(denoiser.parameters())
@@ -245,16 +243,12 @@ def test_averages_that_are_copied_in_and_out(model):
     assert_identical(with_average, [at(fresh, i) for i in (24, 28)])
 
 
-def test_the_example_trains_and_previews(tmp_path, capsys, monkeypatch):
+def test_the_example_trains_and_previews(tmp_path, run_script):
     """A short run of examples/train_with_previews.py."""
     path = tmp_path / "previews.png"
-    given = ["--steps", "40", "--every", "20", "--output", str(path)]
-    monkeypatch.setattr("sys.argv", ["train_with_previews.py", *given])
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    example = importlib.import_module("train_with_previews")
-    with torch.enable_grad():
-        example.main()
-    printed = capsys.readouterr().out
+    given = ["--steps", 40, "--every", 20, "--output", path]
+    printed = run_script("train_with_previews", *given)
+    example = scripts.load("train_with_previews")
     row = r"step +(\d+)  loss ([\d.]+)  preview: (\d+)/30 hits, ([\d.]+) dB"
     columns = zip(*re.findall(row, printed), strict=True)
     steps, losses, hit, decibels = (list(map(float, column)) for column in columns)
@@ -263,6 +257,6 @@ def test_the_example_trains_and_previews(tmp_path, capsys, monkeypatch):
     assert all(5 < count < 25 for count in hit)
     assert all(20 < value < 100 for value in decibels)
     assert "gradients through the denoiser are the model's own" in printed
-    image = pytest.importorskip("PIL.Image").open(path)
+    image = Image.open(path)
     assert image.size == (8 * 8 * example.SHOWN, 8 * 8 * len(steps))
     assert image.getextrema()[0] < 100 < 150 < image.getextrema()[1]

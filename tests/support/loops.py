@@ -1,12 +1,9 @@
 """A sampling loop like those of pipelines, with real schedulers."""
 
-import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler as Flow
 from helpers import seeded
 from opened import Small
-
-diffusers = pytest.importorskip("diffusers")
-Flow = diffusers.FlowMatchEulerDiscreteScheduler
 
 
 class Pipe:

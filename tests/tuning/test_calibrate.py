@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from diffusers.hooks.mag_cache import MagCacheConfig, apply_mag_cache
 from helpers import plain, sample, seeded
 from opened import Small
 from samplers import STEPS, euler, guided, observers
@@ -16,6 +17,7 @@ from torch import nn
 
 import fxcache
 from fxcache import FirstBlockCache, MagCache, PolicyError, ProfileError, Taylor, TeaCache
+from fxcache.pipelines.tiny import tiny_model
 
 calibrate = functools.partial(fxcache.calibrate, progress=False)
 
@@ -77,11 +79,6 @@ def test_ratios_by_branch(model):
 
 
 def test_diffusers_own_calibration(capsys):
-    pytest.importorskip("diffusers")
-    from diffusers.hooks.mag_cache import MagCacheConfig, apply_mag_cache
-
-    from fxcache.pipelines.tiny import tiny_model
-
     def run(transformer, seed=0):
         given = {**inputs, "hidden_states": torch.randn(inputs["hidden_states"].shape)}
         with torch.no_grad():
