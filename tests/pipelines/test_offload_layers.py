@@ -111,12 +111,13 @@ def test_a_hit_leaves_the_weights_of_the_span_where_they_rest(model, inputs, kin
     given = {name: value.to(META) for name, value in inputs.items()}
     denoiser = plain(model, StepSchedule(mask=[False, True, True]))  # reads nothing back
     with denoiser.trajectory(3):
-        counts = [copies(lambda: denoiser(**given)) for _ in range(3)]
+        denoiser(**given)  # is traced
+        counts = [copies(lambda: denoiser(**given)) for _ in range(2)]
     assert hits(denoiser) == [False, True, True]
     count = len(list(model.parameters()))
     outside = count - len(list(model.blocks.parameters()))
     # A block has norms beside its layers: where those are in no group, their weights are loose.
-    assert counts[1:] == [outside, outside]
+    assert counts == [outside, outside]
     assert identities(model) == weights
     assert {p.device for p in model.parameters()} == {CPU}
 

@@ -187,7 +187,8 @@ def sharded_costs() -> None:
     of_block = sum(4 * p.numel() for p in net(width=128).blocks[0].parameters())
     counts, allocated = [], []
     with torch.no_grad(), denoiser.trajectory(4):
-        for step in range(4):
+        denoiser(**net_at(0))  # is traced
+        for step in range(1, 4):
             with torch.profiler.profile(profile_memory=True) as profiled:
                 denoiser(**net_at(step))
             events = profiled.key_averages()
@@ -196,8 +197,8 @@ def sharded_costs() -> None:
             allocated.append(sum(max(0, e.self_cpu_memory_usage) for e in events))
     assert hits(denoiser) == [False, False, True, True]
     weights = len(list(model.blocks.parameters()))
-    assert counts[1:] == [weights, 0, 0], counts
-    assert allocated[1] > 2 * of_block > of_block > allocated[3], (allocated, of_block)
+    assert counts == [weights, 0, 0], counts
+    assert allocated[0] > 2 * of_block > of_block > allocated[2], (allocated, of_block)
 
 
 def changed() -> None:
