@@ -154,7 +154,7 @@ class Taylor(_Ordered):
     order: int = 1
 
     def _rule(self, step: int, points: Sequence[int]) -> list[float]:
-        return _lagrange(step, points)
+        return lagrange(step, points)
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class AdamsBashforth(_Ordered):
         """
         half = (step - points[0]) / 2
         nodes = [points[0] + half * (1 + side / math.sqrt(3)) for side in (-1, 1)]
-        early, late = (_lagrange(node, points[:-1]) for node in nodes)
+        early, late = (lagrange(node, points[:-1]) for node in nodes)
         weights = [1.0] + [0.0] * (len(points) - 1)
         for j, integral in enumerate(half * (a + b) for a, b in zip(early, late, strict=True)):
             for k, weight in enumerate(_divided_difference(points[j : j + 2]), start=j):
@@ -282,7 +282,7 @@ def _apart(at: float, points: Sequence[int], j: int) -> float:
     return math.prod(at - other for k, other in enumerate(points) if k != j)
 
 
-def _lagrange(at: float, points: Sequence[int]) -> list[float]:
+def lagrange(at: float, points: Sequence[int]) -> list[float]:
     """Weights of the values at `points` in their interpolating polynomial, evaluated at `at`."""
     return [_apart(at, points, j) / _apart(points[j], points, j) for j in range(len(points))]
 

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 
 from fxcache.policy.fitted import Place
+from fxcache.policy.forecast import lagrange
 
 #: How much of a forecast's error another one has, a step apart.
 ALIKE = 0.9
+#: How much of a hit's squared error counts although the next computed step tells it.
+LEFT = 0.2
 
 Past = tuple[int, ...]
 Weights = Callable[[int, Past], Sequence[float]]
@@ -57,7 +60,7 @@ def _distance(gram: torch.Tensor, step: int, past: Past) -> float:
 
 
 def search(
-    cost: Callable[[int, Past], float],
+    cost: Callable[[Past, int], float],
     *,
     steps: int,
     ring: int,
@@ -67,8 +70,9 @@ def search(
     """For every possible number of computed steps, up to `most`: the least total cost, and its mask
     (True: hit).
 
-    Exact for a cost that is a sum over hits of ``cost(step, past)``, with the last `ring` computed
-    steps before `step` as its past (newest first), and at most `max_hits` hits in a row.
+    Exact for a cost that is a sum over runs of hits of ``cost(past, following)``, with the last
+    `ring` computed steps before the run (newest first) and the one that follows (`steps`: none
+    does), and at most `max_hits` hits in a row.
     """
     # The first step is computed. layers[n]: by past, after n + 1 computed steps, the least cost and
     # the past before.
@@ -79,12 +83,12 @@ def search(
         final: tuple[float, Past] | None = None
         for past, (total, _) in layers[-1].items():
             for step in range(past[0] + 1, min(past[0] + 1 + max_hits, steps) + 1):
+                reached = (total + cost(past, step), past)
                 if step == steps:
-                    final = min(final or (total, past), (total, past))
-                    break
-                state = (step, *past)[:ring]
-                after[state] = min(after.get(state, (total, past)), (total, past))
-                total += cost(step, past)
+                    final = min(final or reached, reached)
+                else:
+                    state = (step, *past)[:ring]
+                    after[state] = min(after.get(state, reached), reached)
         if final is not None:
             best[len(layers)] = (final[0], _mask(layers, final[1], steps))
         layers.append(after)
@@ -102,12 +106,29 @@ def _mask(layers: list[dict[Past, tuple[float, Past]]], past: Past, steps: int) 
 
 def schedule_costs(
     gram: torch.Tensor, sensitivity: torch.Tensor, weights: Weights
-) -> Callable[[int, Past], float]:
-    """The cost of a hit for `search`: its squared error, weighted by the step's `sensitivity`."""
+) -> Callable[[Past, int], float]:
+    """The cost of a run of hits for `search`: their squared errors, weighted by the steps'
+    `sensitivity`. Where a computed step follows, later hits make good what it tells (see
+    `fit_table`), and `LEFT` of it counts; in full what it does not tell: the error of the
+    polynomial through it and the two steps before the run.
+    """
 
     @functools.cache
-    def cost(step: int, past: Past) -> float:
-        return float(sensitivity[step]) * squared_error(gram, step, past, weights(step, past))
+    def squared(step: int, past: Past) -> float:
+        return squared_error(gram, step, past, weights(step, past))
+
+    @functools.cache
+    def cost(past: Past, following: int) -> float:
+        known = (following, *past[:2])
+        is_told = following < len(gram) and len(known) == 3
+        total = 0.0
+        for step in range(past[0] + 1, following):
+            error = squared(step, past)
+            if is_told:
+                untold = squared_error(gram, step, known, lagrange(step, known))
+                error = LEFT * error + (1 - LEFT) * min(error, untold)
+            total += float(sensitivity[step]) * error
+        return total
 
     return cost
 

@@ -1,16 +1,16 @@
 """Sample with schedules, and keep what was measured."""
 
-import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from fxcache.capture.runner import Runner
 from fxcache.errors import PolicyError, ProfileError
-from fxcache.policy import Forecast, Hermite, Reuse, StepSchedule, Taylor
+from fxcache.policy import Forecast, Reuse, StepSchedule
 from fxcache.policy.fitted import Fitted
 from fxcache.policy.forecast import Within
 from fxcache.tuning.calibrate import mean_gram, progress_bar, recorded
@@ -19,7 +19,6 @@ from fxcache.tuning.result import Point, TuneResult
 from fxcache.tuning.samples import Samples, point_of
 from fxcache.tuning.sampling import Sampler
 from fxcache.tuning.search import (
-    Past,
     fit_table,
     fit_weights,
     interpolated_sensitivity,
@@ -33,13 +32,6 @@ log = logging.getLogger("fxcache")
 RING = 3
 #: So many hits in a row are considered, unless the budget needs more.
 MAX_HITS = 6
-#: The forecasters that are tried besides fitted weights where few steps are computed. Hermite's of
-#: order 1 is a Taylor step damped by 2 * scale^2: here 0.75.
-FORECASTS: dict[str, Forecast] = {
-    "Taylor(1)": Taylor(order=1),
-    "damped Taylor(1)": Hermite(order=1, scale=0.375**0.5),
-}
-FITTED = "fitted weights"
 #: A hit's squared error counts times these powers of its step's sensitivity: the square, and less
 #: for early steps, as errors of neighbouring steps may point the same way and add up.
 EXPONENTS = (1, 2)
@@ -172,38 +164,31 @@ class Trials(Samples):
         return self._point(name, policy, [self.compared])
 
     def likely(self, computed: int) -> tuple[str, StepSchedule]:
-        """The candidate that the recorded errors prefer; of few computed steps, the best sample."""
-        if not 2 * self.steps <= 5 * computed < 5 * self.steps:
-            return self.best(computed)
-        return next(self._candidates(computed))
+        """The candidate that the recorded errors prefer."""
+        return self.best(computed) if computed >= self.steps else next(self._candidates(computed))
 
     def _candidates(self, computed: int) -> Iterator[tuple[str, StepSchedule]]:
-        """What may be best, each mask of a forecaster once; the likeliest first."""
-        names = [FITTED, *FORECASTS] if 5 * computed < 2 * self.steps else [FITTED]
-        every = itertools.product(names, EXPONENTS)
-        masks = [(name, self._plan(name, power, computed)[computed]) for name, power in every]
-        for name, mask in dict.fromkeys(masks):
-            forecast = FORECASTS.get(name)
-            if forecast is None:
-                table = fit_table(self.gram, self.sensitivity, mask, RING)
-                forecast = Fitted(table=table, ring=RING)
-            yield name, StepSchedule(mask=mask, forecast=forecast, input_share=self.share)
+        """What may be best, each mask once; the likeliest first."""
+        masks = [self._plan(exponent, computed)[computed] for exponent in EXPONENTS]
+        for mask in dict.fromkeys(masks):
+            table = fit_table(self.gram, self.sensitivity, mask, RING)
+            forecast = Fitted(table=table, ring=RING)
+            yield (
+                "fitted weights",
+                StepSchedule(mask=mask, forecast=forecast, input_share=self.share),
+            )
 
-    def _plan(self, name: str, exponent: int, computed: int) -> Plan:
-        """The masks of the shortest paths for a forecaster, that with `computed` steps included."""
+    def _plan(self, exponent: int, computed: int) -> Plan:
+        """The masks of the shortest paths, that with `computed` steps included."""
         hits = -(-self.steps // computed) - 1
         few = {"max_hits": hits, "most": computed} if hits > MAX_HITS else {"max_hits": MAX_HITS}
-        key = name, exponent, *few.values()
+        key = exponent, *few.values()
         if key not in self.plans:
-            forecast = FORECASTS.get(name)
-            weights, ring = (forecast.weights, forecast.ring) if forecast else (self._fitted, RING)
+            weights = partial(fit_weights, self.gram)
             cost = schedule_costs(self.gram, self.sensitivity**exponent, weights)
-            found = search(cost, steps=self.steps, ring=ring, **few)
+            found = search(cost, steps=self.steps, ring=RING, **few)
             self.plans[key] = {number: mask for number, (_, mask) in found.items()}
         return self.plans[key]
-
-    def _fitted(self, step: int, past: Past) -> list[float]:
-        return fit_weights(self.gram, step, past)
 
     def verified(self, name: str, policy: StepSchedule) -> Point:
         """A candidate, measured with the seeds that chose nothing."""
