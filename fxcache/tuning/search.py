@@ -139,14 +139,15 @@ def fit_table(
     mask: Sequence[bool],
     ring: int,
     *,
+    alike: float = ALIKE,
     ridge: float = 1e-3,
 ) -> dict[Place, list[float]]:
     """The weights of every hit of `mask`, by step and past, fitted together.
 
     A sampler sums up what its steps lack, and neighbouring forecasts err alike; so the weights
-    minimise ``sum_st ALIKE^|s - t| <e_s, e_t>`` over the hits s and t, with the errors e times the
-    steps' `sensitivity`: a hit makes good what those before it lacked. As in `fit_weights`, the
-    weights of a hit have the sum 1 and are pulled towards reuse.
+    minimise ``sum_st alike^|s - t| <e_s, e_t>`` over the hits s and t, with the errors e times the
+    steps' `sensitivity`: a hit makes good what those before it lacked. As in `fit_weights`, which
+    is the same with `alike` 0, the weights of a hit have the sum 1 and are pulled towards reuse.
     """
     hits, past = list[Place](), Past()
     for step, is_hit in enumerate(mask):
@@ -166,14 +167,13 @@ def fit_table(
     errors = (newest - residuals[[step for step, _ in moving]]) * scales[:, None]
     changes = (residuals[[older for _, older in owners]] - newest[of]) * scales[of, None]
     steps = torch.tensor([step for step, _ in moving])
-    alike = ALIKE ** (steps[:, None] - steps).abs().double()
+    common = alike ** (steps[:, None] - steps).abs().double()
     distances = torch.tensor([_distance(gram, *place) for place in moving], dtype=torch.float64)
-    pull = torch.eye(len(moving), dtype=torch.float64)[of][:, of] + torch.eye(
-        len(of), dtype=torch.float64
-    )
-    system = (changes @ gram @ changes.T) * alike[of][:, of]
+    own = torch.tensor(of)
+    pull = (own[:, None] == own).double() + torch.eye(len(of), dtype=torch.float64)
+    system = (changes @ gram @ changes.T) * common[of][:, of]
     system += ridge * (scales**2 * distances)[of] * pull
-    right = (changes @ gram @ errors.T * alike[of]).sum(1)
+    right = (changes @ gram @ errors.T * common[of]).sum(1)
     for (i, older), weight in zip(owners, torch.linalg.solve(system, -right).tolist(), strict=True):
         weights = table[moving[i]]
         weights[moving[i][1].index(older)] += weight

@@ -19,6 +19,7 @@ from fxcache.tuning.result import Point, TuneResult
 from fxcache.tuning.samples import Samples, point_of
 from fxcache.tuning.sampling import Sampler
 from fxcache.tuning.search import (
+    ALIKE,
     fit_table,
     fit_weights,
     interpolated_sensitivity,
@@ -164,19 +165,25 @@ class Trials(Samples):
         return self._point(name, policy, [self.compared])
 
     def likely(self, computed: int) -> tuple[str, StepSchedule]:
-        """The candidate that the recorded errors prefer."""
-        return self.best(computed) if computed >= self.steps else next(self._candidates(computed))
+        """The candidate that the recorded errors prefer; of few computed steps, the best sample."""
+        if self._is_few(computed) or computed >= self.steps:
+            return self.best(computed)
+        return next(self._candidates(computed))
+
+    def _is_few(self, computed: int) -> bool:
+        return 5 * computed < 2 * self.steps
 
     def _candidates(self, computed: int) -> Iterator[tuple[str, StepSchedule]]:
-        """What may be best, each mask once; the likeliest first."""
+        """What may be best; the likeliest first. Of few computed steps errors are large, and may
+        not add up.
+        """
         masks = [self._plan(exponent, computed)[computed] for exponent in EXPONENTS]
-        for mask in dict.fromkeys(masks):
-            table = fit_table(self.gram, self.sensitivity, mask, RING)
-            forecast = Fitted(table=table, ring=RING)
-            yield (
-                "fitted weights",
-                StepSchedule(mask=mask, forecast=forecast, input_share=self.share),
-            )
+        ways = {"fitted weights": ALIKE, "weights fitted one by one": 0.0}
+        for name, alike in list(ways.items())[: 1 + self._is_few(computed)]:
+            for mask in dict.fromkeys(masks):
+                table = fit_table(self.gram, self.sensitivity, mask, RING, alike=alike)
+                forecast = Fitted(table=table, ring=RING)
+                yield name, StepSchedule(mask=mask, forecast=forecast, input_share=self.share)
 
     def _plan(self, exponent: int, computed: int) -> Plan:
         """The masks of the shortest paths, that with `computed` steps included."""

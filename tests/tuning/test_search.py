@@ -199,6 +199,10 @@ def test_weights_that_are_fitted_together_are_the_constrained_least_squares(ridg
             other = found.copy()
             other[i], other[j] = other[i] + step, other[j] - step
             assert np.square(rows(other)).sum() > least  # quadratic: so it is the minimum
+    alone = fit_table(residuals @ residuals.T, sensitivity, SCHEDULE, 3, alike=0, ridge=ridge)
+    for (step, past), weights in alone.items():
+        wanted = fit_weights(residuals @ residuals.T, step, past, ridge=ridge)
+        assert weights == pytest.approx(wanted, rel=1e-6)
 
 
 def test_a_table_falls_back_on_others():
