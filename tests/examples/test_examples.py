@@ -204,7 +204,7 @@ def test_short_race_hits_where_it_must(peers, run_script, monkeypatch, tmp_path)
 
     context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=process)
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
-    arguments = ("--size", "host-bound", "--trajectories", 1, "--blocks", 3, "--output", tmp_path)
+    arguments = ("--size", "host-bound", "--trajectories", 1, "--blocks", 6, "--output", tmp_path)
     with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
         printed = run_script("benchmark_peers", "--contestants", "fxcache eager", *arguments)
     result = json.loads((tmp_path / "peers-host-bound.json").read_text())
