@@ -67,7 +67,7 @@ class Batch:
         return Together(self, values, list(buffers), len(ids), each)
 
     def begin(self, inputs: Values, buffers: Buffers) -> Evaluation:
-        """Run the head, for one request: in the place of `Regions`."""
+        """Run the head, for one request: in the place of `Wiring`."""
         return _Alone(self.begin_all(inputs, [buffers]))
 
     def run(
