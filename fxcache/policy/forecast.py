@@ -73,7 +73,8 @@ class Corrected:
     would have forecast (`History.error`), and tells how far off the hits before it were: between
     two computed steps the polynomial through all that is kept knows better than the one that ended
     there. The errors of one run of hits have the same sign, and a sampler adds them up; so the
-    first hit after the miss adds the opposite, and only the error of that estimate stays.
+    first hit after the miss adds the opposite, and only the error of that estimate stays. (Where
+    two misses follow, nothing is added: the step after the run is no longer the newest.)
     """
 
     inner: Forecast

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 STEPS = 8
 FIRST_BLOCK = FirstBlockCache(threshold=0.15)
 ALWAYS = FirstBlockCache(threshold=math.inf)
-ADAPTIVE = AdaptiveCache(tolerance=0.6)
+ADAPTIVE = AdaptiveCache(tolerance=0.6, max_consecutive_hits=1)  # a second hit corrects the first
 POLICIES = {
     "first block": FIRST_BLOCK,
     "limits": FirstBlockCache(
