@@ -1,4 +1,4 @@
-"""What `test_ranks.py` runs on every rank."""
+"""Ranks that share collectives: what `test_sharded.py` runs on every rank."""
 
 import math
 import os
