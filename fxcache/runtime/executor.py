@@ -231,7 +231,7 @@ class StepExecutor:
             # Either this evaluation or the last computed one is broken: no forecast from the two.
             state.forget()
         if not state.past:
-            state.stamp = current().keep(self.weights.pick(inputs))
+            state.stamp = current()
         advice = None if self.session.observe else self.session.advice
         computed = advice.before_miss(state) if advice is not None else []
         at = state.oldest_slot()

@@ -2,9 +2,9 @@
 
 Training, adapters and moving averages change weights between two evaluations. A branch keeps a
 stamp: which tensors the weights were, how often torch had counted a write into each, and the
-numbers of the model (an adapter's scale). An optimizer's step, whose fused kernels write uncounted,
-voids it, and so does the end of a weight. Writes through ``.data`` amid a trajectory go unseen:
-whoever does that says so, by `denoiser.reset()`.
+numbers of the model (an adapter's scale). The fused kernels of optimizers write uncounted, so their
+steps are counted here. Writes through ``.data`` amid a trajectory go unseen: whoever does that says
+so, by `denoiser.reset()`.
 """
 
 import functools
@@ -15,6 +15,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
@@ -22,7 +23,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fxcache.policy.reasons import Reason
 from fxcache.runtime.regions import picker
 
-_stamps: "weakref.WeakSet[Stamp]" = weakref.WeakSet()
 #: The wrapper that a tensor is in.
 _owners: "WeakIdKeyDictionary" = WeakIdKeyDictionary()
 #: The places of weights that are in a wrapper, and it.
@@ -33,29 +33,24 @@ class Stamp:
     """What the weights among `inputs` are now. None of them is kept alive."""
 
     def __init__(self, weights: "Weights", inputs: Sequence[Any]) -> None:
+        _count_steps()
         tensors = weights.pick(inputs)
+        self.weights, self.references = weights, list(map(weakref.ref, tensors))
         self.owners = [(i, _owners[t]) for i, t in enumerate(tensors) if _owners and t in _owners]
-        self.weights, self.is_void = weights, False
         self.versions = _versions(tensors, self.owners)
-        self.ids = list(map(id, tensors))
-        #: Of these, too, an optimizer's step counts.
-        self.stepped = {*self.ids, *(id(owner()) for _, owner in self.owners)}
-        #: The counts of those that other graphs of the model have, too, where their places differ.
-        held = zip(self.ids, self.versions, strict=True)
-        self.shared = dict(compress(held, weights.registered))
         #: A constant that became an input has changed: this is why it is one.
         numbers = {name: ("input", inputs[at].item()) for name, at in weights.numbers.items()}
         self.values = {**weights.constants(), **numbers}
 
-    def keep(self, tensors: Sequence[torch.Tensor]) -> "Stamp":
-        """This stamp, which is void once one of `tensors` is gone or stepped by an optimizer."""
-        if self in _stamps:  # requests of a batch have one
-            return self
-        _watch_optimizers()
-        void = functools.partial(_void, weakref.ref(self))
-        self.references = [weakref.ref(tensor, void) for tensor in tensors]
-        _stamps.add(self)
-        return self
+    def held(self) -> list[tuple[int, int]]:
+        """Which tensors the weights were, and their counts. Those that are gone are like no other,
+        whatever took their place in memory.
+        """
+        return list(zip((id(ref()) for ref in self.references), self.versions, strict=True))
+
+    def shared(self) -> set[tuple[int, int]]:
+        """That of those which other graphs of the model have, too, where their places differ."""
+        return set(compress(self.held(), self.weights.registered))
 
 
 class Weights:
@@ -92,19 +87,15 @@ class Weights:
         for next time. `current` gives that of now (see `now`); with `are_same`, it is known that
         the weights are the same tensors.
         """
-        is_own = then.weights is self and not then.is_void
+        is_own = then.weights is self
         if are_same and is_own and _versions(self.pick(inputs), then.owners) == then.versions:
             return then, None
         now = current()
-        is_same = then.shared == now.shared
-        if is_own:
-            is_same = (then.ids, then.versions) == (now.ids, now.versions)
-        reason = None
-        if then.is_void or not is_same:
-            reason = Reason.WEIGHTS_CHANGED
-        elif any(then.values[name] != now.values[name] for name in then.values.keys() & now.values):
-            reason = Reason.NUMBER_CHANGED
-        return (then if is_own and reason is None else now.keep(self.pick(inputs))), reason
+        if (then.held() != now.held()) if is_own else (then.shared() != now.shared()):
+            return now, Reason.WEIGHTS_CHANGED
+        if any(then.values[name] != now.values[name] for name in then.values.keys() & now.values):
+            return now, Reason.NUMBER_CHANGED
+        return (then if is_own else now), None
 
 
 def note_owners(wrappers: Iterable[Any]) -> None:
@@ -130,17 +121,10 @@ def _versions(tensors: Sequence[torch.Tensor], owners: _Owners) -> list[int]:
     return versions
 
 
-def _void(stamp: "weakref.ref[Stamp]", _: Any) -> None:
-    if (alive := stamp()) is not None:
-        alive.is_void = True
-
-
 @functools.cache
-def _watch_optimizers() -> None:
-    def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _count_steps() -> None:
+    def count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not torch.compiler.is_compiling():  # torch counts what compiled code writes
-            stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            for stamp in list(_stamps):
-                stamp.is_void |= not stepped.isdisjoint(stamp.stepped)
+            increment_version([p for group in optimizer.param_groups for p in group["params"]])
 
-    register_optimizer_step_post_hook(note)
+    register_optimizer_step_post_hook(count)

@@ -253,7 +253,7 @@ def weights(count=3, **options):
 
 
 def stamped(weights, inputs):
-    return weights.now(inputs)().keep(weights.pick(inputs))
+    return weights.now(inputs)()
 
 
 def checked(weights, stamp, inputs):
@@ -275,19 +275,20 @@ def test_what_changes_a_stamp(tensors):
     assert checked(own, new, tensors)[1] == "weights changed"
 
 
-def test_what_voids_a_stamp(tensors):
-    """A weight that is gone, and an optimizer's step: of the stamps of its parameters."""
+def test_weights_that_are_gone_and_fused_steps(tensors):
+    """What lies where a weight was is another one; an optimizer's step is one of its parameters."""
     own, others = weights(), [nn.Parameter(torch.ones(1)) for _ in range(3)]
     stamp, other, reference = stamped(own, tensors), stamped(own, others), weakref.ref(tensors[2])
     tensors[2] = nn.Parameter(torch.ones(1))
     gc.collect()
     assert reference() is None  # a stamp keeps none alive
-    assert stamp.is_void
+    for graph in (own, weights()):
+        assert checked(graph, stamp, tensors)[1] == "weights changed"
     stamp = stamped(own, tensors)
     tensors[0].grad = torch.ones(3)
     torch.optim.AdamW([tensors[0]], fused=True).step()
-    assert stamp.is_void
-    assert not other.is_void
+    assert own.check(stamp, tensors, own.now(tensors), are_same=True)[1] == "weights changed"
+    assert own.check(other, others, own.now(others), are_same=True) == (other, None)
 
 
 def test_inference_tensors_and_numbers_of_the_model():
