@@ -76,6 +76,8 @@ class TuneResult:
                 f"{point.psnr_min:>6.2f}  {point.forecast}, {drawn}{chosen}"
             )
         seeds = ", ".join(map(str, self.point.seeds))
+        if any(point.seeds != self.point.seeds for point in self.frontier):
+            seeds += f" (the other rows with {self.point.seeds[0]})"
         promise = ", guaranteed by the schedule" * isinstance(self.policy, StepSchedule)
         lines.append(
             f"{self.target}. Speedup in FLOPs{promise}; PSNR in dB against the uncached "

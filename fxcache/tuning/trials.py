@@ -16,7 +16,7 @@ from fxcache.policy.forecast import Within
 from fxcache.tuning.calibrate import mean_gram, progress_bar, recorded
 from fxcache.tuning.record import Counter, Recorder
 from fxcache.tuning.result import Point, TuneResult
-from fxcache.tuning.samples import Samples, point_of
+from fxcache.tuning.samples import SAME, Samples, point_of
 from fxcache.tuning.sampling import Sampler
 from fxcache.tuning.search import (
     ALIKE,
@@ -33,9 +33,6 @@ log = logging.getLogger("fxcache")
 RING = 3
 #: So many hits in a row are considered, unless the budget needs more.
 MAX_HITS = 6
-#: A hit's squared error counts times these powers of its step's sensitivity: the square, and less
-#: for early steps, as errors of neighbouring steps may point the same way and add up.
-EXPONENTS = (1, 2)
 #: What is tried besides an `input_share` of 1, and by how many dB it must be better: what a hit
 #: sees of its input also tells a wrong cut, and follows another sampler's noise.
 SHARE, GAIN = 0.1, 0.5
@@ -59,10 +56,12 @@ class Trials(Samples):
         self.plans: dict[tuple[object, ...], Plan] = {}
 
     def record(self, seeds: Sequence[int], others: Sequence[int], progress: bool) -> None:
-        """Sample uncached: with `seeds` for the errors, with `others` for comparison."""
-        self.recorded, self.compared, self.verifying = list(seeds), others[0], list(others[1:])
+        """Sample uncached: with `seeds` for the errors, with `others` but the first one, which
+        compares where that is asked for, for the verification.
+        """
+        self.recorded, self.compared, self.verifying = seeds[0], others[0], list(others[1:])
         recorders = []
-        for seed in progress_bar([*seeds, *others], "recording", progress):
+        for seed in progress_bar([*seeds, *self.verifying], "recording", progress):
             if seed in seeds:
                 recorders.append(self.refer(seed, Recorder))
             else:
@@ -71,12 +70,11 @@ class Trials(Samples):
         self.gram = torch.stack([mean_gram(own) for own in recorded(recorders).values()]).sum(0)
         self.runner.session.expected_steps = self.steps
         self.sensitivity = torch.ones(self.steps, dtype=torch.float64)
-        self.refer(self.compared, Counter)  # again: does a seed tell the sample?
-        reference = self.references[self.compared]
+        reference = self.references[self.recorded]
         if all(torch.equal(reference, self.references[seed]) for seed in self.verifying):
             log.warning(
                 "run returned the same sample for seeds %s: what was measured is of that one alone",
-                [self.compared, *self.verifying],
+                [self.recorded, *self.verifying],
             )
 
     @property
@@ -93,13 +91,14 @@ class Trials(Samples):
         width = max(0, last - 2) / max(1, spread - 1)
         places = {round(1 + i * width) for i in range(spread)}
         places |= {last} if number else set()
-        errors: dict[int, float] = {}
-        seed = self.recorded[0]
+        values: dict[int, float] = {}
         for step in progress_bar(sorted(places), "sensitivity", progress):
             mask = tuple(at == step for at in range(self.steps))
-            sample, _, _ = self.sample(self._schedule(mask, Reuse()), seed, Counter)
-            errors[step] = float((sample - self.references[seed]).square().mean().sqrt())
-        if errors:
+            values[step] = self.tried(self._schedule(mask, Reuse()), self.recorded).psnr
+        if not any(value >= SAME for value in values.values()):
+            self.refer(self.recorded, Counter)  # again: does a seed tell the sample?
+        if values:
+            errors = {step: 10 ** (-value / 20) for step, value in values.items()}
             self.sensitivity = interpolated_sensitivity(self.gram, errors)
 
     def _schedule(self, mask: Sequence[bool], forecast: Forecast) -> StepSchedule:
@@ -113,14 +112,14 @@ class Trials(Samples):
         What was recorded does not tell: a forecast's errors are about the same with both, but a hit
         hands on the error of its input, or does not.
         """
-        name, policy = next(self._candidates(max(1, 3 * self.steps // 5)))
-        least = self.compare(name, policy).psnr_mean + GAIN
+        name, policy = self.likely(max(1, 3 * self.steps // 5))
+        least = self._point(name, policy, [self.recorded]).psnr_mean + GAIN
         runner = self.runner
         with ExitStack() as followed:
             never = replace(NEVER, input_share=SHARE)
             self.runner, self.share = followed.enter_context(self.sampler.following(never)), SHARE
             self.runner.session.expected_steps = self.steps
-            if not self.compare(name, policy).psnr_mean > least:
+            if not self._point(name, policy, [self.recorded]).psnr_mean > least:
                 followed.close()
                 self.runner, self.share = runner, 1.0
             yield
@@ -156,30 +155,32 @@ class Trials(Samples):
         """Of the candidates with `computed` steps, the one that samples best with a seed that the
         errors were not recorded with.
         """
-        if computed >= self.steps:
-            return "all computed", StepSchedule(mask=[False] * self.steps)
-        return max(self._candidates(computed), key=lambda pair: self.compare(*pair).psnr_mean)
+        candidates = list(self._candidates(computed))
+        if len(candidates) == 1:
+            return candidates[0]
+        return max(candidates, key=lambda pair: self.compare(*pair).psnr_mean)
 
     def compare(self, name: str, policy: StepSchedule) -> Point:
         """A candidate, measured with the seed that chooses."""
+        if self.compared not in self.references:
+            self.refer(self.compared, Counter)
         return self._point(name, policy, [self.compared])
 
     def likely(self, computed: int) -> tuple[str, StepSchedule]:
-        """The candidate that the recorded errors prefer; of few computed steps, the best sample."""
-        if self._is_few(computed) or computed >= self.steps:
-            return self.best(computed)
+        """The candidate that the recorded errors prefer."""
         return next(self._candidates(computed))
-
-    def _is_few(self, computed: int) -> bool:
-        return 5 * computed < 2 * self.steps
 
     def _candidates(self, computed: int) -> Iterator[tuple[str, StepSchedule]]:
         """What may be best; the likeliest first. Of few computed steps errors are large, and may
-        not add up.
+        not add up: there, masks by the sensitivity and by its square, each with both ways to fit.
         """
-        masks = [self._plan(exponent, computed)[computed] for exponent in EXPONENTS]
+        if computed >= self.steps:
+            yield "all computed", StepSchedule(mask=[False] * self.steps)
+            return
+        is_few = 5 * computed < 2 * self.steps
+        masks = [self._plan(exponent, computed)[computed] for exponent in (1, 2)[: 1 + is_few]]
         ways = {"fitted weights": ALIKE, "weights fitted one by one": 0.0}
-        for name, alike in list(ways.items())[: 1 + self._is_few(computed)]:
+        for name, alike in list(ways.items())[: 1 + is_few]:
             for mask in dict.fromkeys(masks):
                 table = fit_table(self.gram, self.sensitivity, mask, RING, alike=alike)
                 forecast = Fitted(table=table, ring=RING)
@@ -197,9 +198,9 @@ class Trials(Samples):
             self.plans[key] = {number: mask for number, (_, mask) in found.items()}
         return self.plans[key]
 
-    def verified(self, name: str, policy: StepSchedule) -> Point:
-        """A candidate, measured with the seeds that chose nothing."""
-        return self._point(name, policy, self.verifying)
+    def verified(self, name: str, policy: StepSchedule, number: int | None = None) -> Point:
+        """A candidate, measured with so many of the seeds that chose nothing; None: with all."""
+        return self._point(name, policy, self.verifying[:number])
 
     def _point(self, name: str, policy: StepSchedule, seeds: Iterable[int]) -> Point:
         schedule = self._schedule(policy.mask, policy.forecast)

@@ -22,7 +22,7 @@ def tune(
     tolerance: float | None = None,
     runs: int = 1,
     verify_runs: int = 2,
-    sensitivity_steps: int = 6,
+    sensitivity_steps: int = 4,
     frontier: Sequence[int] | None = None,
     seed: int = 0,
     component: str | None = None,
@@ -31,9 +31,9 @@ def tune(
     """Find the best schedule and forecaster for a speed or a quality, and verify it.
 
     A few uncached trajectories tell the error of every linear forecast under every schedule
-    (`fxcache.tuning.search`); the shortest path over these errors is the schedule. Input shares and
-    candidates (`fxcache.tuning.trials`) are then compared by sampling, with another seed, and the
-    winner is verified with further seeds.
+    (`fxcache.tuning.search`); the shortest path over these errors is the schedule. Input shares and,
+    where fewer than two in five steps are computed, candidates (`fxcache.tuning.trials`) are compared
+    by sampling, the latter with another seed; what is found is verified with further seeds.
 
     Args:
         denoiser_or_pipe, run, component, progress: see `fxcache.calibrate`.
@@ -51,8 +51,8 @@ def tune(
         verify_runs: with how many seeds the result is verified, at least 1.
         sensitivity_steps: for how many steps it is measured by sampling how an error grows until
             the end (0: all steps count the same).
-        frontier: numbers of computed steps that are sampled for the table, too; None for four
-            between a quarter and two thirds of the steps.
+        frontier: numbers of computed steps that are found and verified for the table, too; None for
+            four between a quarter and two thirds of the steps, each sampled once, without a choice.
         seed: the first seed, at least 0; runs, the comparison and the verification take the next
             ones.
 
@@ -94,9 +94,10 @@ def tune(
                 chosen = trials.verified(*trials.best(computed))
             else:
                 chosen = trials.reaching(min_psnr)
-            pick = trials.likely if frontier is None else trials.best
             points = [
-                trials.verified(*pick(number))
+                trials.verified(*trials.best(number))
+                if frontier is not None
+                else trials.verified(*trials.likely(number), number=1)
                 for number in progress_bar(trials.spread(frontier), "frontier", progress)
                 if number != chosen.computed_steps
             ]

@@ -44,9 +44,8 @@ print(hits, misses, sum(built), output.sum().item())
 def run(what: str, path: Path, folder: Path) -> list[float]:
     # With an empty folder Inductor tries out the processor's vector extensions, which takes long.
     known = {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TORCHINDUCTOR_VEC_ISA_OK": "1"}
-    environment = {**os.environ, **known}
     command = [sys.executable, "-c", SCRIPT, what, path, SUPPORT]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | known, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [float(word) for word in done.stdout.split()[-4:]]
 

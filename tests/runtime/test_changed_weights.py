@@ -252,17 +252,13 @@ def weights(count=3, **options):
     return Weights(range(count), **{**given, **options})
 
 
-def stamped(weights, inputs):
-    return weights.now(inputs)()
-
-
 def checked(weights, stamp, inputs):
     return weights.check(stamp, inputs, weights.now(inputs))
 
 
 def test_what_changes_a_stamp(tensors):
     own = weights()
-    stamp = stamped(own, tensors)
+    stamp = own.now(tensors)()
     assert checked(own, stamp, tensors) == (stamp, None)
     tensors[1].add_(1)  # counted
     new, reason = checked(own, stamp, tensors)
@@ -278,13 +274,13 @@ def test_what_changes_a_stamp(tensors):
 def test_weights_that_are_gone_and_fused_steps(tensors):
     """What lies where a weight was is another one; an optimizer's step is one of its parameters."""
     own, others = weights(), [nn.Parameter(torch.ones(1)) for _ in range(3)]
-    stamp, other, reference = stamped(own, tensors), stamped(own, others), weakref.ref(tensors[2])
+    stamp, other, reference = own.now(tensors)(), own.now(others)(), weakref.ref(tensors[2])
     tensors[2] = nn.Parameter(torch.ones(1))
     gc.collect()
     assert reference() is None  # a stamp keeps none alive
     for graph in (own, weights()):
         assert checked(graph, stamp, tensors)[1] == "weights changed"
-    stamp = stamped(own, tensors)
+    stamp = own.now(tensors)()
     tensors[0].grad = torch.ones(3)
     torch.optim.AdamW([tensors[0]], fused=True).step()
     assert own.check(stamp, tensors, own.now(tensors), are_same=True)[1] == "weights changed"
@@ -295,10 +291,10 @@ def test_inference_tensors_and_numbers_of_the_model():
     with torch.inference_mode():  # they have no count of writes
         tensors = [torch.ones(1) for _ in range(3)]
     own = weights()
-    assert checked(own, stamped(own, tensors), tensors)[1] is None
+    assert checked(own, own.now(tensors)(), tensors)[1] is None
     number = torch.tensor(0.5)
     own = Weights([], [], {"scale": 0}, lambda: {"shift": frozenset({"== 1"})})
-    stamp = stamped(own, [number])
+    stamp = own.now([number])()
     assert checked(own, stamp, [torch.tensor(0.5)])[1] is None
     assert checked(own, stamp, [torch.tensor(0.25)])[1] == "a number of the model changed"
 
@@ -306,7 +302,7 @@ def test_inference_tensors_and_numbers_of_the_model():
 def test_another_graph_of_the_same_model(tensors):
     """Tables that models keep may be others, parameters and numbers may not."""
     own = weights()
-    stamp = stamped(own, tensors)
+    stamp = own.now(tensors)()
     other = weights(constants=lambda: {"scale": frozenset({"== 1"})})
     table = torch.zeros(5)
     new, reason = checked(other, stamp, [tensors[0], table, tensors[2]])
