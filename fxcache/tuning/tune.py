@@ -31,9 +31,9 @@ def tune(
     """Find the best schedule and forecaster for a speed or a quality, and verify it.
 
     A few uncached trajectories tell the error of every linear forecast under every schedule
-    (`fxcache.tuning.search`); the shortest path over these errors is the schedule. Input shares and,
-    where fewer than two in five steps are computed, candidates (`fxcache.tuning.trials`) are compared
-    by sampling, the latter with another seed; what is found is verified with further seeds.
+    (`fxcache.tuning.search`); the shortest path over these errors is the schedule. Input shares
+    and, where fewer than two in five steps are computed, candidates (`fxcache.tuning.trials`) are
+    compared by sampling, the latter with another seed; what is found is verified with further ones.
 
     Args:
         denoiser_or_pipe, run, component, progress: see `fxcache.calibrate`.
@@ -50,7 +50,7 @@ def tune(
         runs: how many trajectories are recorded.
         verify_runs: with how many seeds the result is verified, at least 1.
         sensitivity_steps: for how many steps it is measured by sampling how an error grows until
-            the end (0: all steps count the same).
+            the end (0: all steps count the same; more are little better).
         frontier: numbers of computed steps that are found and verified for the table, too; None for
             four between a quarter and two thirds of the steps, each sampled once, without a choice.
         seed: the first seed, at least 0; runs, the comparison and the verification take the next
