@@ -167,3 +167,15 @@ def _argument_path(source: str, argument_names: tuple[str, ...]) -> list[str]:
     if kind == "args" and path and path[0].isdigit() and int(path[0]) < len(argument_names):
         path[0] = argument_names[int(path[0])]
     return path if kind in ("args", "kwargs") and path else keys or [source]
+
+
+def by_path(arguments: dict[str, Any]) -> dict[str, Any]:
+    """`arguments` by the paths of `_argument_path`: what is in a dict, list or tuple by its own."""
+    found: dict[str, Any] = {}
+    for path, value in arguments.items():
+        inside = dict(enumerate(value)) if isinstance(value, list | tuple) else value
+        if isinstance(inside, dict):
+            found |= by_path({f"{path}.{key}": inner for key, inner in inside.items()})
+        else:
+            found[path] = value
+    return found

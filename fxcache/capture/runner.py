@@ -18,6 +18,7 @@ from fxcache.capture.backend import Backend, repeated_weights
 from fxcache.capture.batching import Batches
 from fxcache.capture.compile import Compilers
 from fxcache.capture.evaluate import evaluate, own_evaluate
+from fxcache.capture.functional import by_path
 from fxcache.capture.torch_guards import failed_guard, guards_of
 from fxcache.errors import (
     BatchError,
@@ -156,10 +157,9 @@ class Runner:
     def placed_by(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[dict[str, Any], Any]:
-        """The inputs by name, and the time input."""
-        inputs = dict(zip(self.names, args, strict=False))
-        inputs |= {f"*{place}": value for place, value in enumerate(args[len(self.names) :])}
-        inputs |= kwargs
+        """The inputs by path, and the time input."""
+        named = [*self.names, *map(str, range(len(self.names), len(args)))]
+        inputs = by_path(dict(zip(named, args, strict=False)) | kwargs)
         names = [*self.time_names, self.session.steps.time_name]
         times = (inputs.get(name) for name in names if name is not None)
         return inputs, next((time for time in times if time is not None), None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxcache.errors import CaptureError
 from fxcache.passes.cut import Cut
@@ -106,15 +107,17 @@ class PieceGraph:
         return self.call_function(torch.ops.aten.full.default, (sizes, 0), options)
 
     def _size(self, size: int | torch.SymInt) -> Any:
-        """A size as a number, or as a node that holds it: some input has it, too."""
+        """A size as a number, or as a node that holds it: some input has it, too, by its formula or
+        since the model asks it of its inputs (that what is halved and doubled is as it was).
+        """
         if isinstance(size, int):
             return size
         for node in self.gm.graph.find_nodes(op="placeholder"):
             value = value_of(node)
-            if isinstance(value, torch.SymInt) and str(value) == str(size):
+            if isinstance(value, torch.SymInt) and statically_known_true(value == size):
                 return self.read(node)
             for dim, own in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-                if str(own) == str(size):
+                if isinstance(own, torch.SymInt) and statically_known_true(own == size):
                     return self.call_function(torch.ops.aten.sym_size.int, (self.read(node), dim))
         raise CaptureError(f"no input shows the size {size} of a tensor that crosses the cut")
 

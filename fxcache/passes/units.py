@@ -63,15 +63,21 @@ class Run:
 def find_runs(facts: Facts) -> list[Run]:
     """The runs of equal units in `facts`, in recorded order.
 
-    Where there are none, runs of a unit of which a good part comes again: two blocks, of which the
-    last has less to do.
+    Where there are none, runs of a unit of which a good part comes again (two blocks, of which the
+    last has less to do), or of a part of a phrase that needs nothing of the one before (guidance
+    inside the model: its whole stack twice).
     """
-    return _runs(facts, 1.0) or _runs(facts, 0.3)
+    longest = min(MAX_PHRASE, len(facts.heavy) // 2)
+    found = _runs(facts, 1.0, longest) or _runs(facts, 0.3, longest)
+    while not found and longest > 1:
+        longest //= 2
+        found = _runs(facts, 1.0, longest)
+    return found
 
 
-def _runs(facts: Facts, again: float) -> list[Run]:
+def _runs(facts: Facts, again: float, longest: int) -> list[Run]:
     runs = []
-    for first, period, end in _repeats(facts, again):
+    for first, period, end in _repeats(facts, again, longest):
         bounds = _bounds(facts, first, period, end)
         units = _by_modules(facts, bounds) if len(bounds) >= 2 else None
         if units is None and end - first >= 2 * period:  # else only modules say where it ends
@@ -97,15 +103,16 @@ def _split(facts: Facts, units: Sequence[Unit]) -> list[Run]:
     return [Run(tuple(units[start:end])) for start, end in pairwise([0, *at, len(units)])]
 
 
-def _repeats(facts: Facts, again: float) -> list[tuple[int, int, int]]:
+def _repeats(facts: Facts, again: float, longest: int) -> list[tuple[int, int, int]]:
     """Tandem repeats in the string of words, the one with most work first, none overlapping:
-    (first word, period, end). At least the share `again` of a phrase comes again behind it.
+    (first word, period, end). At least the share `again` of a phrase comes again behind it; no
+    phrase has more than `longest` words.
     """
     numbers: dict[object, int] = {}
     words = [numbers.setdefault(word_of(facts.nodes[p]), len(numbers)) for p in facts.heavy]
     before = [0, *accumulate(facts.cost[p] for p in facts.heavy)]
     heap: list[tuple[int, int, int, int]] = []
-    for period in range(1, min(len(words) // 2, MAX_PHRASE) + 1):
+    for period in range(1, longest + 1):
         start = 0
         for i in range(len(words) - period + 1):
             if i + period < len(words) and words[i] == words[i + period]:

@@ -7,7 +7,7 @@ branch whose layout it has and whose tensors it shares; calls that share all of 
 told apart by their order. Where several branches would do, nobody knows: a miss.
 """
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ class Seen(NamedTuple):
 
 
 class Given:
-    """What one call was given, by the names of its inputs: the layouts of tensors and what is a
+    """What one call was given, by the paths of its inputs: the layouts of tensors and what is a
     word or a switch, and which tensors they are. `samples` are others at each step.
     """
 
@@ -45,7 +45,7 @@ class Given:
         self.tensors: dict[str, Seen] = {}
         self.samples: dict[str, Seen] = {}
         self.layouts: dict[str, Hashable] = {}
-        for name, value in _leaves(inputs):
+        for name, value in inputs.items():
             if isinstance(value, torch.Tensor):
                 self.layouts[name] = value.shape, value.dtype, value.device
                 kept = self.samples if name in samples else self.tensors
@@ -67,16 +67,6 @@ class Given:
         """Whether one tensor at least is the same."""
         mine, others = self.tensors | self.samples, other.tensors | other.samples
         return any(mine[name] == others[name] for name in mine.keys() & others.keys())
-
-
-def _leaves(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in inputs.items():
-        if isinstance(value, dict):
-            yield from _leaves({f"{name}.{key}": inner for key, inner in value.items()})
-        elif isinstance(value, list | tuple):
-            yield from _leaves({f"{name}.{place}": inner for place, inner in enumerate(value)})
-        else:
-            yield name, value
 
 
 @dataclass

@@ -43,9 +43,7 @@ class Stamp:
         self.values = {**weights.constants(), **numbers}
 
     def held(self) -> list[tuple[int, int]]:
-        """Which tensors the weights were, and their counts. Those that are gone are like no other,
-        whatever took their place in memory.
-        """
+        """Which tensors the weights were (one that is gone is like no other), and their counts."""
         return list(zip((id(ref()) for ref in self.references), self.versions, strict=True))
 
     def shared(self) -> set[tuple[int, int]]:

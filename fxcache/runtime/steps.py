@@ -120,7 +120,9 @@ class Steps:
             slot.place = state.place = index
             state.step, state.timestep = step, time
         else:
-            is_known = time is not None or (timestep is None and self.knows_time)
+            # A graph that has a time input tells it, whatever that is in.
+            is_timeless = timestep is None and self.knows_time and self.time_name is None
+            is_known = time is not None or is_timeless
             state = self._recognised(search, state, time) if is_known else state or search.begin()
             is_same = time is not None and time == state.timestep
             is_repeat = is_same and not slot.is_announced

@@ -56,9 +56,7 @@ class Trials(Samples):
         self.plans: dict[tuple[object, ...], Plan] = {}
 
     def record(self, seeds: Sequence[int], others: Sequence[int], progress: bool) -> None:
-        """Sample uncached: with `seeds` for the errors, with `others` but the first one, which
-        compares where that is asked for, for the verification.
-        """
+        """Sample uncached: with `seeds` for the errors, with `others` but the first to verify."""
         self.recorded, self.compared, self.verifying = seeds[0], others[0], list(others[1:])
         recorders = []
         for seed in progress_bar([*seeds, *self.verifying], "recording", progress):
@@ -69,7 +67,6 @@ class Trials(Samples):
         # The squared errors of a step's branches add up.
         self.gram = torch.stack([mean_gram(own) for own in recorded(recorders).values()]).sum(0)
         self.runner.session.expected_steps = self.steps
-        self.sensitivity = torch.ones(self.steps, dtype=torch.float64)
         reference = self.references[self.recorded]
         if all(torch.equal(reference, self.references[seed]) for seed in self.verifying):
             log.warning(
@@ -97,9 +94,8 @@ class Trials(Samples):
             values[step] = self.tried(self._schedule(mask, Reuse()), self.recorded).psnr
         if not any(value >= SAME for value in values.values()):
             self.refer(self.recorded, Counter)  # again: does a seed tell the sample?
-        if values:
-            errors = {step: 10 ** (-value / 20) for step, value in values.items()}
-            self.sensitivity = interpolated_sensitivity(self.gram, errors)
+        errors = {step: 10 ** (-value / 20) for step, value in values.items()}
+        self.sensitivity = interpolated_sensitivity(self.gram, errors)
 
     def _schedule(self, mask: Sequence[bool], forecast: Forecast) -> StepSchedule:
         within = Within(inner=forecast, ring=RING)
@@ -155,10 +151,10 @@ class Trials(Samples):
         """Of the candidates with `computed` steps, the one that samples best with a seed that the
         errors were not recorded with.
         """
-        candidates = list(self._candidates(computed))
-        if len(candidates) == 1:
-            return candidates[0]
-        return max(candidates, key=lambda pair: self.compare(*pair).psnr_mean)
+        first, *others = self._candidates(computed)
+        if not others:
+            return first
+        return max(first, *others, key=lambda pair: self.compare(*pair).psnr_mean)
 
     def compare(self, name: str, policy: StepSchedule) -> Point:
         """A candidate, measured with the seed that chooses."""

@@ -94,10 +94,9 @@ def tune(
                 chosen = trials.verified(*trials.best(computed))
             else:
                 chosen = trials.reaching(min_psnr)
+            pick, tries = (trials.likely, 1) if frontier is None else (trials.best, None)
             points = [
-                trials.verified(*trials.best(number))
-                if frontier is not None
-                else trials.verified(*trials.likely(number), number=1)
+                trials.verified(*pick(number), tries)
                 for number in progress_bar(trials.spread(frontier), "frontier", progress)
                 if number != chosen.computed_steps
             ]

@@ -5,10 +5,13 @@ from collections import OrderedDict
 import pytest
 import torch
 from captured import captured
+from comparing import assert_identical
 from helpers import plain, seeded
 from nets import WIDTH, Branch, Net, Residual, check, tokens
-from policies import ALWAYS
+from opened import Small
+from policies import ALWAYS, NEVER
 from torch import nn
+from zoo import token_inputs
 
 import fxcache
 from fxcache import StackNotFoundError, StepSchedule
@@ -303,3 +306,20 @@ def test_two_blocks_of_which_the_last_has_less_to_do():
     assert found.stack == "transformer_blocks (2)"
     assert found.skipped_share > 0.5
     assert found.audit < 1
+
+
+class Twice(Small):
+    """Guidance inside: all of it runs twice, once for what is to be left behind."""
+
+    def forward(self, x, t):
+        cond, uncond = super().forward(x, t), super().forward(x, 0 * t)
+        return uncond + 3 * (cond - uncond)
+
+
+@pytest.mark.parametrize("depth", [2, 6])
+def test_a_stack_that_runs_twice(depth):
+    model, given = seeded(lambda: Twice(depth)), token_inputs()
+    found = fxcache.explain(model, policy=fxcache.AdaptiveCache(), **given)
+    assert len(found.span_blocks) == depth
+    assert found.skipped_share > 0.8  # of both
+    assert_identical(plain(model, NEVER)(**given), model(**given))

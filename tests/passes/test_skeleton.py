@@ -1,6 +1,7 @@
 """What a hit renews of a stream, what is added on the way, and what lies below a level of skips."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from comparing import assert_close
 from helpers import hits, plain, seeded
 from nets import WIDTH, Net, Residual, check, tokens
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 from fxcache import MagCache, StepSchedule
 from fxcache.passes.graph import bytes_of
+from fxcache.passes.piece_graph import PieceGraph
 
 
 class Hinted(Net):
@@ -177,3 +180,21 @@ def test_a_u_shape_is_cut_where_its_hits_follow(mode):
     assert capture.found.skipped_share > 0.5
     assert capture.default.skipped_share > 0.5
     assert capture.default.is_u_shape
+
+
+def test_a_size_that_the_model_asks_of_its_inputs():
+    """What is halved and doubled again is as long as the input, or the two could not be put
+    together.
+    """
+
+    def doubled(x):
+        return torch.cat([x[:, ::2].repeat_interleave(2, 1), x], 2)
+
+    gm = make_fx(doubled, tracing_mode="symbolic")(torch.ones(2, 8, 4))
+    (cat,) = (node for node in gm.graph.nodes if "cat" in node.name)
+    again, x = cat.args[0]
+    assert str(again.meta["val"].shape) != str(x.meta["val"].shape)
+    graph = PieceGraph(gm, SimpleNamespace(facts=None, repeated=()))
+    piece = graph.finish([graph.zeros(again, is_broadcast=False)])
+    (zeros,) = piece.module(torch.ones(3, 12, 4))
+    assert zeros.shape == (3, 12, 4)

@@ -1,6 +1,8 @@
 """Where evaluations belong: steps, branches without a name and requests."""
 
+import itertools
 import threading
+from collections import UserDict as Held
 
 import diffusers
 import pytest
@@ -317,3 +319,28 @@ def test_an_evaluation_that_comes_again_is_one_step(monkeypatch):
             denoiser(sample(), times(1 - step / 8))
     assert [r.step for r in denoiser.report().records] == [*range(8)]
     assert denoiser.report().graphs == 2
+
+
+class Opening(Small):
+    """Takes what it needs out of what it is given."""
+
+    def forward(self, *given):
+        held = given[0] if len(given) == 1 else given
+        return super().forward(*(held if isinstance(held, list | tuple) else held.values()))
+
+
+def in_dict(x, t):
+    return {"x_t": x, "sigma": t}
+
+
+@pytest.mark.parametrize(
+    "put",
+    [lambda *g: g, lambda *g: [[*g]], lambda *g: [in_dict(*g)], lambda *g: [Held(in_dict(*g))]],
+)
+def test_a_time_input_among_more_arguments_or_in_what_holds_it(put):
+    """It is read at each call: a solve that nobody announced begins with a miss."""
+    denoiser = plain(seeded(Opening))
+    for seed, step in itertools.product((0, 1), range(3)):
+        denoiser(*put(sample(seed=seed), times(1 - step / 8)))
+    assert hits(denoiser) == [False, True, True] * 2
+    assert [r.timestep for r in denoiser.report().records] == [1.0, 0.875, 0.75] * 2
