@@ -81,7 +81,7 @@ class Steps:
         self._single_steps = 0
         #: Names of the noisy inputs, which are others at each step; known after the capture.
         self.samples: frozenset[str] = frozenset()
-        #: The name of a time input that goes by none of the usual names.
+        #: The path of the graph's time input, if it has one; known after the capture.
         self.time_name: str | None = None
         #: Whether it is known that a call without a time input has none.
         self.knows_time = False
@@ -89,7 +89,7 @@ class Steps:
         self.looks = True
 
     def settle(self, slot: Slot, where: Where, inputs: Mapping[str, Any], timestep: Any) -> Call:
-        """The place of a call of `inputs` (by name), of which `timestep` is the time input."""
+        """The place of a call of `inputs` (by path), of which `timestep` is the time input."""
         time = number_of(timestep)
         seen = Seen.of(timestep) if time is None and isinstance(timestep, torch.Tensor) else None
         index = where.step
