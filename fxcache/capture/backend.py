@@ -7,7 +7,8 @@ It serves `fxcache.transform` (which brings its own session) and
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from fxcache.options import Options
 from fxcache.passes.choose import find_cut
 from fxcache.passes.cut import Cut, check_writes
 from fxcache.passes.facts import analyse
-from fxcache.passes.graph import GraphInputs, op_name, tensor_of
+from fxcache.passes.graph import COUNTED_AS, GraphInputs, op_name, shape_of, tensor_of
 from fxcache.passes.pieces import is_random
 from fxcache.passes.probe import Probe, find_probe
 from fxcache.passes.rows import Rows
@@ -64,6 +65,8 @@ class Backend:
         self.fullgraph = True
         #: Graphs without the stack: how many nodes they have, and why they were refused.
         self.refused: list[tuple[int, str]] = []
+        #: The shapes that the inputs of a graph had first, by their names.
+        self.shapes: dict[tuple[str, ...], list[tuple[int, ...] | None]] = {}
 
     def summary(self) -> str:
         """What the largest refused graph was refused for."""
@@ -109,8 +112,9 @@ class Backend:
             raise StackNotFoundError(
                 "the model breaks into graphs, and the policy's span is the whole model"
             )
-        facts = analyse(gm.graph, inputs)
-        cut = find_cut(facts, policy.span)
+        with self._counting(inputs):
+            facts = analyse(gm.graph, inputs)
+            cut = find_cut(facts, policy.span)
         # What is dropped before the span, of a text or a lyric, is no hit's matter.
         inside = range(cut.start + 1, cut.end + 1)
         drops = filter(is_dropout, facts.nodes)
@@ -126,6 +130,25 @@ class Backend:
                 )
         check_writes(cut)
         return cut, None if policy.probe is None else find_probe(cut, policy.probe)
+
+    @contextmanager
+    def _counting(self, inputs: GraphInputs) -> Iterator[None]:
+        """Open sizes count as those of the first capture: what a hit is does not come and go with
+        the size of the picture.
+        """
+        own = list(map(shape_of, inputs.data))
+        first = self.shapes.setdefault(tuple(inputs.paths[node] for node in inputs.data), own)
+        numbers: dict[Any, int] = {}
+        for node, shape in zip(inputs.data, first, strict=True):
+            sizes: Sequence[Any] = tensor_of(node).shape
+            for size, number in zip(sizes, shape or (), strict=False):
+                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                    numbers[size.node.expr] = number
+        token = COUNTED_AS.set(numbers)
+        try:
+            yield
+        finally:
+            COUNTED_AS.reset(token)
 
 
 class _DropoutError(StackNotFoundError):

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxcache.capture import torch_internals as internals
 from fxcache.passes.graph import GraphInputs, is_of_model, is_tensor, outputs_of, value_of
+from fxcache.passes.sizes import write_sizes_first
 from fxcache.runtime.freshness import note_owners
 
 #: Takes the functional graph and what its placeholders are, gives what runs in its place.
@@ -38,7 +39,7 @@ def functionalized(
 
     def inference_compiler(functional: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         let_group_norms_be(functional)
-        read_sizes_once(functional)
+        write_sizes_first(functional)
         return compile_graph(functional, graph_inputs(functional.graph, found))
 
     run = internals.aot_inference(gm, example_inputs, inference_compiler)
@@ -76,30 +77,6 @@ def let_group_norms_be(gm: fx.GraphModule) -> None:
     ):
         if all(user.args[1] == 0 for user in node.users):
             node.target, changed = native_group_norm, True
-    if changed:
-        gm.recompile()
-
-
-def read_sizes_once(gm: fx.GraphModule) -> None:
-    """A size is the one that was known first, not that of whatever tensor has it later.
-
-    ::
-
-        n = sym_size(x, 1); ...; m = sym_size(block(x), 1)   =>   n = sym_size(x, 1); ...     m is n
-
-    So what comes behind a span does not need the span's tensors for their sizes.
-    """
-    known: dict[str, fx.Node] = {}
-    changed = False
-    for node in list(gm.graph.nodes):
-        value = value_of(node)
-        if not isinstance(value, torch.SymInt):
-            continue
-        first = known.setdefault(str(value), node)
-        if first is not node and node.op == "call_function":
-            node.replace_all_uses_with(first)
-            gm.graph.erase_node(node)
-            changed = True
     if changed:
         gm.recompile()
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from fxcache.errors import PolicyError, StackNotFoundError
-from fxcache.passes.cut import MAIN, Cut, heavy_between, is_on_chain, try_cut
-from fxcache.passes.facts import SAMPLE_NAMES, Facts, positions
+from fxcache.passes.cut import Cut, heavy_between, is_on_chain, try_cut
+from fxcache.passes.facts import MAIN, SAMPLE_NAMES, Facts, positions
 from fxcache.passes.graph import (
     bytes_of,
     depends_on_data,

@@ -16,13 +16,10 @@ import torch
 from torch import fx
 
 from fxcache.errors import CaptureError
-from fxcache.passes.facts import Facts, Mask, mask_of, positions, union
+from fxcache.passes.facts import MAIN, Facts, Mask, mask_of, positions, union
 from fxcache.passes.graph import bytes_of, depends_on_data, is_numeric, is_view, tensor_of
 from fxcache.passes.skeleton import Skeleton, Skeletons, reads
 from fxcache.passes.units import Unit
-
-#: A tensor with less than this of the largest one's bytes does not tell what a cut is worth.
-MAIN = 0.2
 
 
 @dataclass(frozen=True)
@@ -152,9 +149,7 @@ def _moves(cut: Cut) -> bool:
     for p in sorted(positions(cut.hit)):
         if p not in still and not moving.isdisjoint(facts.operands[p]):
             moving.add(p)
-    outputs = [node for node in facts.outputs if facts.depends(node)]
-    largest = max(map(bytes_of, outputs), default=0)
-    return all(facts.position[n] in moving for n in outputs if bytes_of(n) >= MAIN * largest)
+    return all(facts.position[node] in moving for node in facts.main_outputs)
 
 
 def is_on_chain(cut: Cut) -> bool:

@@ -40,6 +40,9 @@ _HEAVY = re.compile(
     r"(_|$)|scaled_dot_product|multi_head|transformer_encoder|int8pack|fast_path"
 )
 
+#: A tensor with less than this of the largest one's bytes does not tell what a cut is worth.
+MAIN = 0.2
+
 Mask = int
 
 
@@ -101,6 +104,19 @@ class Facts:
     def costly(self) -> Mask:
         """The nodes with a cost."""
         return mask_of(p for p in self.heavy if self.cost[p])
+
+    @cached_property
+    def main_outputs(self) -> tuple[fx.Node, ...]:
+        """The outputs that follow the sample and have its layout, or not much less memory than the
+        largest. (Features may be returned, too, which have more of it than what is predicted.)
+        """
+        given = [node for node in self.outputs if self.depends(node)]
+        shapes = [shape_of(node) or () for node in self.samples]
+        least = MAIN * max(map(bytes_of, given), default=0)
+        return tuple(
+            node for node in given
+            if bytes_of(node) >= least or any(_is_near(shape_of(node) or (), s) for s in shapes)
+        )  # fmt: skip
 
     def depends(self, node: fx.Node) -> bool:
         """Whether `node` depends on the sample."""

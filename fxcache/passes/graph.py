@@ -5,7 +5,8 @@ The passes ask these functions and never look into ``node.meta`` themselves.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,6 +19,9 @@ TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "nois
 
 #: What a size counts as that depends on data, so that no number is known for it.
 UNBACKED_SIZE = 8
+
+#: What symbols count as while a cut is sought, where they do not count as at the capture.
+COUNTED_AS: ContextVar[Mapping[Any, int] | None] = ContextVar("fxcache_counted_as", default=None)
 
 _OF_MODEL = re.compile(r"^L\['(model|self)'\]|\._(parameters|buffers)\[|_modules")
 _LOCAL = re.compile(r"^L\['\w+'\]")
@@ -48,9 +52,15 @@ def is_numeric(node: Any) -> bool:
 
 
 def hint(size: int | torch.SymInt) -> int:
-    """`size` as a number, without a guard: a symbol counts as what it was at the capture."""
+    """`size` as a number, without a guard: a symbol counts as what it was at the capture, or as
+    `COUNTED_AS` says.
+    """
     if isinstance(size, int):
         return size
+    if numbers := COUNTED_AS.get():
+        counted = size.node.expr.xreplace(numbers)
+        if not getattr(counted, "free_symbols", None):
+            return int(counted)
     known = None if is_unbacked(size) else size.node.hint
     return UNBACKED_SIZE if known is None else int(known)
 

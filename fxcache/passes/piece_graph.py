@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxcache.errors import CaptureError
 from fxcache.passes.cut import Cut
 from fxcache.passes.facts import Mask
 from fxcache.passes.graph import outputs_of, tensor_of, value_of
+from fxcache.passes.sizes import Sizes
 from fxcache.passes.skeleton import Skeleton
 
 #: The meta keys of nodes that were not captured, and of the unit that others are part of.
@@ -57,6 +57,7 @@ class PieceGraph:
         self.arguments: dict[Hashable, fx.Node] = {}
         #: By the skeletons themselves: two may be of one node.
         self.skeletons: dict[Skeleton, fx.Node] = {}
+        self.sizes = Sizes(gm.graph.find_nodes(op="placeholder"), self.read, self.tracer)
 
     def proxy(self, node: fx.Node) -> Any:
         return fx.Proxy(node, self.tracer)
@@ -107,19 +108,11 @@ class PieceGraph:
         return self.call_function(torch.ops.aten.full.default, (sizes, 0), options)
 
     def _size(self, size: int | torch.SymInt) -> Any:
-        """A size as a number, or as a node that holds it: some input has it, too, by its formula or
-        since the model asks it of its inputs (that what is halved and doubled is as it was).
-        """
-        if isinstance(size, int):
-            return size
-        for node in self.gm.graph.find_nodes(op="placeholder"):
-            value = value_of(node)
-            if isinstance(value, torch.SymInt) and statically_known_true(value == size):
-                return self.read(node)
-            for dim, own in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-                if isinstance(own, torch.SymInt) and statically_known_true(own == size):
-                    return self.call_function(torch.ops.aten.sym_size.int, (self.read(node), dim))
-        raise CaptureError(f"no input shows the size {size} of a tensor that crosses the cut")
+        """A size as a number, or as a node that holds it."""
+        written = self.sizes.write(size)
+        if written is None:
+            raise CaptureError(f"no input shows the size {size} of a tensor that crosses the cut")
+        return written
 
     def outputs(self) -> list[Any]:
         """What the captured graph returns, flat."""

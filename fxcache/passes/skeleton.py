@@ -235,13 +235,15 @@ class Skeletons:
         return any(facts.ancestors[p] & part.leaves for p in positions(work))
 
     def _root(self, leaf: fx.Node) -> fx.Node:
-        """The tensor that `leaf` is a slice, a view or a cast of."""
+        """The tensor that `leaf` is a slice, a view or a cast of. (Parts of an input are two.)"""
         while leaf.op == "call_function" and leaf.args and isinstance(leaf.args[0], fx.Node):
             if not (is_view(leaf) or op_name(leaf) in ("clone", "_to_copy")):
                 break
-            if not self.facts.depends(leaf.args[0]) or leaf.args[0].op == "placeholder":
+            source = leaf.args[0]
+            is_part = source.op == "placeholder" and shape_of(source) != shape_of(leaf)
+            if is_part or not self.facts.depends(source):
                 break
-            leaf = leaf.args[0]
+            leaf = source
         return leaf
 
     def _product(self, node: fx.Node, name: str) -> Skeleton | None:

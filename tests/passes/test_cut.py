@@ -253,6 +253,26 @@ def test_blocks_that_do_not_see_the_sample_are_no_stack():
         plain(seeded(Frozen))(*tokens())
 
 
+class Featured(Net):
+    """It returns features, too, after which two blocks follow that are no residuals."""
+
+    def stack(self, h, t):
+        for block in self.blocks[:-2]:
+            h = block(h, t)
+        self.features = h.repeat(1, 1, 4)
+        for block in self.blocks[-2:]:
+            h = torch.tanh(block(h, t))
+        return h
+
+    def forward(self, x, t):
+        return super().forward(x, t), self.features
+
+
+def test_a_prediction_follows_the_sample_however_small_it_is():
+    """A hit that keeps it as it is, and features of eight times its memory fresh, is none."""
+    assert check(seeded(lambda: Featured(depth=6)), tokens).found.skipped_share > 0.3
+
+
 class TwoInputs(Net):
     def forward(self, condition, latent, t):
         return super().forward(latent + self.embed.weight.mean() * condition, t)
