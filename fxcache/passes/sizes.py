@@ -83,18 +83,15 @@ def write_sizes_first(gm: fx.GraphModule) -> None:
                 size = sizes.write(value) or only.setdefault(value.node.expr, node)
                 if isinstance(size, fx.Node) and size is not node:
                     found[node] = size
-            elif (fill := _fill(node)) is not None and _is_dense(value):
-                shape = list(map(sizes.write, value.shape))
-                if None not in shape:
-                    options = {"dtype": value.dtype, "device": value.device}
-                    full = torch.ops.aten.full.default
-                    found[node] = tracer.create_node("call_function", full, (shape, fill), options)
-                    found[node].meta["val"] = value
+            elif (fill := _fill(node)) is not None:
+                shape, strides = (list(map(sizes.write, n)) for n in (value.shape, value.stride()))
+                if None not in (*shape, *strides):
+                    found[node] = _filled(tracer, value, fill, shape, strides)
     for node, new in found.items():
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     for node in graph.nodes:
-        if node.op == "call_function" and "val" not in node.meta:  # a part of a formula
+        if node.op == "call_function" and "val" not in node.meta:  # part of a formula
             node.meta["val"] = node.target(*fx.map_arg(node.args, value_of))
     if found:
         graph.lint()
@@ -112,9 +109,17 @@ def _fill(node: fx.Node) -> int | float | None:
     return value if isinstance(value, int | float) else None
 
 
-def _is_dense(value: torch.Tensor) -> bool:
-    """Whether the elements lie in memory as they are counted. (By formulas: no guard is added.)"""
-    strides: list[Any] = [1]
-    for size in reversed(value.shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return same_sizes(value.stride(), strides[: value.ndim])
+def _filled(tracer: Any, value: torch.Tensor, fill: float, shape: Any, strides: Any) -> fx.Node:
+    """A tensor laid out like `value`, of which `fill` is each element."""
+
+    def call(target: Any, like: torch.Tensor, *args: Any, **options: Any) -> fx.Node:
+        node: fx.Node = tracer.create_node("call_function", target, args, options)
+        node.meta["val"] = like
+        return node
+
+    like = value.new_empty(value.shape)
+    options = {"dtype": value.dtype, "device": value.device}
+    filled = call(torch.ops.aten.full.default, like, shape, fill, **options)
+    if same_sizes(like.stride(), value.stride()):
+        return filled
+    return call(torch.ops.aten.as_strided.default, value, filled, shape, strides)

@@ -166,7 +166,7 @@ class Skeletons:
         return inner
 
     def _sum(self, node: fx.Node, name: str) -> Skeleton | None:
-        """Terms of the sum's own size whose leaves also feed the work that is added to them."""
+        """Terms of the sum's own size. The leaves of one must feed the work that is added to it."""
         terms = linear.terms_of(node, self._depends)
         found = self._known(t for t in terms if shape_of(t) == shape_of(node))
         if name in ("add", "sub") and len(found) == 2:
@@ -176,8 +176,7 @@ class Skeletons:
             if one.leaves & other.leaves and gain == 0:
                 return None  # what a block adds: its result without its input
         found = self._without_costly(found)
-        found = {t: part for t, part in found.items() if self._feeds_work(part, node)}
-        if not found:
+        if not any(self._feeds_work(part, node) for part in found.values()):
             return None
         if len(found) == 1 and linear.is_as_it_is(node, *found):
             return _as_sum(*found.values())
@@ -232,7 +231,7 @@ class Skeletons:
         """
         facts = self.facts
         work = facts.needs(total) & facts.costly
-        return any(facts.ancestors[p] & part.leaves for p in positions(work))
+        return any(facts.ancestors[p] & ~(1 << p) & part.leaves for p in positions(work))
 
     def _root(self, leaf: fx.Node) -> fx.Node:
         """The tensor that `leaf` is a slice, a view or a cast of. (Parts of an input are two.)"""

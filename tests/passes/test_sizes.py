@@ -105,9 +105,12 @@ def test_a_second_size_changes_no_hit(model):
 
 
 class Masked(Net):
-    """The blocks' results count where a mask says so, which is made like the stream."""
+    """The blocks' results count where a mask says so, which is made like the stream, and the stream
+    lies in memory channels first.
+    """
 
     def stack(self, h, t):
+        h = h.mT.contiguous().mT
         for block in self.blocks:
             everywhere = torch.ones_like(h[..., :1], dtype=torch.bool)
             h = torch.where(everywhere, block(h, t), h) + torch.zeros_like(h)

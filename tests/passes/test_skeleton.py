@@ -7,7 +7,7 @@ import pytest
 import torch
 from comparing import assert_close
 from helpers import hits, plain, seeded
-from nets import WIDTH, Net, Residual, check, tokens
+from nets import WIDTH, Branch, Net, Residual, check, tokens
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
@@ -198,3 +198,46 @@ def test_a_size_that_the_model_asks_of_its_inputs():
     piece = graph.finish([graph.zeros(again, is_broadcast=False)])
     (zeros,) = piece.module(torch.ones(3, 12, 4))
     assert zeros.shape == (3, 12, 4)
+
+
+def wide(step=0):
+    x, t = tokens(step)
+    return x.repeat(1, 1, WIDTH // 8), t
+
+
+class Copied(Net):
+    """The sample is the stream, and each block writes into a copy of what it read."""
+
+    def forward(self, x, t):
+        for block in self.blocks:
+            added = block(x, t)
+            x = x.clone()
+            x += added
+        return self.out(x)
+
+
+def test_a_copy_of_the_sample_is_the_sample():
+    assert check(seeded(lambda: Copied(Branch)), wide).default.skipped_share > 0.9
+
+
+class Beside(Net):
+    """A small layer takes the sample past the blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.beside = nn.Linear(8, 8)
+
+    def forward(self, x, t):
+        return self.last(super().forward(x, t)) + self.beside(x)
+
+
+@pytest.mark.parametrize("last", [nn.Identity(), nn.Tanh()], ids=repr)
+def test_what_feeds_no_block_is_no_stream(last):
+    """It is renewed beside one."""
+    model = seeded(Beside)
+    model.last = last
+    for block in model.blocks:  # so that the stream is nearly all of what follows the sample
+        nn.init.normal_(block.down.weight, std=1e-3)
+    capture = check(model, tokens)
+    assert capture.default_audit < 0.05
+    assert capture.default.skipped_share > 0.9
