@@ -9,6 +9,7 @@ The streams are what crosses the span's end and a hit does not have anyway; the 
 decides what it is. A cut on which an output cannot move with the sample is none.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -127,17 +128,39 @@ def try_cut(
     streams = tuple(Stream(node, skeletons.of(node)) for node in kept)
     if not kept or not all(map(is_numeric, kept)) or any(depends_on_data(s.like) for s in streams):
         return None
+    head = skeletons.head
+    cut = Cut(facts, start, head, head, end, end, streams, is_u_shape)
     largest = max(bytes_of(node) for node in kept)
-    main = [s for s in streams if bytes_of(s.after) >= MAIN * largest]
-    renewed = sum(bytes_of(s.after) * s.share for s in main)
-    if 2 * renewed < sum(bytes_of(s.after) for s in main):
+    if not _are_renewed(streams):
         # No residual: then the tail must read features of the head that are fresh.
         fresh = [n for n in crossing if n not in kept and facts.needs(n) & facts.costly]
         if not is_u_shape or not any(bytes_of(n) >= MAIN * largest for n in fresh):
             return None
-    head = skeletons.head
-    cut = Cut(facts, start, head, head, end, end, streams, is_u_shape)
+    elif not all(map(_are_renewed, _by_output(cut))):
+        return None
     return cut if _moves(cut) else None
+
+
+def _are_renewed(streams: Sequence[Stream]) -> bool:
+    """Whether a hit renews half of `streams`, small ones left aside."""
+    largest = max((bytes_of(s.after) for s in streams), default=0)
+    main = [s for s in streams if bytes_of(s.after) >= MAIN * largest]
+    renewed = sum(bytes_of(s.after) * s.share for s in main)
+    return 2 * renewed >= sum(bytes_of(s.after) for s in main)
+
+
+def _by_output(cut: Cut) -> list[list[Stream]]:
+    """The streams that each main output is made of on a hit."""
+    facts, streams = cut.facts, cut.streams
+    if len(streams) == 1:
+        return []
+    made = {facts.position[s.after]: 1 << i for i, s in enumerate(streams)}
+    for p in sorted(positions(cut.hit)):
+        made[p] = union(made.get(operand, 0) for operand in facts.operands[p])
+    return [
+        [streams[i] for i in positions(made.get(facts.position[node], 0))]
+        for node in facts.main_outputs
+    ]
 
 
 def _moves(cut: Cut) -> bool:

@@ -273,6 +273,29 @@ def test_a_prediction_follows_the_sample_however_small_it_is():
     assert check(seeded(lambda: Featured(depth=6)), tokens).found.skipped_share > 0.3
 
 
+class Preconditioned(Net):
+    """A part of the sample is added to what it predicts, and it returns features, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = Branch()
+
+    def forward(self, x, t):
+        h = self.stack(self.embed(x), t)
+        return 0.5 * x + self.out(self.last(h, t)).tanh(), h
+
+
+def test_what_blocks_predict_follows_the_sample_where_that_is_added_to_it():
+    model = seeded(Preconditioned)
+    for block in model.blocks:  # so that a hit is nearly right, if it is one
+        nn.init.normal_(block.down.weight, std=1e-3)
+    denoiser = plain(model, StepSchedule(mask=[False, True]))
+    x, t = tokens()
+    first, hit, full = denoiser(x, t)[0], denoiser(-x, 0.9 * t)[0], model(-x, 0.9 * t)[0]
+    assert denoiser.report().hits == 1
+    assert (hit - full).norm() < 0.05 * (full - first).norm()
+
+
 class TwoInputs(Net):
     def forward(self, condition, latent, t):
         return super().forward(latent + self.embed.weight.mean() * condition, t)
