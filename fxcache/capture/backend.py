@@ -129,7 +129,8 @@ class Backend:
                     f"stack, or is a part of it"
                 )
         check_writes(cut)
-        return cut, None if policy.probe is None else find_probe(cut, policy.probe)
+        with self._counting(inputs):
+            return cut, None if policy.probe is None else find_probe(cut, policy.probe)
 
     @contextmanager
     def _counting(self, inputs: GraphInputs) -> Iterator[None]:

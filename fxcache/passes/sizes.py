@@ -1,7 +1,7 @@
 """Open sizes as formulas of the inputs' sizes, so that no tensor is computed for its shape alone.
 
 The interpreter of formulas is private of torch; checked on torch 2.13 and 2.15
-(`tests/capture/test_functional.py`).
+(`tests/passes/test_sizes.py`).
 """
 
 from collections.abc import Callable, Iterable
@@ -44,7 +44,8 @@ class Sizes:
             if formula in self.shown:
                 self.written[formula] = self._shown(*self.shown[formula])
             elif formula.free_symbols <= self.shown.keys():
-                parts = {part: self._shown(*self.shown[part]) for part in formula.free_symbols}
+                symbols = sorted(formula.free_symbols, key=str)
+                parts = {symbol: self._shown(*self.shown[symbol]) for symbol in symbols}
                 self.written[formula] = sympy_interp(PythonReferenceAnalysis, parts, formula)
             else:
                 return None
