@@ -76,11 +76,13 @@ def write_sizes_first(gm: fx.GraphModule) -> None:
     sizes = Sizes(placeholders, lambda node: node, tracer)
     first = next(node for node in graph.nodes if node.op != "placeholder")
     found: dict[fx.Node, fx.Node] = {}
+    only: dict[Any, fx.Node] = {}  # where a size that depends on data was read first
     with graph.inserting_before(first):
         for node in before:
             value = value_of(node)
             if node.op == "call_function" and isinstance(value, torch.SymInt):
-                if isinstance(size := sizes.write(value), fx.Node):
+                size = sizes.write(value) or only.setdefault(value.node.expr, node)
+                if isinstance(size, fx.Node) and size is not node:
                     found[node] = size
             elif (fill := _fill(node)) is not None:
                 shape, strides = (list(map(sizes.write, n)) for n in (value.shape, value.stride()))
@@ -89,9 +91,8 @@ def write_sizes_first(gm: fx.GraphModule) -> None:
     for node, new in found.items():
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-    known = set(before)
     for node in graph.nodes:
-        if node not in known and "val" not in node.meta:  # a part of a formula
+        if node.op == "call_function" and "val" not in node.meta:  # part of a formula
             node.meta["val"] = node.target(*fx.map_arg(node.args, value_of))
     if found:
         graph.lint()
